@@ -1,0 +1,185 @@
+"""From the rewritten module to an ONNX model: export, optimise, repair, name, save."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from surgeon.backends._onnx_support import quiet
+from surgeon.errors import LowerError
+from surgeon.graph import Graph
+
+SINGLE_FILE_LIMIT = 256 * 2**20
+"""Bytes of weights above which they go to a file of their own: a protobuf holds at most 2 GiB and is built in memory,
+whereas an external file is written tensor by tensor."""
+
+FOLD_LIMIT = 4096
+"""Largest constant, in elements, that the exporter may fold: masks and indices, never weights (a folded low-bit weight
+would be stored as floats)."""
+
+
+def export(graph: Graph, module: fx.GraphModule, opset: int) -> ir.Model:
+    """Export a rewritten module under the graph's own input and output names and named dynamic axes.
+
+    Args:
+        graph: the graph the module was made from: ports, dimensions, example.
+        module: what ``Lowering.run`` returned.
+        opset: version of the default operator set.
+
+    Returns:
+        The model; its initializers share memory with the module's tensors.
+
+    Raises:
+        LowerError: torch.onnx refuses, or the result has another opset than asked for.
+    """
+    example = tuple(graph.example[port.name] for port in graph.inputs)
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
+        for port in graph.inputs
+    )
+    with quiet():
+        try:
+            with torch.no_grad():
+                program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[port.name for port in graph.inputs],
+                output_names=[port.name for port in graph.outputs],
+                verbose=False,
+                optimize=False,
+            )
+        except Exception as error:  # torch.export and torch.onnx raise many unrelated classes
+            first = str(error).strip().splitlines()
+            raise LowerError(f"onnxruntime: torch.onnx cannot export the graph: {first[0] if first else error!r}") from error
+        assert exported is not None
+        model: ir.Model = exported.model
+        _optimise(model)
+    found = model.opset_imports.get("")
+    if found != opset:
+        raise LowerError(f"onnxruntime: opset {opset} was asked for, but the graph could only be expressed in opset {found}")
+    _expand_rotary_tables(model)
+    _name_axes(model, graph)
+    _strip(model)
+    return model
+
+
+def save(model: ir.Model, folder: Path) -> list[str]:
+    """Write ``model.onnx``, and ``model.onnx.data`` beside it where the weights are large.
+
+    Returns:
+        Names of the files written.
+    """
+    if weight_bytes(model) <= SINGLE_FILE_LIMIT:
+        ir.save(model, folder / "model.onnx")
+        return ["model.onnx"]
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
+    return ["model.onnx", "model.onnx.data"]
+
+
+def annotate(model: ir.Model, graph: Graph, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """Record names in order and quantization in the file itself, for readers without surgeon's manifest."""
+    model.producer_name = "surgeon"
+    model.metadata_props["surgeon.inputs"] = json.dumps([port.name for port in graph.inputs])
+    model.metadata_props["surgeon.outputs"] = json.dumps([port.name for port in graph.outputs])
+    model.metadata_props["surgeon.quantization"] = json.dumps(quantization_kinds(weights))
+
+
+def quantization_kinds(weights: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Low-bit weights counted by kind: operator, bits, group, block, symmetric, how many matrices and parameters."""
+    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in weights.values():
+        described = {key: entry[key] for key in ("operator", "bits", "group", "block", "symmetric")}
+        kind = kinds.setdefault(tuple(described.values()), {**described, "weights": 0, "parameters": 0})
+        kind["weights"] += 1
+        kind["parameters"] += int(torch.Size(entry["shape"]).numel())
+    return list(kinds.values())
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """Number of nodes by operator, most frequent first; other domains than ONNX's own are written in front."""
+    counts = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph)
+    return dict(counts.most_common())
+
+
+def _optimise(model: ir.Model) -> None:
+    """Fold small constants, drop what is redundant, and fuse norms, rotary embedding and attention (opset 23)."""
+    from onnxscript import optimizer
+    from onnxscript.rewriter import onnx_fusions
+
+    optimizer.optimize_ir(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    onnx_fusions.fuse(model)
+
+
+def _expand_rotary_tables(model: ir.Model) -> None:
+    """Give RotaryEmbedding(23) tables of the input's batch size.
+
+    The fusion takes cos and sin as the model computes them, [1, S, D/2] where positions do not depend on the batch; the
+    operator has no broadcasting and ONNX Runtime refuses a batch above one.
+    """
+    for node in list(model.graph):
+        if node.op_type != "RotaryEmbedding" or node.domain != "" or (len(node.inputs) > 3 and node.inputs[3] is not None):
+            continue
+        x = node.inputs[0]
+        for position in (1, 2):
+            table = node.inputs[position]
+            assert table is not None
+            if table.shape is not None and table.shape.rank() == 3 and table.shape[0] != 1:
+                continue  # has its own batch
+            batch = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
+            ones = ir.node("Constant", [], attributes={"value_ints": [1, 1]})
+            target = ir.node("Concat", [batch.outputs[0], ones.outputs[0]], attributes={"axis": 0})
+            expanded = ir.node("Expand", [table, target.outputs[0]])
+            model.graph.insert_before(node, [batch, ones, target, expanded])
+            node.replace_input_with(position, expanded.outputs[0])
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+
+    CommonSubexpressionEliminationPass()(model)
+
+
+def _name_axes(model: ir.Model, graph: Graph) -> None:
+    """Rename the exporter's symbols (s77, ...) to the graph's dimension names, in every shape."""
+    names: dict[str, str] = {}
+    for value, port in zip(model.graph.inputs, graph.inputs, strict=True):
+        assert value.shape is not None
+        for found, wanted in zip(value.shape, port.shape, strict=True):
+            if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str) and found.value is not None:
+                names[str(found.value)] = wanted
+    token = re.compile(r"[A-Za-z_]\w*")
+    for value in _values(model):
+        if value.shape is None:
+            continue
+        for axis, found in enumerate(value.shape):
+            if isinstance(found, ir.SymbolicDim) and found.value is not None:
+                renamed = token.sub(lambda match: names.get(match[0], match[0]), str(found.value))
+                value.shape[axis] = ir.SymbolicDim(renamed)
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove the exporter's notes: source lines and paths of the machine that built the file, as large as a small model."""
+    model.graph.metadata_props.clear()
+    for value in _values(model):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph.all_nodes():
+        yield from node.outputs

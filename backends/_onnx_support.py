@@ -1,0 +1,90 @@
+"""Which graphs can be lowered to ONNX Runtime, asked before any work is done."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from surgeon.contract import Refusal
+from surgeon.graph import Graph
+
+OURS = frozenset({"surgeon::moe", "surgeon::dequantize", "surgeon::fake_quantize_dynamic"})
+"""Semantic operators that ``_onnx_lowering`` rewrites."""
+
+NO_KERNELS = {
+    "cpu": (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128),
+    "cuda": (torch.complex64, torch.complex128),
+}
+"""Types that a provider has (almost) no kernels for."""
+
+
+def unsupported(graph: Graph, provider: str, opset: int) -> list[Refusal]:
+    """Every reason why this graph cannot be lowered, one per operator and type."""
+    found: dict[str, Refusal] = {}
+    for node in graph.module.graph.nodes:
+        value = node.meta.get("val")
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider]:
+                reason = (
+                    f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
+                    "(model: {dtype: float32})"
+                )
+                found.setdefault(f"dtype {tensor.dtype}", Refusal(node.name, reason))
+        if node.op == "call_function" and not _translates(node.target, opset):
+            found.setdefault(
+                str(node.target), Refusal(node.name, f"operator {node.target} has no ONNX translation at opset {opset}")
+            )
+    return list(found.values())
+
+
+def _translates(target: Any, opset: int) -> bool:
+    """Whether this backend or torch.onnx translates an operator, itself or after its decomposition."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__module__", "") in ("_operator", "math", "builtins") or target in (operator.getitem,)
+    name = target._schema.name
+    if name in OURS:
+        return True
+    return target.name() in _registered(opset) or target in _decomposed() or _is_composite(target)
+
+
+@cache
+def _registered(opset: int) -> frozenset[str]:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry  # there is no public list of translations
+
+    with quiet():
+        registry = ONNXRegistry.from_torchlib(max(opset, 18))
+    return frozenset(key if isinstance(key, str) else str(key) for key in registry.functions)
+
+
+@cache
+def _decomposed() -> frozenset[Any]:
+    return frozenset(torch.export.default_decompositions().keys())
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    return target._can_decompose()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the exporter says about itself and the caller can do nothing about; anything else comes through."""
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.|onnxscript\.|copyreg")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

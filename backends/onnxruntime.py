@@ -1,0 +1,122 @@
+"""Lowering to ONNX Runtime: one ``model.onnx`` with fused operators where they compute exactly what the graph says.
+
+Float models become standard ONNX (opset 23: Attention, RMSNormalization, RotaryEmbedding).  Low-bit weights stay packed
+in the file and reach the blockwise kernels (``com.microsoft.MatMulNBits``, ``GatherBlockQuantized``), dynamically
+quantized ones the integer kernels, experts ``com.microsoft.MoE`` and ``QMoE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from surgeon.backends import _onnx_artifact as runtime
+from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
+from surgeon.contract import ArtifactFile, Backend, Refusal
+from surgeon.errors import LowerError
+from surgeon.graph import Graph, Port
+
+__all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime on the CPU or a CUDA device."""
+
+    name: ClassVar[str] = "onnxruntime"
+
+    provider: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs; ``cuda`` needs onnxruntime-gpu."""
+    opset: int = Field(23, ge=18, le=23)
+    """Version of the ONNX operator set; below 23 attention, norms and rotary embedding fall apart into small operators."""
+    threads: int | None = Field(None, ge=1)
+    """Intra-operator threads at run time; by default ONNX Runtime takes one per core."""
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 4
+    """Arithmetic of low-bit matmuls: 4 quantizes activations to int8 blockwise (about 1e-2 relative error, several times
+    faster at 4 bits, and the only level with fast kernels at 2 and 8 bits), 0 keeps them in the model's type."""
+
+    @classmethod
+    def requirements(cls) -> tuple[str, ...]:
+        """Import names of the libraries it needs."""
+        return ("onnx", "onnxscript", "onnxruntime")
+
+    @classmethod
+    def install(cls) -> str:
+        """The line that installs them."""
+        return "pip install 'surgeon[cpu]' (or 'surgeon[cuda]')"
+
+    def refuses(self, graph: Graph) -> list[Refusal]:
+        """Operators that neither torch.onnx nor this backend translates, and types that the provider has no kernels for."""
+        from surgeon.backends._onnx_support import unsupported
+
+        return unsupported(graph, self.provider, self.opset)
+
+    def lower(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact:
+        """Write ``model.onnx``.
+
+        Args:
+            graph: stays as it is.
+            folder: exists, empty.
+
+        Raises:
+            LowerError: the library is missing, the graph is refused (every reason is listed), or torch.onnx fails.
+        """
+        runtime.runtime(self.provider)
+        refusals = self.refuses(graph)
+        if refusals:
+            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
+            raise LowerError(f"onnxruntime cannot express this graph:\n{listed}")
+        from surgeon.backends import _onnx_export as onnx_export
+        from surgeon.backends._onnx_lowering import Lowering
+
+        lowering = Lowering(graph, self.accuracy_level)
+        model = onnx_export.export(graph, lowering.run(), self.opset)
+        onnx_export.annotate(model, graph, lowering.weights)
+        files = tuple(ArtifactFile.of(folder, name) for name in onnx_export.save(model, folder))
+        details = {
+            "opset": dict(model.opset_imports),
+            "ir_version": model.ir_version,
+            "nodes": len(model.graph),
+            "operators": onnx_export.operators(model),
+            "fused": dict(lowering.fused),
+            "quantization": onnx_export.quantization_kinds(lowering.weights),
+            "weight_bytes": onnx_export.weight_bytes(model),
+        }
+        options = self.model_dump(mode="json")
+        return OnnxRuntimeArtifact(
+            folder, self.name, options, files, graph.inputs, graph.outputs, details, session_threads=self.threads
+        )
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> OnnxRuntimeArtifact:
+        """Open an artefact; the files are compared with their recorded sizes and digests.
+
+        Raises:
+            LowerError: a file is missing or damaged, or the library is not installed.
+        """
+        options = cls.model_validate(manifest["options"])
+        runtime.runtime(options.provider)
+        for entry in manifest["files"]:
+            path = folder / str(entry["path"])
+            if not path.is_file():
+                raise LowerError(f"{path}: the file is missing; build the artefact again")
+            found = ArtifactFile.of(folder, str(entry["path"]))
+            for what, have, want in (("bytes", found.bytes, entry["bytes"]), ("sha256", found.sha256, entry["sha256"])):
+                if have != want:
+                    raise LowerError(f"{path} is damaged: {what} is {have}, recorded {want}; build the artefact again")
+        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        inputs, outputs = (tuple(_port(entry) for entry in manifest[key]) for key in ("inputs", "outputs"))
+        return OnnxRuntimeArtifact(
+            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {})),
+            session_threads=options.threads,
+        )  # fmt: skip
+
+
+def _port(entry: Mapping[str, Any]) -> Port:
+    dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, which torch does not know")
+    return Port(str(entry["name"]), dtype, tuple(entry["shape"]))

@@ -1,0 +1,139 @@
+"""Drop whole blocks (layers) whose output is most like their input.
+
+Paper:
+    ShortGPT (Men et al. 2024, arXiv:2403.03853): Block Influence; Unified MoE Compression (He et al. 2024,
+    arXiv:2406.02500): Block Drop, the same ranking.
+Formula:
+    ``s_l = mean_t cos(h_l[t], h_{l+1}[t])`` over calibration tokens t; the blocks of highest s_l are dropped
+    (Block Influence is 1 - s_l).
+Shapes:
+    h_l: [tokens, hidden], the residual stream before block l.
+Units:
+    s_l is dimensionless, in [-1, 1].
+Reads:
+    Hidden states at the entry and exit of every selected block.
+Changes:
+    Readers of a dropped block's exit read its entry; its weights go.
+Errors:
+    PlanError where more blocks are asked for than are selected, or none would remain.
+Example:
+    ``- drop_blocks: {count: 2}`` or ``- drop_blocks: {ratio: 0.25, blocks: "1:-1"}``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from surgeon.accounting import freed_parameter_count
+from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.errors import PlanError
+from surgeon.graph import Graph
+from surgeon.observe import MeanCosine
+from surgeon.rewrite import Editor
+from surgeon.structure import Block, Structure
+
+
+class DropBlock(Decision):
+    """One block that goes.
+
+    Attributes:
+        site: ``blocks.I``.
+        score: its similarity s_l.
+    """
+
+    score: float | None = None
+
+
+class DropBlocksPlan(Plan[DropBlock]):
+    """The blocks that go, and every block's score.
+
+    Attributes:
+        scores: s_l by block name.
+    """
+
+    scores: dict[str, float] = {}
+
+
+class DropBlocks(Pass[DropBlocksPlan]):
+    """Drop the blocks whose output is most similar to their input."""
+
+    name = "drop_blocks"
+    plan_type = DropBlocksPlan
+
+    count: Annotated[int, Field(ge=1)] | None = None
+    """Number of blocks to drop; give this or ratio."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the selected blocks to drop, rounded to the nearest number of blocks; give this or count."""
+    metric: Literal["cosine"] = "cosine"
+    """How blocks are ranked: cosine similarity of input and output, highest dropped."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> DropBlocks:
+        if (self.count is None) == (self.ratio is None):
+            raise ValueError("give either count or ratio")
+        return self
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """Similarity of input and output of every selected block."""
+        return {block.name: MeanCosine(block.entry, block.exit) for block in structure.selected_blocks()}
+
+    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> DropBlocksPlan:
+        """Choose the blocks of highest similarity."""
+        blocks = structure.selected_blocks()
+        count = self.count if self.count is not None else round((self.ratio or 0.0) * len(blocks))
+        if count > len(blocks) or count >= len(structure.blocks):
+            raise PlanError(
+                f"count: {count} blocks asked, {len(blocks)} of the model's {len(structure.blocks)} are selected, "
+                "and at least one block must remain"
+            )
+        scores: dict[str, float] = {}
+        for block in blocks:
+            observer = statistics[block.name]
+            assert isinstance(observer, MeanCosine)
+            scores[block.name] = observer.mean
+        chosen = sorted(blocks, key=lambda block: (-scores[block.name], block.index))[:count]
+        return DropBlocksPlan(
+            decisions=tuple(
+                DropBlock(site=block.name, score=scores[block.name])
+                for block in sorted(chosen, key=lambda block: block.index)
+            ),
+            notes=() if chosen else ("ratio is too small to drop a block",),
+            scores=scores,
+        )
+
+    def check(self, graph: Graph, structure: Structure, plan: DropBlocksPlan) -> None:
+        """Every block exists, once, and one remains."""
+        names = [decision.site for decision in plan.decisions]
+        known = [block.name for block in structure.blocks]
+        wrong = sorted(set(names) - set(known))
+        if wrong or len(set(names)) != len(names):
+            raise PlanError(f"the plan drops {names}; the model's blocks are {known[0]} to {known[-1]}, each at most once")
+        if len(names) >= len(known):
+            raise PlanError(f"the plan drops all {len(known)} blocks; at least one must remain")
+
+    def apply(self, editor: Editor, structure: Structure, plan: DropBlocksPlan, statistics: Statistics) -> None:
+        """Bypass the blocks, last first, so that neighbours that both go are bypassed together."""
+        for block in reversed(_chosen(structure, plan)):
+            editor.replace(block.exit, block.entry)
+
+    def exact(self, plan: DropBlocksPlan) -> bool:
+        """Dropping a block changes the model."""
+        return not plan.decisions
+
+    def parameter_delta(self, graph: Graph, structure: Structure, plan: DropBlocksPlan) -> int:
+        """All weights that only the dropped blocks read."""
+        return -freed_parameter_count(graph, [node for block in _chosen(structure, plan) for node in block.nodes])
+
+    def summary(self, plan: DropBlocksPlan) -> str:
+        """The names of the blocks that went."""
+        return f"dropped {', '.join(d.site.removeprefix('blocks.') for d in plan.decisions) or 'none'} " + (
+            f"of {len(plan.scores)} blocks" if plan.scores else "(repeated plan)"
+        )
+
+
+def _chosen(structure: Structure, plan: DropBlocksPlan) -> list[Block]:
+    names = {decision.site for decision in plan.decisions}
+    return [block for block in structure.blocks if block.name in names]

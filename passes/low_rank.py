@@ -1,0 +1,171 @@
+"""Factor linear layers into two thin ones.
+
+Paper:
+    SVD-LLM (Wang et al. 2024, arXiv:2403.07378) and SVD-LLM V2 (arXiv:2503.12340) for ``whitened``; truncated SVD
+    (Eckart and Young 1936) for ``svd``.
+Formula:
+    ``svd``: ``W_r = U_r S_r V_r^T``, the best rank-r approximation of W.
+    ``whitened``: with ``C = sum_t x_t x_t^T = Q L Q^T``: ``U S V^T = svd(W Q L^(1/2))``,
+    ``W_r = U_r S_r V_r^T L^(-1/2) Q^T``, the best rank-r approximation of ``W X``:
+    ``||(W - W_r) X||_F = sqrt(sum_{i>r} S_i^2)``.
+    ``ratio`` is the share of the matrix's parameters kept: ``r = floor(ratio m n / (m + n))``; 1.0 is full rank.
+Shapes:
+    W: [out, in]; C: [in, in]; factors [out, r] and [r, in].
+Units:
+    ratio: parameters kept / parameters before.
+Reads:
+    The input of each factored linear (``whitened`` only), on the already-changed model, block by block.
+Changes:
+    ``y = W x + b`` becomes ``y = L (R x) + b``.
+Errors:
+    PlanError for a rank above min(out, in), for already quantized weights, and where nothing is selected.
+Example:
+    ``- low_rank: {ratio: 0.6}`` or ``- low_rank: {rank: 64, method: svd, names: "*.ffn.*"}``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from surgeon.accounting import freed_parameter_count
+from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.errors import PlanError
+from surgeon.graph import Graph
+from surgeon.numerics import LowRank as Factors
+from surgeon.numerics import rank_for_ratio, saves, truncated_svd, whitened_svd
+from surgeon.observe import SecondMoment
+from surgeon.rewrite import Editor
+from surgeon.structure import Linear, Site, Structure
+
+
+class FactorLinear(Decision):
+    """One linear that is factored.
+
+    Attributes:
+        site: name of the linear.
+        rank: rank r of the two factors.
+        full_rank: min(out, in), at which nothing is lost.
+    """
+
+    rank: Annotated[int, Field(ge=1)]
+    full_rank: int
+
+
+class LowRankPlan(Plan[FactorLinear]):
+    """The linears that are factored, with their ranks."""
+
+
+class LowRank(Pass[LowRankPlan]):
+    """Factor linears into two thin ones by (activation-whitened) SVD."""
+
+    name = "low_rank"
+    scope: ClassVar[Literal["model", "block"]] = "block"
+    plan_type = LowRankPlan
+    apply_reads_statistics = True
+
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of the factors; give this or ratio."""
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each matrix's parameters to keep; 1.0 is full rank, kept as two factors; give this or rank."""
+    method: Literal["whitened", "svd"] = "whitened"
+    """whitened minimises the error of the layer's output on calibration data; svd that of the weight, without data."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> LowRank:
+        if (self.rank is None) == (self.ratio is None):
+            raise ValueError("give either rank or ratio")
+        return self
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """Second moments of the inputs, shared by linears that read the same value."""
+        if self.method == "svd":
+            return {}
+        return {site.part.input.name: SecondMoment(site.part.input) for site in self._sites(structure)}
+
+    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> LowRankPlan:
+        """Choose ranks; linears that two factors would not make smaller are left alone."""
+        decisions, notes = [], []
+        for site in self._sites(structure):
+            out, inner = site.part.out_features, site.part.in_features
+            full = min(out, inner)
+            if not graph.tensor(site.part.weight).is_floating_point():
+                raise PlanError(f"{site.name}: its weight is quantized already; put low_rank before quantize")
+            if self.rank is not None and self.rank > full:
+                raise PlanError(f"{site.name}: rank {self.rank} asked, [{out}, {inner}] has rank {full} at most")
+            rank = self.rank if self.rank is not None else rank_for_ratio(out, inner, self.ratio or 1.0)
+            if not saves(out, inner, rank) and self.ratio != 1.0:
+                notes.append(f"{site.name} [{out}, {inner}]: two factors of rank {rank} would not be smaller; left alone")
+                continue
+            decisions.append(FactorLinear(site=site.name, rank=rank, full_rank=full))
+        return LowRankPlan(decisions=tuple(decisions), notes=tuple(notes))
+
+    def check(self, graph: Graph, structure: Structure, plan: LowRankPlan) -> None:
+        """Every linear exists and has the rank."""
+        sites = {site.name: site for site in structure.linears}
+        for decision in plan.decisions:
+            if decision.site not in sites:
+                raise PlanError(f"the plan factors {decision.site}, which this model does not have")
+            part = sites[decision.site].part
+            full = min(part.out_features, part.in_features)
+            if decision.rank > full or decision.full_rank != full:
+                raise PlanError(
+                    f"{decision.site}: the plan says rank {decision.rank} of {decision.full_rank}, "
+                    f"[{part.out_features}, {part.in_features}] has rank {full} at most"
+                )
+
+    def apply(self, editor: Editor, structure: Structure, plan: LowRankPlan, statistics: Statistics) -> None:
+        """Replace each chosen linear by two."""
+        ranks = {decision.site: decision.rank for decision in plan.decisions}
+        for site in structure.linears:
+            if site.name in ranks:
+                self._factor(editor, site, ranks[site.name], statistics)
+
+    def _factor(self, editor: Editor, site: Site[Linear], rank: int, statistics: Statistics) -> None:
+        part = site.part
+        weight = editor.tensor(part.weight).detach()
+        matrix = weight.T if part.transposed else weight
+        factors = self._decompose(matrix, rank, part, statistics)
+        with editor.before(part.node):
+            right = editor.add_tensor(f"{part.weight}_right", factors.right.to(weight.dtype).contiguous())
+            inner = editor.call(torch.ops.aten.linear.default, part.input, right)
+            left = editor.add_tensor(f"{part.weight}_left", factors.left.to(weight.dtype).contiguous())
+            bias = (editor.read(part.bias),) if part.bias is not None else ()
+            outer = editor.call(torch.ops.aten.linear.default, inner, left, *bias)
+        editor.replace(part.node, outer)
+
+    def _decompose(self, matrix: Tensor, rank: int, part: Linear, statistics: Statistics) -> Factors:
+        if self.method == "svd":
+            return truncated_svd(matrix, rank)
+        observer = statistics[part.input.name]
+        assert isinstance(observer, SecondMoment)
+        assert observer.matrix is not None
+        return whitened_svd(matrix, observer.matrix, rank)
+
+    def exact(self, plan: LowRankPlan) -> bool:
+        """Full rank everywhere loses nothing."""
+        return all(decision.rank == decision.full_rank for decision in plan.decisions)
+
+    def parameter_delta(self, graph: Graph, structure: Structure, plan: LowRankPlan) -> int:
+        """r (out + in) for each factored linear, less the matrices that nothing else reads."""
+        ranks = {decision.site: decision.rank for decision in plan.decisions}
+        parts = {site.name: site.part for site in structure.linears if site.name in ranks}
+        added = sum(ranks[name] * (part.out_features + part.in_features) for name, part in parts.items())
+        names = {part.weight for part in parts.values()}
+        return added - freed_parameter_count(graph, [part.node for part in parts.values()], names)
+
+    def summary(self, plan: LowRankPlan) -> str:
+        """How many linears, and their ranks."""
+        ranks = sorted({decision.rank for decision in plan.decisions})
+        span = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
+        return f"{len(plan.decisions)} linears factored{', ' + span if span else ''} ({self.method})"
+
+    def _sites(self, structure: Structure) -> Iterator[Site[Linear]]:
+        """Linears inside the blocks except routers; with ``names:`` whatever matches."""
+        for site in structure.selected_linears():
+            if self.names is not None or (site.block is not None and not site.name.endswith(".router")):
+                yield site

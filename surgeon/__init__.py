@@ -1,0 +1,1 @@
+"""surgeon: a compiler for operating on trained models."""

@@ -1,0 +1,398 @@
+"""The ``surgeon`` command: arguments in, calls of the library, results on the terminal.  No logic of its own.
+
+Exit codes: 0 done; 2 the user's or the model's doing (one message, no traceback); 130 interrupted; 1 a bug of surgeon.
+Everything heavy is imported inside the commands, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import inspect as introspection
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from surgeon.errors import RecipeError, SurgeonError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+_THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+"""System errors that say something about the user's disk, not about a bug."""
+
+
+class _Guarded(TyperGroup):
+    """Turns what commands raise on purpose into a line on standard error and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # also an OSError, but not the disk's: the reader of our output has left
+        except SurgeonError as error:
+            _say("error", str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in _THE_MACHINES_DOING:
+                raise
+            _say("error", f"{error.filename or 'a file'}: {error.strerror}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _say("interrupted", "")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Guarded,
+    name="surgeon",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""A compiler for operating on trained models: trace, discover, rewrite, lower.
+
+A recipe (YAML) names a model, the passes to run on it and a backend; a build leaves an artefact with its report.
+
+\b
+A first session:
+  surgeon inspect ./my-model                what the model is made of
+  surgeon passes                            what can be done to it
+  surgeon passes quantize                   the options of one pass
+  surgeon plan recipe.yaml -o plan.json     decide, and look before it is done
+  surgeon compile recipe.yaml               do it
+""",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change one value of the recipe, e.g. passes.0.drop_blocks.count=2; may be given again.",
+        show_default=False,
+    ),
+]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write it here, don't print it.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print data for programs instead.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"surgeon {_installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    "compile",
+    help="""Build what a recipe says: run its passes, lower the result, check it and report.
+
+The output folder appears whole or not at all.
+
+\b
+Examples:
+  surgeon compile recipe.yaml
+  surgeon compile recipe.yaml --output build/small --force
+  surgeon compile recipe.yaml --set passes.0.drop_blocks.count=4
+  surgeon compile recipe.yaml --plan plan.json   (repeat it exactly)
+  surgeon compile recipe.yaml --json > report.json
+""",
+)
+def _compile(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of deciding.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Instead of the recipe's.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    from surgeon.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.backend is not None and loaded.output is None and output is None:
+        raise RecipeError(f"{recipe}: no output folder; give --output DIR, or output: DIR in the recipe")
+
+    from surgeon.pipeline import compile_recipe
+    from surgeon.plans import SavedPlan
+
+    saved = SavedPlan.read(plan) if plan is not None else None
+    compiled = compile_recipe(loaded, plan=saved, output=output, force=force, progress=not quiet)
+    if as_json:
+        typer.echo(compiled.report.to_json())
+    elif not quiet:
+        from surgeon.report import render_terminal
+
+        render_terminal(compiled.report, Console())
+
+
+@app.command(
+    help="""Decide what a recipe's passes will do to its model, write that down and change nothing.
+
+A plan is a small JSON file of indices, ranks and scores. Edit it, then repeat it exactly with compile --plan.
+
+\b
+Examples:
+  surgeon plan recipe.yaml                      print it
+  surgeon plan recipe.yaml --output plan.json
+  surgeon compile recipe.yaml --plan plan.json
+""",
+)
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: OutputFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Decide and change nothing."""
+    from surgeon.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+
+    from surgeon.pipeline import plan_recipe
+
+    if output is not None:
+        _check_writable(output)
+    saved = plan_recipe(loaded, progress=not quiet)
+    if output is None:
+        typer.echo(saved.to_json().rstrip("\n"))
+    else:
+        saved.write(output)
+
+
+@app.command(
+    help="""Show what a model is made of: blocks, attention, FFNs, experts, and what was not recognised.
+
+\b
+Examples:
+  surgeon inspect ./my-model
+  surgeon inspect my_package.models:build --html model.html
+  surgeon inspect org/name --json > structure.json
+""",
+)
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="Directory, hub id or package.module:callable.", metavar="MODEL", show_default=False)
+    ],
+    as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with a picture of the model.", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="What to trace, as model.task of a recipe.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show a model's structure."""
+    from surgeon.recipe import ModelSpec
+    from surgeon.validation import validate
+
+    spec = validate(ModelSpec, {"path": model, "task": task, "dtype": dtype})
+    if html is not None:
+        _check_writable(html)
+
+    from surgeon.discover import discover
+    from surgeon.progress import Progress
+    from surgeon.report import inspection
+    from surgeon.trace import trace
+
+    with Progress(not quiet) as bars:
+        with bars.step("tracing"):
+            graph = trace(spec.path, task=spec.task, dtype=spec.dtype)
+        with bars.step("discovering the structure"):
+            structure = discover(graph)
+    found = inspection(graph, structure)
+    if html is not None:
+        _write(html, found.html())
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    elif not quiet:
+        found.render(Console())
+
+
+@app.command(
+    help="""List the passes, or show the options of one.
+
+\b
+Examples:
+  surgeon passes
+  surgeon passes drop_blocks
+""",
+)
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+) -> None:
+    """List passes or show one."""
+    from surgeon import registry
+
+    if name is not None:
+        _show_options(registry.pass_class(name))
+        return
+    table = Table("pass", "from", "what it does", box=None, header_style="bold")
+    for line in registry.listing("pass"):
+        table.add_row(line.name, line.origin, Text(line.summary, style="red" if line.problem else ""))
+    Console().print(table)
+
+
+@app.command(
+    help="""List the backends and whether their libraries are installed, or show the options of one.
+
+\b
+Examples:
+  surgeon backends
+  surgeon backends onnxruntime
+""",
+)
+def backends(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+) -> None:
+    """List backends or show one."""
+    from surgeon import registry
+
+    if name is not None:
+        _show_options(registry.backend_class(name))
+        return
+    table = Table("backend", "from", "needs", "what it is", box=None, header_style="bold")
+    for line in registry.listing("backend"):
+        state = "" if line.found is None else registry.installation(line.name)
+        table.add_row(line.name, line.origin, Text(state), Text(line.summary, style="red" if line.problem else ""))
+    Console().print(table)
+
+
+@app.command(
+    help="""Print the JSON schema of recipes, with every installed pass and backend.
+
+\b
+Examples:
+  surgeon schema --output recipe.schema.json
+  then, as the first line of a recipe, for completion in an editor:
+  # yaml-language-server: $schema=recipe.schema.json
+""",
+)
+def schema(
+    output: OutputFile = None,
+) -> None:
+    """Print the JSON schema."""
+    from surgeon.recipe import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2)
+    if output is None:
+        typer.echo(text)
+    else:
+        _write(output, text + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        arguments: what follows the program's name; ``sys.argv`` by default.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(args=arguments, prog_name="surgeon")
+        code: Any = 0
+    except SystemExit as stop:
+        code = stop.code
+    except KeyboardInterrupt:  # while the arguments were read
+        code = 130
+    except BrokenPipeError:
+        code = _pipe_closed()
+    except Exception:
+        traceback.print_exc()
+        _say("this is a bug in surgeon", f"{_installed_version()}; please report it with the lines above")
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _pipe_closed()
+    sys.exit(code)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """A polite kill cleans up as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _pipe_closed() -> int:
+    """The reader of our output has left (``surgeon passes | head -1``): stop as a process ended by SIGPIPE does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+    return 128 + signal.SIGPIPE
+
+
+def _say(what: str, message: str) -> None:
+    line = Text(what, style="bold red")
+    if message:
+        line.append(": ").append(Text(message, style="default not bold"))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+
+
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("surgeon")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+def _show_options(found: type[BaseModel]) -> None:
+    """Documentation and options of a pass or backend."""
+    from surgeon import registry
+
+    console = Console(highlight=False)
+    module = introspection.getmodule(found)
+    for text in dict.fromkeys((found.__doc__, module.__doc__ if module else None)):
+        if text:
+            console.print(Text(introspection.cleandoc(text) + "\n"), soft_wrap=True)
+    table = Table("field", "type", "default", "meaning", box=None, header_style="bold")
+    for field in registry.fields(found):
+        table.add_row(*map(Text, (field.name, field.type, field.default, field.doc)))
+    console.print(table)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written before minutes of work, not after."""
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder, needed the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"{path}: the folder {path.absolute().parent} does not exist")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    _check_writable(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

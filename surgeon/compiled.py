@@ -1,0 +1,178 @@
+"""The result of a build: callable, with its graph, artefact and report; and how it is written and read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from surgeon.contract import Artifact, ArtifactFile
+from surgeon.errors import LowerError
+from surgeon.graph import Graph, Port
+from surgeon.output import check_free, staged
+from surgeon.plans import SavedPlan
+from surgeon.report import Report
+from surgeon.structure import Structure
+
+if TYPE_CHECKING:
+    from surgeon.recipe import Recipe
+
+MANIFEST = "surgeon.json"
+
+
+class Compiled:
+    """A model that surgeon has operated on.
+
+    Calling it runs the artefact where there is one, else the graph in torch (differentiable).
+
+    Attributes:
+        graph: the rewritten graph; None when the artefact was loaded from a directory.
+        structure: its structure; None likewise.
+        report: what was done and measured.
+        plan: what every pass did, to save and repeat; None when loaded.
+        recipe: the recipe it came from, if any.
+        artifact: the lowered artefact, None with ``backend=None``.
+    """
+
+    def __init__(
+        self,
+        *,
+        report: Report,
+        graph: Graph | None = None,
+        structure: Structure | None = None,
+        plan: SavedPlan | None = None,
+        recipe: Recipe | None = None,
+        artifact: Artifact | None = None,
+    ) -> None:
+        self.graph = graph
+        self.structure = structure
+        self.report = report
+        self.plan = plan
+        self.recipe = recipe
+        self.artifact = artifact
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Directory of the artefact."""
+        return self.artifact.folder if self.artifact is not None else None
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run on the model's own keyword inputs.
+
+        Args:
+            **inputs: torch tensors.
+
+        Returns:
+            Torch tensors by the model's own output names.
+        """
+        if self.artifact is not None:
+            return self.artifact.run(inputs)
+        assert self.graph is not None
+        return self.graph(**inputs)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Copy the artefact with its recipe, plan and reports to a directory that ``surgeon.load`` opens.
+
+        Args:
+            folder: must not exist, unless ``force``.
+            force: replace an output of surgeon that exists.
+
+        Raises:
+            LowerError: there is no artefact (``backend=None``).
+            RecipeError: the directory exists.
+        """
+        if self.artifact is None:
+            raise LowerError("there is no artefact to save: compile with a backend, such as backend='onnxruntime'")
+        target = Path(folder)
+        check_free(target, force)
+        with staged(target) as staging:
+            shutil.copytree(self.artifact.folder, staging, dirs_exist_ok=True)
+        return target
+
+    def temporary_folder(self) -> Path:
+        """A directory that lives as long as this object."""
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="surgeon-")
+        return Path(self._temporary.name)
+
+
+def write_outputs(compiled: Compiled, folder: Path, target: Path) -> None:
+    """Write manifest, plan, recipe and reports beside the artefact's files.
+
+    Args:
+        compiled: the finished build.
+        folder: where the artefact's files are now.
+        target: where they will be; named in the report.
+    """
+    from surgeon.report_html import render_html
+
+    artifact = compiled.artifact
+    assert artifact is not None
+    assert compiled.plan is not None
+    compiled.report.artifact = {
+        "folder": str(target),
+        "backend": artifact.backend,
+        "options": artifact.options,
+        "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in artifact.files],
+        "details": artifact.details,
+    }
+    manifest = {
+        "surgeon": compiled.report.surgeon,
+        "backend": artifact.backend,
+        "options": artifact.options,
+        "files": compiled.report.artifact["files"],
+        "inputs": [_port(port) for port in artifact.inputs],
+        "outputs": [_port(port) for port in artifact.outputs],
+        "details": artifact.details,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    compiled.plan.write(folder / "plan.json")
+    if compiled.recipe is not None:
+        from surgeon.recipe import dump_recipe
+
+        (folder / "recipe.yaml").write_text(dump_recipe(compiled.recipe), encoding="utf-8")
+    (folder / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
+    (folder / "report.html").write_text(render_html(compiled.report), encoding="utf-8")
+
+
+def load(folder: str | Path) -> Compiled:
+    """Open an artefact that a build wrote.
+
+    Args:
+        folder: its directory.
+
+    Returns:
+        A callable result with ``artifact`` and ``report``; its graph is not kept in the directory.
+
+    Raises:
+        LowerError: the directory is not an artefact, or a file is missing or has another size than recorded.
+    """
+    from surgeon.registry import backend_class
+
+    path = Path(folder)
+    try:
+        manifest: Mapping[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LowerError(f"{path}: no artefact here ({MANIFEST} is missing)") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LowerError(f"{path / MANIFEST}: cannot be read: {error}") from error
+    for entry in manifest["files"]:
+        recorded = ArtifactFile(**entry)
+        file = path / recorded.path
+        if not file.is_file():
+            raise LowerError(f"{file}: the artefact's file is missing; build it again")
+        if file.stat().st_size != recorded.bytes:
+            raise LowerError(f"{file}: {file.stat().st_size} bytes found, {recorded.bytes} recorded; build it again")
+    artifact = backend_class(manifest["backend"]).load(path, manifest)
+    report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
+    return Compiled(report=report, artifact=artifact)
+
+
+def _port(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}

@@ -1,0 +1,323 @@
+"""The contracts that passes and backends fulfil.
+
+A pass is its own configuration: a frozen pydantic model whose fields are its YAML schema.  It answers three questions and
+does nothing else; the pipeline clones, cleans up, fingerprints, verifies, times and reports::
+
+    observers(structure)                       what to measure on calibration data ({} = nothing, no forward run)
+    plan(graph, structure, statistics)         what to do: a small, readable, editable piece of JSON; refuses here
+    apply(editor, structure, plan, statistics) do it
+
+A backend is a frozen pydantic model too: ``refuses`` says what it cannot express, ``lower`` writes files.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import Tensor, fx
+
+from surgeon.errors import PlanError
+from surgeon.structure import Selection, Structure
+
+if TYPE_CHECKING:
+    from surgeon.graph import Graph
+    from surgeon.rewrite import Editor
+
+
+class Observer(abc.ABC):
+    """A streaming statistic over the values of some nodes.
+
+    Attributes:
+        nodes: the nodes whose values are handed to ``update``, in that order.
+    """
+
+    nodes: tuple[fx.Node, ...]
+
+    @abc.abstractmethod
+    def update(self, *values: Tensor) -> None:
+        """Add one calibration batch.
+
+        Args:
+            *values: one tensor per node, each [tokens, ...]: batch and sequence are flattened and padding is removed.
+        """
+
+    @abc.abstractmethod
+    def merge(self, other: Observer) -> None:
+        """Add what another observer of the same kind saw on other data."""
+
+
+Statistics = Mapping[str, Observer]
+"""Observers by key after they have seen the calibration data."""
+
+
+class Decision(BaseModel):
+    """What a plan says about one site.
+
+    Attributes:
+        site: name of the site, e.g. ``blocks.3.ffn``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    site: str
+
+
+D = TypeVar("D", bound=Decision)
+
+
+class Plan(BaseModel, Generic[D]):
+    """What a pass will do, as data: indices, ranks, scores.
+
+    Attributes:
+        decisions: one entry per site that is changed.
+        notes: what a reader should know, e.g. sites left alone and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    decisions: tuple[D, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def joined(self, others: Sequence[Plan[D]]) -> Plan[D]:
+        """This plan with the decisions and notes of others appended (block-scoped passes plan block by block)."""
+        decisions = [d for plan in (self, *others) for d in plan.decisions]
+        notes = [n for plan in (self, *others) for n in plan.notes]
+        return self.model_copy(update={"decisions": tuple(decisions), "notes": tuple(dict.fromkeys(notes))})
+
+
+P = TypeVar("P", bound=Plan[Any])
+
+
+class Pass(BaseModel, abc.ABC, Generic[P]):
+    """A declarative rewrite.  Subclasses add fields; the field docstrings are their documentation in every place.
+
+    Class attributes:
+        name: registered name, equal to the file's name and the YAML key.
+        scope: ``model`` passes see all statistics at once; ``block`` passes are driven block by block, each block being
+            observed on the activations that the already-changed model produces.
+        plan_type: the pydantic class of its plan.
+        apply_reads_statistics: ``apply`` needs the statistics too, so that repeating a saved plan observes again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    scope: ClassVar[Literal["model", "block"]] = "model"
+    plan_type: ClassVar[type[Plan[Any]]]
+    apply_reads_statistics: ClassVar[bool] = False
+
+    blocks: str | int | list[int] | None = None
+    """Blocks to act on: an index, a list of them, or a Python slice as text such as "4:" or "::2"; all by default."""
+    names: str | list[str] | None = None
+    """Shell patterns over site names (blocks.3.ffn.up) and weight names; all by default."""
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_are_readable(cls, value: str | int | list[int] | None) -> str | int | list[int] | None:
+        if isinstance(value, str):
+            _slice(value)
+        return value
+
+    def selection(self, structure: Structure) -> Selection:
+        """The sites that ``blocks:`` and ``names:`` admit on this model.
+
+        Raises:
+            PlanError: a block index that the model does not have.
+        """
+        patterns = (self.names,) if isinstance(self.names, str) else tuple(self.names or ())
+        if self.blocks is None:
+            return Selection(None, patterns)
+        count = len(structure.blocks)
+        if isinstance(self.blocks, str):
+            chosen = list(range(count))[_slice(self.blocks)]
+        else:
+            wanted = [self.blocks] if isinstance(self.blocks, int) else self.blocks
+            wrong = [index for index in wanted if not -count <= index < count]
+            if wrong:
+                raise PlanError(
+                    f"{self.name}: blocks: {wrong} do not exist; the model has {count} blocks, numbered 0 to {count - 1}"
+                )
+            chosen = [index % count for index in wanted]
+        return Selection(frozenset(chosen), patterns)
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """What to measure at the selected sites; nothing by default."""
+        return {}
+
+    @abc.abstractmethod
+    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> P:
+        """Decide what to do at the selected sites.  Pure: reads weights, changes nothing.
+
+        Raises:
+            PlanError: what was asked cannot be done on this model; names the site.
+        """
+
+    def check(self, graph: Graph, structure: Structure, plan: P) -> None:
+        """Refuse a plan (a saved or edited one) that does not fit this model.  Called before every ``apply``.
+
+        Raises:
+            PlanError: names the decision's site and what does not fit.
+        """
+
+    @abc.abstractmethod
+    def apply(self, editor: Editor, structure: Structure, plan: P, statistics: Statistics) -> None:
+        """Edit the clone that ``editor`` holds; replace tensors, never write into them."""
+
+    def exact(self, plan: P) -> bool:
+        """Whether this plan must leave the outputs as they are (checked numerically by the pipeline)."""
+        return not plan.decisions
+
+    @abc.abstractmethod
+    def parameter_delta(self, graph: Graph, structure: Structure, plan: P) -> int:
+        """Change of the parameter count that this plan causes; checked against the rewritten graph.
+
+        Args:
+            graph: the graph before.
+            structure: its structure.
+            plan: the plan.
+        """
+
+    def summary(self, plan: P) -> str:
+        """One line for the report: what the plan does."""
+        return f"{len(plan.decisions)} sites"
+
+
+_LOW_BIT = ("surgeon.dequantize.default", "surgeon.fake_quantize_dynamic.default")
+
+_SLICE = re.compile(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*(?:(:)\s*(-?\d+)?)?\s*")
+
+
+def _slice(text: str) -> slice:
+    """Parse ``"4:"``, ``":-1"``, ``"::2"`` as Python would."""
+    match = _SLICE.fullmatch(text)
+    if match is None or (match[2] is None):
+        raise ValueError(f"{text!r} is not a slice such as '4:', ':-2' or '1:8:2'")
+    start, stop, step = (int(match[g]) if match[g] is not None else None for g in (1, 3, 5))
+    if step == 0:
+        raise ValueError(f"{text!r}: the step of a slice cannot be 0")
+    return slice(start, stop, step)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend cannot express a graph.
+
+    Attributes:
+        node: name of the node, or of the input or option concerned.
+        reason: what is not supported, and what is.
+    """
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """One file of an artefact: path relative to the artefact's folder, size in bytes, sha256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, path: str) -> ArtifactFile:
+        """Measure and hash ``folder / path``."""
+        digest = hashlib.sha256()
+        with (folder / path).open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        return cls(path, (folder / path).stat().st_size, digest.hexdigest())
+
+
+@dataclass
+class Artifact(abc.ABC):
+    """Files that a backend wrote, and how to run them.
+
+    Attributes:
+        folder: where the files are.
+        backend: name of the backend that wrote them.
+        options: that backend's options.
+        files: every file of the artefact.
+        inputs: names, dtypes and shapes of the inputs, as in ``Graph.inputs``.
+        outputs: likewise.
+        details: facts for the report, such as node counts by operator, fused operators, quantization, opset.
+    """
+
+    folder: Path
+    backend: str
+    options: dict[str, Any]
+    files: tuple[ArtifactFile, ...]
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.bytes for file in self.files)
+
+    @abc.abstractmethod
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on keyword inputs (torch tensors), returning torch tensors by output name."""
+
+    @abc.abstractmethod
+    def threads(self, count: int) -> AbstractContextManager[None]:
+        """Run on ``count`` intra-operator threads within the context (for fair timing)."""
+
+
+class Backend(BaseModel, abc.ABC):
+    """A lowering target.  Subclasses add option fields.
+
+    Class attributes:
+        name: registered name, equal to the file's name and the YAML key.
+        tolerance: largest relative error of the artefact against the graph that a build accepts.
+        low_bit_tolerance: the same where the graph holds low-bit weights, whose kernels may round activations too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    tolerance: ClassVar[float] = 1e-3
+    low_bit_tolerance: ClassVar[float] = 5e-2
+
+    def accepted_error(self, graph: Graph) -> float:
+        """Largest relative error (Frobenius) of an output that the build accepts for this graph."""
+        low_bit = any(str(node.target) in _LOW_BIT for node in graph.module.graph.nodes)
+        return self.low_bit_tolerance if low_bit else self.tolerance
+
+    @classmethod
+    @abc.abstractmethod
+    def requirements(cls) -> tuple[str, ...]:
+        """Import names of the libraries it needs; missing ones are reported with ``install``."""
+
+    @classmethod
+    @abc.abstractmethod
+    def install(cls) -> str:
+        """The line that installs them, e.g. ``pip install 'surgeon[cpu]'``."""
+
+    @abc.abstractmethod
+    def refuses(self, graph: Graph) -> list[Refusal]:
+        """What of this graph it cannot express, empty where it can all be."""
+
+    @abc.abstractmethod
+    def lower(self, graph: Graph, folder: Path) -> Artifact:
+        """Write the artefact's files into ``folder`` (exists, empty).  Never modifies the graph.
+
+        Raises:
+            LowerError: names the node and the reason.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> Artifact:
+        """Open an artefact that ``lower`` wrote; ``manifest`` is what ``surgeon`` recorded beside it.
+
+        Raises:
+            LowerError: files are missing, damaged, or need hardware that is not there.
+        """

@@ -1,0 +1,149 @@
+"""Position-wise feed-forward networks: a linear that reads element-wise work on one or two linears of the same input.
+
+    plain   down(act(up(x)))
+    gated   down(act(gate(x)) * up(x))      stored apart, or one linear whose output is split
+
+Which half is the gate is decided by evaluating the element-wise part h = f(a, b): it is linear and without offset in ``up``,
+so with ``b`` as up, f(a, b) = b f(a, 1), and f(a, 1) is the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.activations import recognise
+from surgeon.discovery import operators, probe
+from surgeon.discovery.flow import Flow
+from surgeon.discovery.linears import Linears
+from surgeon.structure import FFN, Linear
+
+
+@dataclass(frozen=True)
+class Half:
+    """What one of the two factors of the intermediate activation is computed from: part of a linear's output.
+
+    Attributes:
+        linear: the linear.
+        numbers: the output features.
+        nodes: the nodes that hold them when the first computation reads them.
+    """
+
+    linear: Linear
+    numbers: tuple[int, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+def find_ffns(flow: Flow, linears: Linears, path: frozenset[fx.Node]) -> tuple[list[FFN], list[str]]:
+    """FFNs of a region, in graph order, and why further linears that follow others are the ``down`` of none."""
+    found: list[FFN] = []
+    reasons: list[str] = []
+    for node in flow.ordered(path):
+        down = linears.whole.get(node)
+        if down is None:
+            continue
+        ffn = _match(flow, linears, path, down)
+        if isinstance(ffn, FFN):
+            found.append(ffn)
+        elif ffn:
+            reasons.append(f"{node.name} is the down projection of no FFN: {ffn}")
+    return found, reasons
+
+
+def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear) -> FFN | str:
+    ups: list[Linear] = []
+    middle: set[fx.Node] = set()
+    stack = [down.input]
+    while stack:
+        node = stack.pop()
+        if node in middle:
+            continue
+        if node in linears.whole:
+            if node not in path:
+                return ""
+            if linears.whole[node] not in ups:
+                ups.append(linears.whole[node])
+            continue
+        if node not in path:
+            return ""  # it reads the stream itself: no FFN ends here
+        name = operators.kind(node)
+        if not (operators.is_pointwise(node) or operators.is_movement(node) or name == operators.FAKE_QUANTIZE):
+            return f"{node.name} = {name} lies in between, needed element-wise work" if ups else ""
+        middle.add(node)
+        stack.extend(flow.active(node))
+    ups.sort(key=lambda linear: flow.index[linear.node])
+    if not any(operators.is_pointwise(node) for node in middle):
+        return ""
+    if len(ups) > 2:
+        return f"it reads {len(ups)} linears ({', '.join(u.node.name for u in ups)}), needed one or two"
+    if len({flow.plain(linear.input) for linear in ups}) > 1:
+        return f"{ups[0].node.name} and {ups[1].node.name} read different inputs"
+    halves = _halves(flow, linears, ups, down.input)
+    if isinstance(halves, str):
+        return halves
+    widths = {len(half.numbers) for half in halves}
+    if widths != {down.in_features}:
+        return f"it reads {down.in_features} features and what it is computed from has {sorted(widths)}, needed the same"
+    return _assemble(flow, linears, halves, down)
+
+
+def _halves(flow: Flow, linears: Linears, ups: list[Linear], hidden: fx.Node) -> list[Half] | str:
+    halves: list[Half] = []
+    for up in ups:
+        groups: dict[tuple[int, ...], list[fx.Node]] = {}
+        for node, numbers in linears.features(up, hidden).items():
+            groups.setdefault(numbers, []).append(node)
+        halves.extend(Half(up, numbers, tuple(nodes)) for numbers, nodes in groups.items())
+    if len(halves) > 2:
+        return f"{len(halves)} different parts of {', '.join(u.node.name for u in ups)} are multiplied, needed one or two"
+    return halves
+
+
+def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) -> FFN:
+    width = down.in_features
+    if len(halves) == 1:
+        (half,) = halves
+        activation = _recognise(lambda x: _evaluate(flow, down.input, {half: x}))
+        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain")
+    gate, up = _gate_and_up(flow, down.input, halves)
+    activation = _recognise(lambda x: _evaluate(flow, down.input, {gate: x, up: torch.ones_like(x)}))
+    if gate.linear is not up.linear:
+        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate")
+    parts = [linears.take(half.linear, half.numbers) for half in (up, gate)]
+    layout = "concatenated" if all(part.rows for part in parts) else "interleaved"
+    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout)
+
+
+def _gate_and_up(flow: Flow, hidden: fx.Node, halves: list[Half]) -> tuple[Half, Half]:
+    """Which half is the gate: h is linear in the other one; where that does not decide, the first is."""
+    first, second = halves
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, generator=generator, dtype=torch.float64)
+    ones = torch.ones_like(a)
+    try:
+        if _close(_evaluate(flow, hidden, {first: a, second: b}), b * _evaluate(flow, hidden, {first: a, second: ones})):
+            return first, second
+        if _close(_evaluate(flow, hidden, {first: a, second: b}), a * _evaluate(flow, hidden, {first: ones, second: b})):
+            return second, first
+    except RuntimeError:  # a learned vector in between: its size is not the probe's
+        return first, second
+    return first, second
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+def _evaluate(flow: Flow, hidden: fx.Node, given: Mapping[Half, Tensor]) -> Tensor:
+    return probe.elementwise(flow, hidden, {node: x for half, x in given.items() for node in half.nodes})
+
+
+def _recognise(function: object) -> str | None:
+    assert callable(function)
+    try:
+        return recognise(function)
+    except RuntimeError:  # likewise
+        return None

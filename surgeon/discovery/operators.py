@@ -1,0 +1,153 @@
+"""What kind of operator a node is, as far as the discovery of structure needs to know."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+RESHAPES = frozenset(
+    f"aten::{name}"
+    for name in (
+        "view _unsafe_view reshape view_as reshape_as permute transpose swapaxes swapdims movedim t numpy_T mT "
+        "unsqueeze squeeze flatten unflatten ravel clone contiguous alias detach lift_fresh_copy"
+    ).split()
+)
+"""The same elements in another shape or order of dimensions."""
+
+CASTS = frozenset({"aten::_to_copy", "aten::to", "aten::type_as", "prims::convert_element_type"})
+"""The same values in another type."""
+
+NARROWINGS = frozenset(
+    f"aten::{name}"
+    for name in "slice select split split_with_sizes chunk unbind narrow tensor_split unsafe_split unsafe_chunk".split()
+)
+"""Some of the elements."""
+
+REPETITIONS = frozenset(f"aten::{name}" for name in "expand expand_as repeat repeat_interleave tile broadcast_to".split())
+"""The same elements several times."""
+
+POINTWISE = frozenset(
+    f"aten::{name}"
+    for name in "where hardswish log_sigmoid prelu glu softsign rsub relu relu6 hardtanh masked_fill".split()
+)
+"""Element-wise operators that carry no ``pointwise`` tag in this version of torch."""
+
+ATTENTIONS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention"
+    ).split()
+) | {"surgeon::attention"}
+"""Attention in one node, with query, key and value as its first three arguments."""
+
+SOFTMAXES = frozenset({"aten::softmax", "aten::_softmax", "aten::_safe_softmax"})
+NORMS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm "
+        "_native_batch_norm_legit_no_training instance_norm"
+    ).split()
+)
+"""Normalisation in one node."""
+
+REDUCTIONS = frozenset(
+    f"aten::{name}" for name in "mean sum var std var_mean std_mean amax amin norm linalg_vector_norm prod".split()
+)
+CONVOLUTIONS = frozenset(
+    f"aten::{name}" for name in "convolution conv1d conv2d conv3d _convolution conv_transpose1d conv_transpose2d".split()
+)
+PRODUCTS = frozenset(f"aten::{name}" for name in "matmul mm bmm baddbmm addmm addbmm einsum linear mv dot".split())
+LOOKUPS = frozenset({"aten::embedding", "aten::index", "aten::index_select"})
+
+ADD = "aten::add"
+CONCATENATE = "aten::cat"
+TOPK = "aten::topk"
+MOE = "surgeon::moe"
+DEQUANTIZE = "surgeon::dequantize"
+FAKE_QUANTIZE = "surgeon::fake_quantize_dynamic"
+GETITEM = "getitem"
+
+
+def kind(node: fx.Node) -> str:
+    """Name of the operator without its overload, ``aten::add``; ``getitem``; otherwise the node's own op."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name)
+    if target is operator.getitem:
+        return GETITEM
+    return node.op if node.op != "call_function" else str(getattr(target, "__name__", target))
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each output element depends on the input elements at the same place only (after broadcasting)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = kind(node)
+    if name in RESHAPES or name in CASTS:
+        return False
+    return name in POINTWISE or torch.Tag.pointwise in target.tags
+
+
+def is_reshape(node: fx.Node) -> bool:
+    """Whether the output holds exactly the input's values, once each (shape, order of dimensions and type may differ)."""
+    return kind(node) in RESHAPES or kind(node) in CASTS
+
+
+def is_narrowing(node: fx.Node) -> bool:
+    """Whether the output holds some of the input's values; includes the ``getitem`` after a split."""
+    return kind(node) in NARROWINGS or kind(node) == GETITEM
+
+
+def is_movement(node: fx.Node) -> bool:
+    """Whether values are only moved, selected or repeated."""
+    name = kind(node)
+    return name in RESHAPES or name in CASTS or name in NARROWINGS or name in REPETITIONS or name == GETITEM
+
+
+def value(node: fx.Node) -> Any:
+    """The node's fake value; the first one of several."""
+    found = node.meta.get("val")
+    if isinstance(found, list | tuple) and found:
+        return found[0]
+    return found
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the node's value is a floating-point (or complex) tensor, or starts with one."""
+    found = value(node)
+    return isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex())
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the node's value with every symbolic size replaced by the size it was traced with."""
+    found = value(node)
+    return tuple(hint(size) for size in found.shape) if isinstance(found, Tensor) else ()
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have the same shape, symbolically."""
+    left, right = value(a), value(b)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dim() != right.dim():
+        return False
+    return all(str(x) == str(y) for x, y in zip(left.shape, right.shape, strict=True))
+
+
+def hint(size: Any) -> int:
+    """The number behind a symbolic size: the one the graph was traced with."""
+    node = getattr(size, "node", None)
+    if node is None:
+        return int(size)
+    found = node.hint
+    return int(found) if found is not None else int(node.shape_env.size_hint(node.expr))
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, whether it was given by position or by name."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)

@@ -1,0 +1,140 @@
+"""Numeric evaluation of parts of a graph, which tells what a part computes where its spelling does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from surgeon.discovery import operators
+from surgeon.discovery.flow import Flow
+
+
+def evaluate(flow: Flow, targets: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> list[Any]:
+    """Values of ``targets`` when some nodes have the values ``given``.
+
+    What does not depend on a given node is computed from the graph's weights and example inputs; symbolic sizes have the
+    value they were traced with; a weight that is not in memory (a fake tensor) is drawn at random.
+
+    Args:
+        flow: the graph's data flow.
+        targets: nodes to compute.
+        given: values that replace nodes.
+
+    Returns:
+        One value per target.
+
+    Raises:
+        RuntimeError: an operator does not accept the given values.
+    """
+    return _run(flow, targets, given, elementwise=False)
+
+
+def elementwise(flow: Flow, target: fx.Node, given: Mapping[fx.Node, Tensor]) -> Tensor:
+    """Value of an element-wise subgraph on vectors of any length: reshapes, casts and repetitions count as identities.
+
+    Args:
+        flow: the graph's data flow.
+        target: the node to compute.
+        given: [N] for every node where the subgraph starts.
+
+    Returns:
+        [N].
+
+    Raises:
+        RuntimeError: an operand in between has a shape of its own (such as a learned vector).
+    """
+    (found,) = _run(flow, [target], given, elementwise=True)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _run(flow: Flow, targets: Sequence[fx.Node], given: Mapping[fx.Node, Any], *, elementwise: bool) -> list[Any]:
+    values: dict[fx.Node, Any] = dict(given)
+    with torch.no_grad():
+        for node in flow.ordered(_needed(targets, values)):
+            values[node] = _value(flow, node, values, elementwise)
+    return [values[target] for target in targets]
+
+
+def _needed(targets: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    needed: set[fx.Node] = set()
+    stack = list(targets)
+    while stack:
+        node = stack.pop()
+        if node in given or node in needed:
+            continue
+        needed.add(node)
+        if not _is_size(node):
+            stack.extend(node.all_input_nodes)
+    return needed
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _value(flow: Flow, node: fx.Node, values: Mapping[fx.Node, Any], elementwise: bool) -> Any:
+    if _is_size(node):
+        found = node.meta["val"]
+        return found if isinstance(found, int | float | bool) else operators.hint(found)
+    if node.op == "get_attr":
+        return _tensor(flow.graph.tensor(str(node.target)), flow.index[node])
+    if node.op == "placeholder":
+        names = [n for n in flow.nodes if n.op == "placeholder"]
+        return flow.graph.example[flow.graph.inputs[names.index(node)].name]
+    source = node.args[0] if node.args else None
+    moves = operators.is_reshape(node) or operators.kind(node) in operators.REPETITIONS
+    if elementwise and isinstance(source, fx.Node) and source not in flow.constant:
+        if moves or operators.kind(node) == operators.FAKE_QUANTIZE:
+            return values[source]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function target
+
+
+def _tensor(tensor: Tensor, seed: int) -> Tensor:
+    if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+        return tensor.detach()
+    shape = tuple(operators.hint(size) for size in tensor.shape)
+    generator = torch.Generator().manual_seed(seed)
+    if not tensor.is_floating_point():
+        return torch.zeros(shape, dtype=tensor.dtype)
+    fan_in = shape[-1] if len(shape) > 1 else 1
+    return (torch.randn(shape, generator=generator) / fan_in**0.5).to(tensor.dtype)
+
+
+def mixes(flow: Flow, entry: fx.Node, exit: fx.Node) -> bool:
+    """Whether the value at one position depends on other positions, found by changing the input at one of them.
+
+    The hidden state is [batch, positions ..., features] or [batch, features, positions ...]; a region mixes positions when
+    a change leaks out of its place under both readings.
+
+    Args:
+        flow: the graph's data flow.
+        entry: node where the region starts.
+        exit: node where it ends; of the same shape.
+
+    Returns:
+        True where a change at one position of ``entry`` changes ``exit`` at another.
+    """
+    value = operators.value(entry)
+    shape = operators.shape(entry)
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(shape, generator=generator).to(value.dtype)
+    candidates = [len(shape) - 1] if len(shape) < 4 else [len(shape) - 1, 1]
+    (reference,) = evaluate(flow, [exit], {entry: before})
+    for features in candidates:
+        place = [slice(None) if d == features else 0 for d in range(len(shape))]
+        changed = before.clone()
+        changed[tuple(place)] += torch.randn(changed[tuple(place)].shape, generator=generator).to(value.dtype)
+        (found,) = evaluate(flow, [exit], {entry: changed})
+        difference = (found - reference).abs()
+        if difference.shape != before.shape:
+            return True
+        difference[tuple(place)] = 0
+        if not bool((difference > 1e-6 * (1 + reference.abs())).any()):
+            return False
+    return True

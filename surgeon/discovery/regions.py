@@ -1,0 +1,146 @@
+"""What a sublayer is: attention, FFN, mixture of experts, several of them side by side, another mixer, or opaque.
+
+A region is classified by its parts.  Where no attention was found, it is a *mixer* if the output at one position depends on
+the input at another: ruled out by the operators where all of them work position by position, measured otherwise.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from surgeon.discovery import operators, probe
+from surgeon.discovery.attention import find_attentions
+from surgeon.discovery.ffn import find_ffns
+from surgeon.discovery.flow import Flow
+from surgeon.discovery.linears import Linears
+from surgeon.discovery.mixture import find_mixtures
+from surgeon.structure import Region, RegionKind
+
+
+class Classifier:
+    """Turns parts of the stream into regions; remembers what it measured, so that equal layers are measured once."""
+
+    def __init__(self, flow: Flow, linears: Linears) -> None:
+        self.flow = flow
+        self.linears = linears
+        self._products = {self.linears.core[node] for node in linears.raw}
+        self._measured: dict[object, bool | str] = {}
+
+    def sublayer(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> Region:
+        """Classify what lies between two cuts.
+
+        Args:
+            entry: first cut.
+            exit: last cut.
+            path: nodes on paths between them.
+        """
+        attentions, unattended = find_attentions(self.flow, self.linears, path, entry)
+        ffns, unfed = find_ffns(self.flow, self.linears, path)
+        mixtures, unrouted = find_mixtures(self.flow, self.linears, path, tuple(ffns))
+        if mixtures:
+            ffns = []
+        reasons = [*unattended, *unrouted]
+        kind: RegionKind
+        if attentions:
+            kind = "parallel" if ffns or mixtures else "attention"
+        else:
+            mixing = self._mixes(entry, exit, path)
+            if mixing is True:
+                kind = "mixer"
+                reasons.append("positions are mixed without softmax attention")
+            elif mixtures or ffns:
+                kind = "moe" if mixtures else "ffn"
+            else:
+                kind = "other"
+                reasons.append(_opaque(self.flow, path, unfed))
+            if isinstance(mixing, str):
+                reasons.append(mixing)
+        return Region(
+            kind=kind,
+            entry=entry,
+            exit=exit,
+            nodes=self._nodes(entry, path),
+            attention=tuple(attentions),
+            ffn=tuple(ffns),
+            moe=tuple(mixtures),
+            reason="; ".join(reasons) or None,
+        )
+
+    def on_stream(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> Region:
+        """A part of the stream itself, without a residual around it: a norm, or something else."""
+        if any(is_normalisation(self.flow, node) for node in path) and not any(n in self.linears.whole for n in path):
+            return Region("norm", entry, exit, self._nodes(entry, path))
+        names = ", ".join(dict.fromkeys(operators.kind(node) for node in self.flow.ordered(path)))
+        reason = f"stands on the stream without a residual around it: {names}"
+        return Region("other", entry, exit, self._nodes(entry, path), reason=reason)
+
+    def _nodes(self, entry: fx.Node, path: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
+        return self.flow.ordered(self.flow.close(path, entry))
+
+    def _mixes(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> bool | str:
+        """Whether positions are mixed; a reason where it could not be measured."""
+        ordered = self.flow.ordered(path)
+        if all(self._is_position_wise(node) for node in ordered):
+            return False
+        key = tuple((operators.kind(node), operators.shape(node)) for node in ordered)
+        if key not in self._measured:
+            try:
+                self._measured[key] = probe.mixes(self.flow, entry, exit)
+            except RuntimeError as error:
+                self._measured[key] = f"whether it mixes positions could not be measured: {str(error).splitlines()[0]}"
+        return self._measured[key]
+
+    def _is_position_wise(self, node: fx.Node) -> bool:
+        name = operators.kind(node)
+        if operators.is_pointwise(node) or name in operators.CASTS or node in self._products:
+            return True
+        if name in ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", operators.FAKE_QUANTIZE, operators.GETITEM):
+            return True
+        if name == operators.MOE:
+            return True
+        rank = len(operators.shape(self.flow.inputs(node)[0])) if self.flow.inputs(node) else 0
+        last = {-1, rank - 1}
+        if name in ("aten::view", "aten::reshape", "aten::_unsafe_view"):  # batch and positions may be merged and split
+            return operators.shape(node)[-1:] == operators.shape(self.flow.inputs(node)[0])[-1:]
+        if name in operators.REDUCTIONS:
+            dims = operators.argument(node, 1, "dim")
+            dims = [dims] if isinstance(dims, int) else dims
+            return bool(dims) and all(dim in last for dim in dims)
+        if name in operators.SOFTMAXES:
+            return operators.argument(node, 1, "dim") in last
+        if name in (operators.TOPK, *(n for n in operators.NARROWINGS if n not in ("aten::select", "aten::unbind"))):
+            default = -1 if name == operators.TOPK else 0
+            position = 1 if name in ("aten::slice", "aten::narrow") else 2
+            return operators.argument(node, position, "dim", default) in last
+        return False
+
+
+def is_normalisation(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node normalises: a norm operator, or x divided by (or multiplied with the inverse of) a root of a reduction."""
+    name = operators.kind(node)
+    if name in operators.NORMS:
+        return True
+    if name not in ("aten::mul", "aten::div") or len(flow.inputs(node)) < 2:
+        return False
+    for factor in flow.inputs(node):
+        seen: list[str] = []
+        while len(seen) < 8:
+            kind = operators.kind(factor)
+            seen.append(kind)
+            if kind in operators.REDUCTIONS:
+                rooted = any(k in ("aten::rsqrt", "aten::sqrt", "aten::pow") for k in seen)
+                if rooted or kind in ("aten::std", "aten::linalg_vector_norm", "aten::norm"):
+                    return True
+                break
+            sources = flow.inputs(factor)
+            if len(sources) != 1:
+                break
+            factor = sources[0]
+    return False
+
+
+def _opaque(flow: Flow, path: frozenset[fx.Node], unfed: list[str]) -> str:
+    if unfed:
+        return f"nearest rule: FFN, but {unfed[0]}"
+    names = ", ".join(dict.fromkeys(operators.kind(node) for node in flow.ordered(path)))
+    return f"holds no attention, no linear behind element-wise work on linears, and no experts; its operators: {names}"

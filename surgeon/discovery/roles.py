@@ -1,0 +1,144 @@
+"""Roles of the tensors that belong to no linear, experts or look-up table.
+
+    blocks.I.norm.J, final_norm.J ...   gains and offsets of a normalisation
+    blocks.I.scale.J, blocks.I.bias.J   vectors that activations are multiplied with, or that are added to them
+    position_embedding.J                added to the hidden state before the first block
+    token.J                             concatenated to it there: learned tokens
+    patch_embedding.J, convolution.J    kernels, before the blocks and elsewhere
+    constant.J                          what is no trained weight: tables, masks, positions; and trained scalars
+
+A trained matrix that fits nowhere is *unrecognised*, with the operator that reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import fx
+
+from surgeon.discovery import operators
+from surgeon.discovery.flow import Flow
+from surgeon.discovery.regions import is_normalisation
+from surgeon.discovery.sites import Naming
+from surgeon.structure import Block
+
+
+class Places:
+    """Where in the model a node stands: a block, before the blocks, behind them, or beside (context)."""
+
+    def __init__(self, flow: Flow, blocks: tuple[Block, ...], prefix: set[fx.Node], suffix: set[fx.Node]) -> None:
+        self._flow = flow
+        self._blocks = {node: block for block in blocks for node in block.nodes}
+        self._prefix = prefix
+        self._suffix = suffix
+
+    def prefix(self, node: fx.Node) -> bool:
+        """Whether the node stands before the first block."""
+        return node in self._prefix
+
+    def suffix(self, node: fx.Node) -> bool:
+        """Whether the node stands behind the last block."""
+        return node in self._suffix
+
+    def name(self, node: fx.Node) -> str:
+        """``blocks.3.`` inside of a block, otherwise nothing."""
+        block = self._blocks.get(node)
+        return f"{block.name}." if block is not None else ""
+
+
+class Remaining:
+    """Gives a role to every tensor that has none."""
+
+    def __init__(self, flow: Flow, naming: Naming, places: Places) -> None:
+        self.flow = flow
+        self.naming = naming
+        self.places = places
+        self.unrecognised: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._norms: dict[fx.Node, str] = {}
+
+    def assign(self) -> None:
+        """Go through all tensors in the order in which they are read."""
+        for name, readers in self.flow.readers.items():
+            if name not in self.naming.roles:
+                self._assign(name, readers[0])
+
+    def _assign(self, name: str, node: fx.Node) -> None:
+        operand, reader = self._reader(node)
+        tensor = self.flow.graph.tensor(name)
+        place = self.places.name(node)
+        kind = operators.kind(reader)
+        trained = isinstance(tensor, torch.nn.Parameter)
+        sizes = [size for size in operators.shape(operand) if size != 1]
+        norm = self._norm(reader)
+        if norm is not None:
+            role = f"{norm}.{self._gain_or_offset(reader, operand)}"
+        elif kind in operators.CONVOLUTIONS:
+            label = "patch_embedding" if self.places.prefix(reader) else "convolution"
+            part = "weight" if reader.args[1] is operand else "bias"
+            role = f"{self._group(f'{place}{label}', reader)}.{part}"
+        elif trained and self.places.prefix(reader) and kind == operators.ADD and len(operators.shape(operand)) > 1:
+            role = self._next("position_embedding")
+        elif trained and self.places.prefix(reader) and kind == operators.CONCATENATE:
+            role = self._next("token")
+        elif not trained or tensor.dim() == 0:
+            role = self._next(f"{place}constant")
+        elif len(sizes) <= 1 and kind in ("aten::mul", operators.ADD):
+            role = self._next(f"{place}{'scale' if kind == 'aten::mul' else 'bias'}")
+        elif tensor.dim() <= 1:
+            role = self._next(f"{place}constant")
+        else:
+            where = f"in {place[:-1]}" if place else "outside of the blocks"
+            shape = list(operators.shape(node))
+            self.unrecognised[name] = f"{shape} is read {where} by {reader.name} = {kind}, and no rule gives that a part"
+            return
+        self.naming.claim(name, role)
+
+    def _reader(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The tensor as the first computation with activations reads it, and that computation."""
+        while True:
+            users = self.flow.ordered(user for user in node.users if user in self.flow.index)
+            active = [user for user in users if user not in self.flow.constant]
+            if active or not users:
+                return node, (active[0] if active else node)
+            node = users[0]
+
+    def _norm(self, reader: fx.Node) -> str | None:
+        """Name of the normalisation that ``reader`` belongs to."""
+        core = self.flow.strip(reader, lambda n: not is_normalisation(self.flow, n) and self._is_affine(n))
+        if not is_normalisation(self.flow, core):
+            return None
+        if core not in self._norms:
+            place = self.places.name(core)
+            if place:
+                label = self._next(f"{place}norm")
+            elif self.places.suffix(core) and "final_norm" not in self._norms.values():
+                label = "final_norm"
+            elif self.places.prefix(core) and "embedding_norm" not in self._norms.values():
+                label = "embedding_norm"
+            else:
+                label = self._next("norm")
+            self._norms[core] = label
+        return self._norms[core]
+
+    def _is_affine(self, node: fx.Node) -> bool:
+        return operators.is_reshape(node) or operators.kind(node) in ("aten::mul", operators.ADD)
+
+    def _gain_or_offset(self, reader: fx.Node, operand: fx.Node) -> str:
+        kind = operators.kind(reader)
+        if kind in operators.NORMS:
+            schema = reader.target._schema.arguments  # type: ignore[union-attr]  # an operator overload
+            names = [schema[i].name for i, argument in enumerate(reader.args) if argument is operand]
+            names += [name for name, argument in reader.kwargs.items() if argument is operand]
+            return names[0] if names else "weight"
+        return "bias" if kind == operators.ADD else "weight"
+
+    def _group(self, label: str, reader: fx.Node) -> str:
+        if reader not in self._norms:
+            self._norms[reader] = self._next(label)
+        return self._norms[reader]
+
+    def _next(self, label: str) -> str:
+        self._counts[label] += 1
+        return f"{label}.{self._counts[label] - 1}"

@@ -1,0 +1,162 @@
+"""How far a rewritten model is from its source: relative error, cosine similarity, KL divergence and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from surgeon.graph import Graph
+from surgeon.observe import Batch
+
+Outputs = Mapping[str, Tensor]
+
+
+@dataclass
+class Quality:
+    """Sums of divergences over batches; ``summary`` gives the figures.
+
+    Attributes:
+        language_model: outputs hold next-token ``logits``: KL and perplexity make sense.
+        real: the batches are real text, so that perplexity means something.
+    """
+
+    language_model: bool
+    real: bool
+    squared_error: dict[str, float] = field(default_factory=dict)
+    squared_norm: dict[str, float] = field(default_factory=dict)
+    cosine: float = 0.0
+    vectors: int = 0
+    kl: float = 0.0
+    nll: float = 0.0
+    nll_source: float = 0.0
+    agree: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    def add(self, source: Outputs, candidate: Outputs, batch: Batch) -> None:
+        """Add one batch.
+
+        Args:
+            source: outputs of the source model.
+            candidate: outputs of the rewritten model, same names and shapes.
+            batch: the inputs; ``attention_mask`` removes padding, ``input_ids`` are the targets of a language model.
+        """
+        mask = _mask(batch)
+        for name, expected in source.items():
+            if not expected.is_floating_point():
+                continue
+            found, wanted = _valid(candidate[name], mask), _valid(expected, mask)
+            self.squared_error[name] = self.squared_error.get(name, 0.0) + float((found - wanted).square().sum())
+            self.squared_norm[name] = self.squared_norm.get(name, 0.0) + float(wanted.square().sum())
+        if self.language_model:
+            self._add_language_model(source["logits"], candidate["logits"], batch, mask)
+        else:
+            name = embedding_output(source)
+            if name is not None:
+                pooled = [pool(outputs[name], mask) for outputs in (source, candidate)]
+                similarity = torch.nn.functional.cosine_similarity(pooled[0], pooled[1], dim=-1)
+                self.cosine += float(similarity.double().sum())
+                self.vectors += similarity.numel()
+
+    def _add_language_model(self, source: Tensor, candidate: Tensor, batch: Batch, mask: Tensor | None) -> None:
+        p, q = (torch.log_softmax(_valid(logits, mask), dim=-1) for logits in (source, candidate))
+        self.kl += float((p.exp() * (p - q)).sum())
+        self.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        self.tokens += p.shape[0]
+        ids = batch["input_ids"]
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        predicts = valid[:, :-1] & valid[:, 1:]
+        for logits, slot in ((source, "nll_source"), (candidate, "nll")):
+            scores = torch.log_softmax(logits[:, :-1][predicts].float(), dim=-1)
+            loss = -scores.gather(1, ids[:, 1:][predicts][:, None]).double().sum()
+            setattr(self, slot, getattr(self, slot) + float(loss))
+        self.targets += int(predicts.sum())
+
+    def summary(self) -> dict[str, float]:
+        """The figures: ``relative_error`` (largest over outputs, Frobenius), and where they make sense
+        ``cosine_similarity``, ``kl`` (nats per token), ``top1_agreement``, ``perplexity``, ``perplexity_source``."""
+        ratios = [
+            math.sqrt(error / max(self.squared_norm[name], 1e-300)) for name, error in self.squared_error.items()
+        ]
+        figures = {"relative_error": max(ratios)} if ratios else {}
+        if self.vectors:
+            figures["cosine_similarity"] = self.cosine / self.vectors
+        if self.tokens:
+            figures["kl"] = self.kl / self.tokens
+            figures["top1_agreement"] = self.agree / self.tokens
+        if self.targets and self.real:
+            figures["perplexity_source"] = math.exp(min(self.nll_source / self.targets, 700.0))
+            figures["perplexity"] = math.exp(min(self.nll / self.targets, 700.0))
+        return figures
+
+
+def compare(
+    source: Sequence[Outputs],
+    candidate: Callable[..., Outputs],
+    batches: Sequence[Batch],
+    *,
+    language_model: bool,
+    real: bool,
+) -> dict[str, float]:
+    """Divergence of ``candidate`` from recorded outputs of the source over the batches; see ``Quality.summary``."""
+    quality = Quality(language_model, real)
+    with torch.no_grad():
+        for expected, batch in zip(source, batches, strict=True):
+            quality.add(expected, candidate(**batch), batch)
+    return quality.summary()
+
+
+def is_language_model(graph: Graph) -> bool:
+    """Whether the graph predicts next tokens: ``logits`` [batch, sequence, vocabulary] that do not see the future.
+
+    Decided by running: the last token is changed, and no earlier position may notice.
+    """
+    names = {port.name for port in graph.outputs}
+    ids = graph.example.get("input_ids")
+    if "logits" not in names or ids is None or ids.dim() != 2 or ids.shape[1] < 2:
+        return False
+    changed = ids.clone()
+    changed[:, -1] = torch.where(ids[:, -1] == int(ids.max()), int(ids.min()), int(ids.max()))
+    with torch.no_grad():
+        before = graph(**graph.example)["logits"]
+        after = graph(**{**graph.example, "input_ids": changed})["logits"]
+    if before.dim() != 3 or before.shape[1] != ids.shape[1]:
+        return False
+    tolerance = 1e-3 * float(before.abs().max())
+    return bool((before[:, :-1] - after[:, :-1]).abs().max() <= tolerance)
+
+
+def embedding_output(outputs: Outputs) -> str | None:
+    """The output that stands for the input as a whole: ``last_hidden_state`` where there is one, else the first float."""
+    if "last_hidden_state" in outputs:
+        return "last_hidden_state"
+    return next((name for name, value in outputs.items() if value.is_floating_point() and value.dim() >= 2), None)
+
+
+def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over valid positions, [batch, sequence, hidden] -> [batch, hidden]; two-dimensional values pass unchanged."""
+    hidden = hidden.float()
+    if hidden.dim() == 2:
+        return hidden
+    if hidden.dim() > 3:
+        return hidden.flatten(1)
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.mean(1)
+    weight = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1.0)
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+def _valid(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows of valid tokens in float32, [tokens, ...]."""
+    if mask is not None and value.dim() >= 2 and value.shape[:2] == mask.shape:
+        return value[mask].float()
+    return (value.flatten(0, -2) if value.dim() > 2 else value).float()

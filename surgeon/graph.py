@@ -1,0 +1,273 @@
+"""Graph: the canonical form of a model that everything else works on.
+
+A :class:`Graph` wraps one flat, functional ATen ``torch.fx.GraphModule`` together with what the bare graph cannot say:
+the names of the model's inputs and outputs, which of their dimensions are dynamic, one example of every input, and where
+the model came from.  Parameters keep the model's own names and are *shared* between a graph and its clones: a pass
+replaces a parameter, it never writes into one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.errors import RewriteError, TraceError
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dynamic dimension of the inputs.
+
+    Attributes:
+        name: the name that inputs share when they must agree, e.g. ``"batch"``.
+        min: smallest size the graph accepts.
+        max: largest size the graph accepts, None where nothing bounds it.
+    """
+
+    name: str
+    min: int = 1
+    max: int | None = None
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the graph.
+
+    Attributes:
+        name: the model's own name (``input_ids``, ``logits``, ...).
+        dtype: element type.
+        shape: one entry per dimension: an int where it is fixed, the name of a :class:`Dim` where it is dynamic
+            (for outputs: a name, or ``"?"`` for an expression of several dims).
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model came from, for reports and for backends that need the original's configuration.
+
+    Attributes:
+        description: what the user named, e.g. a directory or ``"package.module:callable"``.
+        path: the checkpoint directory, when there is one (also the tokenizer's).
+        config: the model's configuration as plain data, when it has one.
+        task: ``forward`` (the model as it is called) or ``text-generation``.
+        output_class: name of the class the source model returns, informational.
+    """
+
+    description: str = "nn.Module"
+    path: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "forward"
+    output_class: str | None = None
+
+
+class Graph:
+    """A canonical graph: callable with the model's own keyword inputs, differentiable, cheap to clone.
+
+    Attributes:
+        module: flat ``fx.GraphModule``; its placeholders are named and ordered as ``inputs``; its output node returns a
+            tuple ordered as ``outputs``.  Every node carries ``meta["val"]`` (a fake tensor or SymInt).
+        inputs: the input ports.
+        outputs: the output ports.
+        dims: the dynamic dimensions by name.
+        example: one real tensor per input, of the sizes the graph was traced with.
+        source: where the model came from.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        dims: Mapping[str, Dim],
+        example: Mapping[str, Tensor],
+        source: Source | None = None,
+    ) -> None:
+        self.module = module
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.dims = dict(dims)
+        self.example = dict(example)
+        self.source = source or Source()
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def bind(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Order keyword inputs as the graph takes them.
+
+        Args:
+            inputs: the model's keyword inputs.
+
+        Returns:
+            One tensor per input port.
+
+        Raises:
+            TraceError: an input is missing, unknown, or of another rank than the graph's.
+        """
+        names = [port.name for port in self.inputs]
+        unknown = sorted(set(inputs) - set(names))
+        missing = [name for name in names if name not in inputs]
+        if unknown or missing:
+            raise TraceError(
+                f"the graph's inputs are {', '.join(names)}; "
+                + "; ".join(
+                    ([f"missing: {', '.join(missing)}"] if missing else [])
+                    + ([f"unknown: {', '.join(unknown)}"] if unknown else [])
+                )
+            )
+        ordered = []
+        for port in self.inputs:
+            value = inputs[port.name]
+            if not isinstance(value, Tensor):
+                raise TraceError(f"input {port.name!r} must be a torch.Tensor, found {type(value).__name__}")
+            if value.dim() != len(port.shape):
+                raise TraceError(
+                    f"input {port.name!r} must have {len(port.shape)} dimensions {list(port.shape)}, "
+                    f"found shape {list(value.shape)}"
+                )
+            ordered.append(value)
+        return ordered
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the graph in torch.
+
+        Args:
+            **inputs: the model's keyword inputs.
+
+        Returns:
+            Output tensors by the model's own output names.
+        """
+        results = self.module(*self.bind(inputs))
+        return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every tensor that the graph reads, parameters and buffers alike, by the name it is read under."""
+        found: dict[str, Tensor] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr" and node.target not in found:
+                found[node.target] = self.tensor(node.target)
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor read under ``name``.
+
+        Raises:
+            RewriteError: the graph holds no tensor of that name.
+        """
+        owner: Any = self.module
+        for part in name.split("."):
+            if not hasattr(owner, part):
+                raise RewriteError(f"the graph holds no tensor {name!r}")
+            owner = getattr(owner, part)
+        if not isinstance(owner, Tensor):
+            raise RewriteError(f"{name!r} is not a tensor of the graph but a {type(owner).__name__}")
+        return owner
+
+    def parameter_count(self) -> int:
+        """Number of scalar weights the graph reads; a tensor read under two names (tied) counts once.
+
+        Packed low-bit weights count as the number of weights they stand for (see ``surgeon.accounting``).
+        """
+        from surgeon.accounting import parameter_count
+
+        return parameter_count(self)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the graph reads; tied tensors count once."""
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self.parameters().values()}
+        return sum(storages.values())
+
+    # -- identity -----------------------------------------------------------------------------------------------
+
+    def clone(self) -> Graph:
+        """An independent graph that shares every weight tensor with this one."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.module.graph, {}))  # node.meta is copied shallowly: fake tensors are shared
+        module = fx.GraphModule(_share_tensors(self.module), graph)
+        return Graph(module, self.inputs, self.outputs, self.dims, self.example, self.source)
+
+    def with_source(self, **changes: Any) -> Graph:
+        """The same graph with fields of its source replaced."""
+        return Graph(
+            self.module, self.inputs, self.outputs, self.dims, self.example, replace(self.source, **changes)
+        )
+
+    def fingerprint(self, *, weights: bool = False) -> str:
+        """A digest of what the graph computes: operators, constants, edges, and shapes and dtypes of the weights.
+
+        Names of nodes do not enter, the names of weights do.
+
+        Args:
+            weights: include the weights' bytes too (slow on large models).
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        order: dict[fx.Node, int] = {}
+        digest = hashlib.sha256()
+        for index, node in enumerate(self.module.graph.nodes):
+            order[node] = index
+            target = node.target if isinstance(node.target, str) else str(node.target)
+            if node.op == "placeholder":
+                target = f"input{index}"
+            args = fx.node.map_arg((node.args, dict(sorted(node.kwargs.items()))), lambda n: f"%{order[n]}")
+            digest.update(f"{node.op} {target} {args!r}\n".encode())
+            if node.op == "get_attr":
+                tensor = self.tensor(str(node.target))
+                digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                if weights:
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _share_tensors(module: fx.GraphModule) -> torch.nn.Module:
+    """A module tree with the same tensors under the same names, so that a clone can replace its own entries."""
+    root = torch.nn.Module()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        assign_tensor(root, name, parameter)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        assign_tensor(root, name, buffer)
+    for node in module.graph.nodes:  # constants lifted by export are plain attributes
+        if node.op == "get_attr":
+            owner: Any = module
+            for part in str(node.target).split("."):
+                owner = getattr(owner, part)
+            assign_tensor(root, str(node.target), owner)
+    return root
+
+
+def assign_tensor(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` under the dotted ``name``, making the modules on the way.
+
+    A ``Parameter`` stays a parameter, anything else becomes a buffer.
+    """
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        child = owner._modules.get(part)
+        if child is None:
+            child = torch.nn.Module()
+            owner.add_module(part, child)
+        owner = child
+    owner._parameters.pop(leaf, None)
+    owner._buffers.pop(leaf, None)
+    owner.__dict__.pop(leaf, None)
+    if isinstance(tensor, torch.nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def users_outside(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
+    """Those of ``nodes`` that are read by a node which is not in ``inside``, in order."""
+    return [node for node in nodes if any(user not in inside for user in node.users)]

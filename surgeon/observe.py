@@ -1,0 +1,270 @@
+"""Running a graph node by node, and the streaming statistics that are taken on the way.
+
+Every statistic is a sum that merges, so calibration data can be observed in shards.  Padding never enters a statistic:
+where the graph has a two-dimensional ``attention_mask`` input, the rows of masked positions are removed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.contract import Observer
+from surgeon.errors import ObserveError
+from surgeon.graph import Graph
+
+Batch = Mapping[str, Tensor]
+
+
+class Stretch:
+    """A consecutive run of a graph's nodes, with the moment at which each value is needed for the last time.
+
+    Attributes:
+        nodes: the nodes to evaluate.
+        due: observers by the index in ``nodes`` after which all their values exist (-1: before the first).
+        expiry: values by the index in ``nodes`` after which nothing needs them any more.
+    """
+
+    def __init__(self, graph: fx.Graph, nodes: Sequence[fx.Node], observers: Iterable[Observer] = ()) -> None:
+        self.nodes = nodes
+        self.due: dict[int, list[Observer]] = {}
+        self.expiry: dict[int, list[fx.Node]] = {}
+        position = {node: index for index, node in enumerate(nodes)}
+        held: dict[fx.Node, int] = {}
+        for observer in observers:
+            last = max(position.get(node, -1) for node in observer.nodes)
+            self.due.setdefault(last, []).append(observer)
+            for node in observer.nodes:
+                held[node] = max(held.get(node, -1), last)
+        done: set[fx.Node] = set()
+        first = nodes[0] if nodes else None
+        for node in graph.nodes:
+            if node is first:
+                break
+            done.add(node)
+        for node in (*done, *nodes):
+            waiting = [position.get(user, len(nodes)) for user in node.users if user not in done]
+            last_use = max(*waiting, held.get(node, -1), position.get(node, -1), -1)
+            if last_use < len(nodes):
+                self.expiry.setdefault(max(last_use, 0), []).append(node)
+
+
+class Execution:
+    """Runs one graph over one batch, from any position to any later one, holding only values that are still needed.
+
+    Attributes:
+        values: live values at the current position.
+    """
+
+    def __init__(self, graph: Graph, batch: Batch) -> None:
+        self.graph = graph
+        self.values: dict[fx.Node, Any] = {}
+        placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+        self.values.update(zip(placeholders, graph.bind(batch), strict=True))
+        mask = batch.get("attention_mask")
+        self.mask = mask.bool().flatten() if mask is not None and mask.dim() == 2 else None
+
+    def fork(self) -> Execution:
+        """An execution at the same position that can run on without moving this one."""
+        other = object.__new__(Execution)
+        other.graph, other.values, other.mask = self.graph, dict(self.values), self.mask
+        return other
+
+    @torch.no_grad()
+    def run(self, stretch: Stretch) -> None:
+        """Evaluate a stretch that starts at the current position, feeding its observers as soon as their values exist."""
+        self._feed(stretch.due.get(-1, ()))
+        for index, node in enumerate(stretch.nodes):
+            self._evaluate(node)
+            self._feed(stretch.due.get(index, ()))
+            for dead in stretch.expiry.get(index, ()):
+                self.values.pop(dead, None)
+
+    def _evaluate(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.values[node] = self.graph.tensor(str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function target
+        elif node.op == "output":
+            self.values[node] = fx.node.map_arg(node.args[0], self.values.__getitem__)
+
+    def _feed(self, observers: Iterable[Observer]) -> None:
+        for observer in observers:
+            observer.update(*(self._rows(self.values[node]) for node in observer.nodes))
+
+    def _rows(self, value: Tensor) -> Tensor:
+        """[batch, sequence, ...] or [tokens, ...] -> [valid tokens, last dimension]."""
+        rows = value.flatten(0, -2) if value.dim() > 2 else value
+        if self.mask is not None and rows.shape[0] == self.mask.numel():
+            rows = rows[self.mask]
+        return rows
+
+
+def observe(graph: Graph, batches: Iterable[Batch], observers: Mapping[str, Observer]) -> None:
+    """Run the graph over all batches, feeding the observers; stops after the last node that is observed.
+
+    Raises:
+        ObserveError: there is no batch.
+    """
+    nodes = list(graph.module.graph.nodes)
+    watched = {node for observer in observers.values() for node in observer.nodes}
+    stop = max((index for index, node in enumerate(nodes) if node in watched), default=-1)
+    body = [node for node in nodes[: stop + 1] if node.op != "placeholder"]
+    stretch = Stretch(graph.module.graph, body, observers.values())
+    count = 0
+    for batch in batches:
+        count += 1
+        Execution(graph, batch).run(stretch)
+    if count == 0:
+        raise ObserveError("the calibration data holds no batch")
+
+
+class MeanCosine(Observer):
+    """Mean over tokens of the cosine similarity of two values, ``mean_t cos(a_t, b_t)``.
+
+    Attributes:
+        total: sum of similarities.
+        tokens: number of tokens.
+    """
+
+    def __init__(self, first: fx.Node, second: fx.Node) -> None:
+        self.nodes = (first, second)
+        self.total = 0.0
+        self.tokens = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add [tokens, hidden] twice."""
+        first, second = (value.float() for value in values)
+        self.total += float(torch.nn.functional.cosine_similarity(first, second, dim=-1).double().sum())
+        self.tokens += first.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, MeanCosine)
+        self.total += other.total
+        self.tokens += other.tokens
+
+    @property
+    def mean(self) -> float:
+        """The mean similarity, in [-1, 1]."""
+        return self.total / max(self.tokens, 1)
+
+
+class SecondMoment(Observer):
+    """``C = sum_t x_t x_t^T`` in float64, D x D: 8 D^2 bytes.
+
+    Attributes:
+        matrix: C, [D, D].
+        tokens: number of tokens.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+        self.matrix: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add [tokens, D]."""
+        (x,) = values
+        x = x.double()
+        if self.matrix is None:
+            self.matrix = x.new_zeros(x.shape[-1], x.shape[-1])
+        self.matrix.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, SecondMoment)
+        if other.matrix is not None:
+            self.matrix = other.matrix.clone() if self.matrix is None else self.matrix + other.matrix
+        self.tokens += other.tokens
+
+
+class AbsoluteRegression(Observer):
+    """Sums for regressing the magnitudes |h| of one value on another value x with a constant column appended.
+
+    Magnitudes of groups of neurons are sums of columns, so the targets of any split follow from these sums.
+    Memory: 8 ((D+1)^2 + (D+1) F) bytes.
+
+    Attributes:
+        second_moment: sum of [x 1][x 1]^T, [D+1, D+1].
+        cross_moment: sum of [x 1]|h|^T, [D+1, F].
+        tokens: number of tokens.
+    """
+
+    def __init__(self, inputs: fx.Node, targets: fx.Node) -> None:
+        self.nodes = (inputs, targets)
+        self.second_moment: Tensor | None = None
+        self.cross_moment: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add x [tokens, D] and h [tokens, F]."""
+        x, h = (value.double() for value in values)
+        x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+        second, cross = x.T @ x, x.T @ h.abs()
+        self.second_moment = second if self.second_moment is None else self.second_moment.add_(second)
+        self.cross_moment = cross if self.cross_moment is None else self.cross_moment.add_(cross)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, AbsoluteRegression)
+        if other.second_moment is not None and other.cross_moment is not None:
+            mine = self.second_moment is not None and self.cross_moment is not None
+            self.second_moment = (
+                self.second_moment + other.second_moment if mine else other.second_moment.clone()  # type: ignore[operator]  # mine
+            )
+            self.cross_moment = (
+                self.cross_moment + other.cross_moment if mine else other.cross_moment.clone()  # type: ignore[operator]  # mine
+            )
+        self.tokens += other.tokens
+
+
+class Routing(Observer):
+    """How often and how strongly each expert is chosen, and how alike experts are in the router's eyes.
+
+    Memory: 8 E^2 bytes.
+
+    Attributes:
+        counts: number of tokens routed to each expert, [E].
+        mass: sum of their weights, [E].
+        gram: ``sum_t l_t l_t^T`` of the router's scores l_t, [E, E]; its normalised entries are the cosine similarities of
+            the experts' columns of scores over tokens.
+        tokens: number of tokens.
+    """
+
+    def __init__(self, index: fx.Node, weight: fx.Node, logits: fx.Node | None, experts: int) -> None:
+        self.nodes = (index, weight) if logits is None else (index, weight, logits)
+        self.counts = torch.zeros(experts, dtype=torch.float64)
+        self.mass = torch.zeros(experts, dtype=torch.float64)
+        self.gram = torch.zeros(experts, experts, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add index [tokens, k], weight [tokens, k] and the scores [tokens, E]."""
+        index, weight = values[0].cpu(), values[1].cpu().double()
+        experts = self.counts.numel()
+        self.counts += torch.bincount(index.flatten(), minlength=experts).double()
+        self.mass += torch.bincount(index.flatten(), weights=weight.flatten(), minlength=experts)
+        if len(values) == 3:
+            scores = values[2].cpu().double()
+            self.gram += scores.T @ scores
+        self.tokens += index.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, Routing)
+        self.counts = self.counts + other.counts
+        self.mass = self.mass + other.mass
+        self.gram = self.gram + other.gram
+        self.tokens += other.tokens
+
+    def similarity(self) -> Tensor:
+        """Cosine similarities of the experts' score columns, [E, E] in [-1, 1]."""
+        norm = self.gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        return self.gram / torch.outer(norm, norm)

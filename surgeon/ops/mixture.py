@@ -1,0 +1,377 @@
+"""``surgeon::moe``: the experts of a mixture, after routing, as one operator.
+
+Letters in shapes: T tokens, k experts per token, E experts, H input width, G output width, I inner width, O rows of
+``w_in`` (I for a plain expert, 2 I for a gated one), S = T k token-expert pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgeon.activations import activation as lookup
+from surgeon.errors import RewriteError
+
+
+class _Groups(NamedTuple):
+    """The S = T k token-expert pairs, sorted by expert.
+
+    Attributes:
+        order: [S] position of each sorted pair in the row-major flattening of ``index``.
+        token: [S] token of each sorted pair.
+        expert: [S] expert of each sorted pair, ascending.
+        ends: [E] end of each expert's slice.
+        bounds: the same as Python (expert, start, end) for experts that have tokens; None where the device's grouped
+            kernel reads ``ends`` itself, which spares a synchronisation.
+    """
+
+    order: Tensor
+    token: Tensor
+    expert: Tensor
+    ends: Tensor
+    bounds: list[tuple[int, int, int]] | None
+
+
+def _has_grouped_kernel(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether one fused grouped matmul exists for these tensors.
+
+    On the CPU ``torch._grouped_mm`` exists but is itself a loop over the experts (measured no faster than ours at T = 1
+    to 2048), and on CUDA only bfloat16 has a kernel; other types would synchronise and loop inside.  The kernel wants
+    rows that start at multiples of 16 bytes.
+    """
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+        return False
+    widths = (*w_in.shape[1:], *w_out.shape[1:])
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(width % 8 == 0 for width in widths)
+
+
+def _sort_by_expert(index: Tensor, experts: int, on_device: bool) -> _Groups:
+    """Sort the pairs of ``index`` [T, k] by expert, stably, so that results do not depend on the sort's whims."""
+    k = index.shape[1]
+    expert, order = index.reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
+    token = order.div(max(k, 1), rounding_mode="floor")
+    if on_device:
+        return _Groups(order, token, expert, ends.to(torch.int32), None)
+    stops: list[int] = ends.tolist()
+    if expert.numel() and (int(expert[0]) < 0 or stops[-1] != expert.numel()):
+        raise RewriteError(
+            f"surgeon::moe: index holds experts {int(expert[0])} to {int(expert[-1])}, the weights hold {experts} "
+            f"(0 to {experts - 1})"
+        )
+    starts = [0, *stops[:-1]]
+    bounds = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
+    return _Groups(order, token, expert, ends, bounds)
+
+
+def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: _Groups) -> Tensor:
+    """Apply each expert's linear map to its rows: rows [S, A], weight [E, B, A], bias [E, B]? -> [S, B]."""
+    if groups.bounds is None:
+        out: Tensor = torch._grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
+        return out if bias is None else out + bias[groups.expert]
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    for e, start, stop in groups.bounds:
+        if bias is None:
+            torch.mm(rows[start:stop], weight[e].t(), out=out[start:stop])
+        else:
+            torch.addmm(bias[e], rows[start:stop], weight[e].t(), out=out[start:stop])
+    return out
+
+
+def _grouped_outer(left: Tensor, right: Tensor, experts: int, groups: _Groups) -> Tensor:
+    """Sum of left_s right_s^T over each expert's rows: left [S, B], right [S, A] -> [E, B, A], zero for idle ones."""
+    if groups.bounds is None:
+        out: Tensor = torch._grouped_mm(left.t(), right, offs=groups.ends)
+        return out
+    out = left.new_zeros(experts, left.shape[1], right.shape[1])
+    for e, start, stop in groups.bounds:
+        torch.mm(left[start:stop].t(), right[start:stop], out=out[e])
+    return out
+
+
+def _grouped_sum(rows: Tensor, experts: int, groups: _Groups) -> Tensor:
+    """Sum of each expert's rows [S, B] -> [E, B], accumulated in at least float32."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(experts, rows.shape[1], dtype=wide, device=rows.device)
+    return total.index_add_(0, groups.expert, rows.to(wide)).to(rows.dtype)
+
+
+def _unsort(rows: Tensor, groups: _Groups, tokens: int, k: int) -> Tensor:
+    """Rows [S, B] in sorted order -> [T, k, B] in the order of ``index``."""
+    out = torch.empty_like(rows)
+    out[groups.order] = rows
+    return out.view(tokens, k, rows.shape[1])
+
+
+def _inner(pre: Tensor, inner: int, activation: str) -> Tensor:
+    """Pre-activations [..., O] -> hidden [..., I]: act(pre), or act(gate) * up when O = 2 I with rows [gate | up]."""
+    function = lookup(activation).function
+    if pre.shape[-1] == inner:
+        return function(pre)
+    gate, up = pre.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def _check_moe(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> None:
+    """Refuse arguments that do not fit together; works on symbolic shapes."""
+    lookup(activation)
+
+    def need(condition: bool | torch.SymBool, what: str) -> None:
+        def message() -> str:
+            names = ("x", "index", "weight", "w_in", "w_out", "b_in", "b_out")
+            tensors = zip(names, (x, index, weight, w_in, w_out, b_in, b_out), strict=True)
+            found = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors if t is not None)
+            return f"surgeon::moe needs {what}; found {found}"
+
+        torch._check_with(RewriteError, condition, message)
+
+    need(x.dim() == 2 and index.dim() == 2 and weight.dim() == 2, "x [T, H], index [T, k] and weight [T, k]")
+    need(w_in.dim() == 3 and w_out.dim() == 3, "w_in [E, O, H] and w_out [E, G, I]")
+    need(not index.is_floating_point() and weight.is_floating_point(), "an integer index and a floating-point weight")
+    need(index.shape[0] == x.shape[0] and weight.shape[0] == x.shape[0], "one row of index and weight per token of x")
+    need(index.shape[1] == weight.shape[1], "index and weight of the same shape [T, k]")
+    need(w_in.shape[2] == x.shape[1], "w_in [E, O, H] with the H of x [T, H]")
+    need(w_in.shape[0] == w_out.shape[0], "w_in and w_out with the same number of experts")
+    inner = w_out.shape[2]
+    need(w_in.shape[1] in (inner, 2 * inner), "w_in [E, O, H] with O = I (plain) or O = 2 I (gated) of w_out [E, G, I]")
+    for bias, matrix, name in ((b_in, w_in, "b_in [E, O]"), (b_out, w_out, "b_out [E, G]")):
+        need(bias is None or tuple(bias.shape) == tuple(matrix.shape[:2]), f"{name} with the rows of its matrix")
+    for tensor in (w_in, w_out, b_in, b_out):
+        need(tensor is None or tensor.dtype == x.dtype, f"weights and biases of the dtype of x, {x.dtype}")
+
+
+@torch.library.custom_op("surgeon::moe", mutates_args=())
+def moe(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Mixture of experts behind a router: y_t = sum_j weight[t, j] f_e(x_t), e = index[t, j].
+
+    f_e(x) = w_out[e] h + b_out[e];  plain (O = I): h = act(w_in[e] x + b_in[e]);  gated (O = 2 I):
+    [gate | up] = w_in[e] x + b_in[e], h = act(gate) * up.
+
+    Args:
+        x: [T, H].
+        index: [T, k] integers in 0 .. E-1; an expert named twice in a row counts twice; k may equal E, T may be 0.
+        weight: [T, k], any sign; may be wider than x (a float32 router before bfloat16 experts).
+        w_in: [E, O, H].
+        w_out: [E, G, I].
+        b_in: [E, O] or None.
+        b_out: [E, G] or None.
+        activation: a name in :data:`surgeon.activations.ACTIVATIONS`.
+
+    Returns:
+        [T, G] in the dtype of x.
+
+    Raises:
+        RewriteError: shapes or types do not fit, or an index is outside 0 .. E-1 (not checked on CUDA's grouped kernel,
+            which would have to wait for the device).
+        RegistryError: unknown activation.
+    """
+    _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
+    groups = _sort_by_expert(index, w_in.shape[0], _has_grouped_kernel(x, w_in, w_out))
+    hidden = _inner(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+    each = _unsort(_grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
+    # multiply and sum, rather than index_add_: deterministic on CUDA, and the sum of halves is accumulated in float32
+    return (each * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+@moe.register_fake
+def _moe_fake(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
+    return x.new_empty(x.shape[0], w_out.shape[1])
+
+
+@torch.library.custom_op("surgeon::moe_backward", mutates_args=())
+def moe_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    """Gradients of ``surgeon::moe``; only those asked for are computed.
+
+    For a pair s = (t, j) of expert e, with a = w_in[e] x_t + b_in[e] recomputed (kept memory is O(inputs)),
+    c = weight[t, j] and g = grad[t]:  q = w_out[e]^T g;  dc = q . h + g . b_out[e];  dw_out[e] += c g h^T;
+    db_out[e] += c g;  dh = c q;  da = act'(a) dh, or [act'(gate) up dh | act(gate) dh];  dw_in[e] += da x_t^T;
+    db_in[e] += da;  dx_t += w_in[e]^T da.
+
+    Args:
+        grad: [T, G] gradient of the output.
+        x: as in :func:`moe`, and so are the next seven.
+        index: [T, k].
+        weight: [T, k].
+        w_in: [E, O, H].
+        w_out: [E, G, I].
+        b_in: [E, O] or None.
+        b_out: [E, G] or None.
+        activation: a name in :data:`surgeon.activations.ACTIVATIONS`.
+        needed: six flags, for x, weight, w_in, w_out, b_in, b_out.
+
+    Returns:
+        The gradients asked for, in that order, each in the shape and dtype of its input.
+    """
+    experts, (tokens, k), inner = w_in.shape[0], index.shape, w_out.shape[2]
+    need_x, need_weight, need_w_in, need_w_out, need_b_in, need_b_out = needed
+    groups = _sort_by_expert(index, experts, _has_grouped_kernel(x, w_in, w_out))
+    rows, rows_grad = x[groups.token], grad[groups.token]
+    scale = weight.reshape(-1, 1)[groups.order]
+    gated = w_in.shape[1] != inner
+    entry = lookup(activation)
+    scaled = (rows_grad * scale).to(x.dtype) if need_w_out or need_b_out else rows_grad
+
+    grads: dict[str, Tensor] = {}
+    if need_b_out:
+        grads["b_out"] = _grouped_sum(scaled, experts, groups)
+    if need_x or need_weight or need_w_in or need_b_in or need_w_out:
+        pre = _grouped_linear(rows, w_in, b_in, groups)
+        gate, up = pre.chunk(2, dim=-1) if gated else (pre, None)
+        active = entry.function(gate)
+        hidden = active if up is None else active * up
+        if need_w_out:
+            grads["w_out"] = _grouped_outer(scaled, hidden, experts, groups)
+    if need_x or need_weight or need_w_in or need_b_in:
+        pulled = _grouped_linear(rows_grad, w_out.transpose(1, 2), None, groups)
+        if need_weight:
+            dot = (pulled * hidden).sum(-1, keepdim=True)
+            if b_out is not None:
+                dot = dot + (rows_grad * b_out[groups.expert]).sum(-1, keepdim=True)
+            grads["weight"] = _unsort(dot, groups, tokens, k).squeeze(-1).to(weight.dtype)
+    if need_x or need_w_in or need_b_in:
+        inner_grad = (pulled * scale).to(x.dtype)
+        slope = entry.derivative(gate)
+        if up is None:
+            pre_grad = slope * inner_grad
+        else:
+            pre_grad = torch.cat([slope * up * inner_grad, active * inner_grad], dim=-1)
+        if need_b_in:
+            grads["b_in"] = _grouped_sum(pre_grad, experts, groups)
+        if need_w_in:
+            grads["w_in"] = _grouped_outer(pre_grad, rows, experts, groups)
+        if need_x:
+            each = _grouped_linear(pre_grad, w_in.transpose(1, 2), None, groups)
+            grads["x"] = _unsort(each, groups, tokens, k).sum(dim=1)
+    return [grads[name] for name, wanted in zip(_DIFFERENTIABLE, needed, strict=True) if wanted]
+
+
+_DIFFERENTIABLE = ("x", "weight", "w_in", "w_out", "b_in", "b_out")
+
+
+@moe_backward.register_fake
+def _moe_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    inputs = (x, weight, w_in, w_out, b_in, b_out)
+    return [t.new_empty(t.shape) for t, wanted in zip(inputs, needed, strict=True) if wanted and t is not None]
+
+
+def _moe_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _moe_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad
+    needed = [need[i] for i in (0, 2, 3, 4, 5, 6)]
+    found = iter(moe_backward(grad, *ctx.saved_tensors, ctx.activation, needed))
+    x, weight, w_in, w_out, b_in, b_out = (next(found) if wanted else None for wanted in needed)
+    return x, None, weight, w_in, w_out, b_in, b_out, None
+
+
+moe.register_autograd(_moe_autograd, setup_context=_moe_setup_context)
+
+
+def moe_dense(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``surgeon::moe`` in ATen with every expert computed for every token: two linears, no data-dependent shape.
+
+    With C[t, e] = sum of weight[t, j] over index[t, j] = e:  y_t = sum_e C[t, e] f_e(x_t).  The sum over experts is the
+    inner dimension of one matmul, [T, E I] x [E I, G].  Cost E / k times that of the sparse form; memory O(T E O).  An
+    expert that overflows to infinity spoils also the tokens that did not select it (infinity times zero).
+
+    Args and Returns: as :func:`moe`.
+    """
+    experts, rows, width = w_in.shape
+    out_width, inner = w_out.shape[1:]
+    tokens = x.shape[0]
+    chosen = index.unsqueeze(-1) == torch.arange(experts, device=index.device)
+    share = (chosen.to(weight.dtype) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)  # C [T, E]
+    pre = F.linear(x, w_in.reshape(experts * rows, width), None if b_in is None else b_in.reshape(-1))
+    hidden = _inner(pre.reshape(tokens, experts, rows), inner, activation) * share.unsqueeze(-1)
+    # [E, G, I] -> [G, E I]: experts side by side
+    out = F.linear(hidden.reshape(tokens, experts * inner), w_out.permute(1, 0, 2).reshape(out_width, experts * inner))
+    return out if b_out is None else out + share @ b_out
+
+
+def moe_gathered(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``surgeon::moe`` in ATen by gathering each token's expert weights: an alternative decomposition for decoding.
+
+    Touches only the selected experts but copies their weights, O(T k O H) bytes: for one or a few tokens on runtimes
+    without a sparse kernel.  Args and Returns as :func:`moe`.
+    """
+    pre = torch.matmul(w_in[index], x[:, None, :, None]).squeeze(-1)  # [T, k, O]
+    if b_in is not None:
+        pre = pre + b_in[index]
+    each = torch.matmul(w_out[index], _inner(pre, w_out.shape[2], activation).unsqueeze(-1)).squeeze(-1)  # [T, k, G]
+    if b_out is not None:
+        each = each + b_out[index]
+    return (each * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)

@@ -1,0 +1,93 @@
+"""Output directories that appear whole or not at all.
+
+A build writes into a hidden sibling folder and takes the final name at the end.  Replacing an existing output is one
+exchange of names in the kernel, so a kill at any moment leaves either the old output or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgeon.errors import RecipeError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def check_free(target: Path, force: bool) -> None:
+    """Refuse an output directory that exists, before any work is done.
+
+    Raises:
+        RecipeError: it exists and ``force`` is False, it is a file, or its parent cannot be written to.
+    """
+    if target.is_file():
+        raise RecipeError(f"output: {target} is a file; an output is a directory, name another one")
+    if target.exists() and not force:
+        raise RecipeError(f"output: {target} exists already; remove it, name another directory, or pass --force (force=True)")
+    if target.exists() and not (target / "surgeon.json").exists() and any(target.iterdir()):
+        raise RecipeError(f"output: {target} is not an output of surgeon; force replaces only those, name another directory")
+    parent = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise RecipeError(f"output: {parent} cannot be written to")
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``target``; when the body ends well it takes ``target``'s place, else it vanishes.
+
+    Args:
+        target: final directory.
+
+    Yields:
+        The folder to write into.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    folder = target.parent / f".{target.name}.building-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            _exchange(folder, target)
+        else:
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove staging folders of builds that were killed."""
+    for folder in target.parent.glob(f".{target.name}.building-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories' names; atomic where the kernel offers it, otherwise two renames."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        paths = (os.fsencode(new), os.fsencode(old))
+        if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+            return
+    aside = old.with_name(f".{old.name}.building-{os.getpid()}.old")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)

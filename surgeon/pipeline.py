@@ -1,0 +1,478 @@
+"""The flow from a source model to a checked artefact, as one straight function: read :func:`run` from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from surgeon.accounting import active_parameter_count, parameter_count
+from surgeon.compiled import Compiled, write_outputs
+from surgeon.contract import Backend, Pass, Plan
+from surgeon.data import Data, load_data
+from surgeon.discover import discover
+from surgeon.errors import LowerError, RecipeError, SurgeonError
+from surgeon.evaluate import Outputs, compare, is_language_model
+from surgeon.final_check import evaluate_section
+from surgeon.graph import Graph
+from surgeon.inspection import inspection
+from surgeon.observe import Batch
+from surgeon.output import check_free, staged
+from surgeon.plans import PlannedPass, SavedPlan
+from surgeon.progress import Progress
+from surgeon.recipe import Calibration, Evaluate, Recipe, Verify, load_recipe
+from surgeon.registry import make_backend, make_pass, versions
+from surgeon.report import Comparison, PassReport, Report
+from surgeon.rewrite import Editor
+from surgeon.source import load_source
+from surgeon.structure import Structure
+from surgeon.sweep import run_pass
+from surgeon.trace import trace_source
+from surgeon.validation import InvalidFields, validate
+from surgeon.verify import check_exact, check_parameters, check_structure, check_thresholds, compare_artifact
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a build needs, whatever door it came through.
+
+    Attributes:
+        model: directory, hub id, ``"package.module:callable"`` or a module.
+        steps: the passes in order.
+        inputs: example inputs for a module.
+        calibration: the recipe's mapping, batches, or None.
+        tokenizer: for calibration text, where it is not beside the checkpoint.
+        backend: where to lower to; None keeps the graph.
+        output: directory for the artefact; None for a temporary one.
+        verify: thresholds on the result.
+        evaluate: what to measure on the finished artefact.
+        task: see ``surgeon.trace``.
+        dtype: see ``surgeon.trace``.
+        trust_remote_code: see ``surgeon.trace``.
+        saved: a plan to repeat.
+        force: replace an existing output.
+        recipe: the recipe this came from, for the report.
+    """
+
+    model: str | Path | nn.Module
+    steps: tuple[Pass[Any], ...]
+    inputs: Mapping[str, Tensor] | None = None
+    calibration: Calibration | tuple[Batch, ...] | None = None
+    tokenizer: Any = None
+    backend: Backend | None = None
+    output: Path | None = None
+    verify: Verify = field(default_factory=Verify)
+    evaluate: Evaluate | None = None
+    task: str | None = None
+    dtype: str | torch.dtype | None = None
+    trust_remote_code: bool = False
+    saved: SavedPlan | None = None
+    force: bool = False
+    recipe: Recipe | None = None
+
+
+def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compiled:
+    """Trace, discover, run the passes, lower, check and report.
+
+    Args:
+        request: what to build.
+        progress: show progress on a terminal.
+        lower: False stops after the passes (for planning).
+
+    Raises:
+        SurgeonError: whatever is wrong with the request, the model or the result; nothing is left half-written.
+    """
+    clock = _Clock()
+    if request.output is not None and lower:
+        check_free(request.output, request.force)
+    if request.backend is not None and lower:
+        _require_installed(request.backend)
+    with Progress(progress) as bars:
+        # source -> canonical graph -> structure
+        with bars.step("loading the model"), clock.phase("load"):
+            source = load_source(
+                request.model,
+                request.inputs,
+                task=request.task,
+                dtype=request.dtype,
+                trust_remote_code=request.trust_remote_code,
+            )
+        with bars.step("tracing"), clock.phase("trace"):
+            graph = trace_source(source)
+        with bars.step("discovering the structure"), clock.phase("discover"):
+            structure = discover(graph)
+        plans = request.saved.matched(graph, request.steps) if request.saved is not None else None
+        fingerprint = graph.fingerprint()
+
+        # reference outputs, recorded once so that the source's weights can go as they are replaced
+        with bars.step("reference outputs"), clock.phase("reference"):
+            data = load_data(request.calibration, graph, request.tokenizer)
+            language_model = is_language_model(graph)
+            reference = _outputs(graph, data.held_back)
+        report = _new_report(request, graph, structure, data)
+
+        # the passes
+        applied: list[Plan[Any]] = []
+        current = reference
+        for number, step in enumerate(request.steps):
+            with clock.phase(f"passes.{number}.{step.name}"):
+                before, structure_before = graph, structure
+                try:
+                    graph, structure, plan, tokens = _operate(
+                        step, before, structure, data, plans[number] if plans else None, bars
+                    )
+                except SurgeonError as error:
+                    done = ", ".join(s.name for s in request.steps[:number]) or "none"
+                    raise type(error)(f"passes.{number} ({step.name}): {error} [passes before it: {done}]") from error
+            with bars.step(f"{step.name}: verifying"), clock.phase(f"passes.{number}.verify"):
+                check_structure(step, structure_before, structure)
+                check_parameters(step, plan, before, structure_before, graph)
+                exact = step.exact(plan)
+                divergence = {}
+                if exact:
+                    divergence["exact_error"] = check_exact(step, current, graph, data.held_back)
+                current = _outputs(graph, data.held_back)
+                divergence |= compare(
+                    reference, _replay(current), data.held_back, language_model=language_model, real=data.real
+                )
+            applied.append(plan)
+            report.passes.append(
+                PassReport(
+                    name=step.name,
+                    fields=step.model_dump(mode="json"),
+                    summary=step.summary(plan),
+                    exact=exact,
+                    seconds=clock.seconds[f"passes.{number}.{step.name}"],
+                    observed_tokens=tokens,
+                    parameters=(parameter_count(before), parameter_count(graph)),
+                    active_parameters=(active_parameter_count(before), active_parameter_count(graph)),
+                    bytes=(before.nbytes(), graph.nbytes()),
+                    divergence=divergence,
+                    notes=list(plan.notes),
+                    plan=plan.model_dump(mode="json"),
+                    removed_blocks=_removed_blocks(structure_before, structure, graph),
+                )
+            )
+            del before
+
+        # thresholds on the result
+        quality = compare(reference, _replay(current), data.held_back, language_model=language_model, real=data.real)
+        report.quality = quality
+        check_thresholds(request.verify, quality)
+        saved = SavedPlan(
+            surgeon=report.surgeon,
+            model=graph.source.description,
+            graph=fingerprint,
+            passes=tuple(
+                PlannedPass(name=s.name, fields=s.model_dump(mode="json"), plan=p.model_dump(mode="json"))
+                for s, p in zip(request.steps, applied, strict=True)
+            ),
+        )
+        report.parameters = (report.parameters[0], parameter_count(graph))
+        report.active_parameters = (report.active_parameters[0], active_parameter_count(graph))
+        report.structure["after"] = inspection(graph, structure).summary()
+        compiled = Compiled(graph=graph, structure=structure, report=report, plan=saved, recipe=request.recipe)
+        if request.backend is None or not lower:
+            report.bytes = (report.bytes[0], graph.nbytes())
+            return _finish(compiled, clock)
+
+        # lower, check the artefact against the graph, evaluate, write
+        refusals = request.backend.refuses(graph)
+        if refusals:
+            listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
+            raise LowerError(f"backend {request.backend.name} refuses this model: {listing}")
+        target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
+        with staged(target) as folder:
+            with bars.step(f"lowering to {request.backend.name}"), clock.phase("lower"):
+                artifact = request.backend.lower(graph, folder)
+            with bars.step("checking the artefact"), clock.phase("check"):
+                comparisons = compare_artifact(
+                    artifact, graph, data.held_back, request.backend.accepted_error(graph)
+                )
+                report.comparisons = [Comparison(**comparison) for comparison in comparisons]
+            report.bytes = (report.bytes[0], artifact.nbytes)
+            if request.evaluate is not None:
+                with bars.step("evaluating"), clock.phase("evaluate"):
+                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer)
+            compiled.artifact = artifact
+            _finish(compiled, clock)
+            write_outputs(compiled, folder, target)
+        compiled.artifact.folder = target
+        return compiled
+
+
+def _operate(
+    step: Pass[Any], graph: Graph, structure: Structure, data: Data, saved: Plan[Any] | None, bars: Progress
+) -> tuple[Graph, Structure, Plan[Any], int]:
+    """Run one pass on a clone; the graph handed in stays as it is."""
+    clone = graph.clone()
+    view = discover(clone)
+    view = view.select(step.selection(view))
+    editor = Editor(clone)
+    plan, tokens = run_pass(step, editor, view, lambda: _required(data, step), saved, bars)
+    editor.finish()
+    return clone, discover(clone), plan, tokens
+
+
+def _required(data: Data, step: Pass[Any]) -> Sequence[Batch]:
+    if not data.calibration:
+        raise RecipeError(
+            "this pass observes the model on calibration data and none was given: add a calibration section "
+            "(calibration: {text: FILE}) or calibration= with an iterable of input dicts"
+        )
+    return data.calibration
+
+
+def _require_installed(backend: Backend) -> None:
+    """Refuse a backend whose libraries are missing, before any work is done."""
+    missing = [library for library, version in versions(type(backend)).items() if version is None]
+    if missing:
+        raise LowerError(f"backend {backend.name} needs {', '.join(missing)}, not installed: {backend.install()}")
+
+
+def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[int]:
+    """Blocks of which no weight is read any more."""
+    if len(after.blocks) == len(before.blocks):
+        return []
+    alive = set(graph.parameters())
+    return [block.index for block in before.blocks if block.weights and not alive.intersection(block.weights)]
+
+
+def _outputs(graph: Graph, batches: Sequence[Batch]) -> list[Outputs]:
+    with torch.no_grad():
+        return [graph(**batch) for batch in batches]
+
+
+def _replay(recorded: Sequence[Outputs]) -> Any:
+    """A callable that hands out recorded outputs in order, whatever its inputs."""
+    iterator = iter(recorded)
+    return lambda **_: next(iterator)
+
+
+def _new_report(request: Request, graph: Graph, structure: Structure, data: Data) -> Report:
+    return Report(
+        surgeon=importlib.metadata.version("surgeon"),
+        versions=_versions(),
+        model={
+            "description": graph.source.description,
+            "task": graph.source.task,
+            "inputs": {port.name: [str(size) for size in port.shape] for port in graph.inputs},
+            "outputs": {port.name: [str(size) for size in port.shape] for port in graph.outputs},
+        },
+        recipe=request.recipe.model_dump(mode="json") if request.recipe is not None else None,
+        structure={"before": inspection(graph, structure).summary()},
+        bytes=(graph.nbytes(), graph.nbytes()),
+        parameters=(parameter_count(graph), parameter_count(graph)),
+        active_parameters=(active_parameter_count(graph), active_parameter_count(graph)),
+        warnings=list(data.notes),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _finish(compiled: Compiled, clock: _Clock) -> Compiled:
+    compiled.report.seconds = clock.total()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    compiled.report.peak_memory_bytes = peak * (1 if platform.system() == "Darwin" else 1024)
+    return compiled
+
+
+class _Clock:
+    """Seconds per phase.
+
+    Attributes:
+        seconds: by phase, in the order in which they ended.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self._start}
+
+
+# -- doors ------------------------------------------------------------------------------------------------------
+
+
+def compile(
+    model: str | Path | nn.Module,
+    passes: Sequence[Pass[Any] | Mapping[str, Any] | str] | str | Path,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | Mapping[str, Any] | str | Path | Iterable[Batch] | None = None,
+    backend: str | Mapping[str, Any] | Backend | None = "onnxruntime",
+    output: str | Path | None = None,
+    verify: Verify | Mapping[str, Any] | None = None,
+    evaluate: Evaluate | Mapping[str, Any] | None = None,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    plan: SavedPlan | str | Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Compiled:
+    """Operate on a model and lower it.
+
+    Args:
+        model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
+        passes: pass objects or one-key dicts in order, or the path of a recipe, whose passes are taken and whose
+            calibration, verify and evaluate sections stand in where those arguments are None.
+        inputs: example keyword inputs; needed for a module that is not a transformers model.
+        calibration: an iterable of keyword-input dicts, a text file (tokenized with the model's tokenizer), or the
+            recipe's mapping, to which ``tokenizer`` (an object or a path) may be added.
+        backend: a name, a one-key dict with its options, or None for the rewritten graph itself.
+        output: directory to write to; must not exist unless ``force``.  None keeps the artefact in a temporary
+            directory that lives as long as the result.
+        verify: thresholds such as ``{"max_kl": 0.1}``.
+        evaluate: what to measure on the artefact, as in a recipe.
+        task: ``"forward"``: the model as it is called.
+        dtype: load the weights in this type; as stored by default.
+        trust_remote_code: run code that a checkpoint brings.
+        plan: a saved plan to repeat instead of planning.
+        force: replace an output of surgeon that exists.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        The compiled model: callable, with ``graph``, ``artifact``, ``report`` and ``save``.
+
+    Raises:
+        SurgeonError: the model, a pass, the data or the backend refuses; says what and where.
+
+    Example:
+        >>> import surgeon
+        >>> compiled = surgeon.compile("my-model", [{"drop_blocks": {"count": 2}}], calibration="text.txt")
+        >>> compiled(input_ids=ids, attention_mask=mask)["logits"]
+    """
+    recipe = None
+    if isinstance(passes, str | Path):
+        recipe = load_recipe(passes)
+        steps = recipe.passes
+        calibration = calibration if calibration is not None else recipe.calibration
+        verify = verify if verify is not None else recipe.verify
+        evaluate = evaluate if evaluate is not None else recipe.evaluate
+    else:
+        steps = tuple(make_pass(item) for item in passes)
+    spec, tokenizer = _calibration(calibration)
+    if backend is None and output is not None:
+        raise RecipeError("output: there is nothing to write without a backend; name one or leave output out")
+    request = Request(
+        model=model,
+        steps=steps,
+        inputs=inputs,
+        calibration=spec,
+        tokenizer=tokenizer,
+        backend=None if backend is None else make_backend(backend),
+        output=Path(output) if output is not None else None,
+        verify=_section(Verify, verify, "verify") or Verify(),
+        evaluate=_section(Evaluate, evaluate, "evaluate"),
+        task=task,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        saved=SavedPlan.read(plan) if isinstance(plan, str | Path) else plan,
+        force=force,
+        recipe=recipe,
+    )
+    return run(request, progress=progress)
+
+
+def compile_recipe(
+    recipe: Recipe,
+    *,
+    plan: SavedPlan | None = None,
+    output: Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Compiled:
+    """Build what a recipe says.
+
+    Raises:
+        SurgeonError: see :func:`compile`.
+    """
+    return run(_from_recipe(recipe, plan, output, force), progress=progress)
+
+
+def plan_recipe(recipe: Recipe, *, progress: bool = True) -> SavedPlan:
+    """Plan every pass of a recipe and write nothing.
+
+    Each pass is planned on the model that the passes before it leave, so the passes do run, in memory.
+
+    Raises:
+        SurgeonError: see :func:`compile`.
+    """
+    plan = run(_from_recipe(recipe, None, None, True), progress=progress, lower=False).plan
+    assert plan is not None
+    return plan
+
+
+def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, force: bool) -> Request:
+    target = output if output is not None else (Path(recipe.output) if recipe.output is not None else None)
+    return Request(
+        model=recipe.model.source,
+        steps=recipe.passes,
+        calibration=recipe.calibration,
+        backend=recipe.backend,
+        output=target if recipe.backend is not None else None,
+        verify=recipe.verify or Verify(),
+        evaluate=recipe.evaluate,
+        task=recipe.model.task,
+        dtype=recipe.model.dtype,
+        trust_remote_code=recipe.model.trust_remote_code,
+        saved=plan,
+        force=force,
+        recipe=recipe,
+    )
+
+
+def _calibration(given: Any) -> tuple[Calibration | tuple[Batch, ...] | None, Any]:
+    """Calibration of the Python API in the pipeline's form, with the tokenizer that came with it."""
+    if given is None or isinstance(given, Calibration):
+        return given, None
+    if isinstance(given, str | Path):
+        return Calibration(text=Path(given)), None
+    if isinstance(given, Mapping):
+        fields = dict(given)
+        tokenizer = fields.pop("tokenizer", None)
+        if isinstance(fields.get("text"), Path):
+            fields["text"] = str(fields["text"])
+        return _section(Calibration, fields, "calibration"), tokenizer
+    return tuple(given), None
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _section(model: type[S], given: S | Mapping[str, Any] | None, name: str) -> S | None:
+    """One section of a recipe given as an object or as plain data."""
+    if given is None or isinstance(given, model):
+        return given
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{name}: needed a mapping, found {type(given).__name__}")
+    try:
+        return validate(model, given)
+    except InvalidFields as error:
+        raise RecipeError(f"{name}: {error}") from None

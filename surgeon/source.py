@@ -1,0 +1,353 @@
+"""Loading of source models: a checkpoint directory or hub id, a module, or ``"package.module:callable"``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.checkpoint import load_checkpoint, resolve_hub_id
+from surgeon.errors import TraceError, nearest
+from surgeon.graph import Source
+
+TASKS = ("forward",)
+_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 7
+
+
+@dataclass
+class LoadedSource:
+    """A source model, ready to be called.
+
+    Attributes:
+        module: the model.
+        inputs: example keyword inputs; where surgeon made them batch 2 and a sequence length no other size equals.
+        source: where it came from.
+        tokenizer_path: directory that holds a tokenizer, or None.
+        missing: names of weights that the checkpoint did not hold.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    source: Source
+    tokenizer_path: str | None = None
+    missing: tuple[str, ...] = ()
+
+    def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run the source model in eager torch, without caches.
+
+        Args:
+            **inputs: its keyword inputs.
+
+        Returns:
+            Its output tensors by name.
+        """
+        with calling(self.module):
+            return flatten_outputs(self.module(**inputs))
+
+
+def load_source(
+    model: str | Path | nn.Module,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedSource:
+    """Load a source model and find example inputs for it.
+
+    Args:
+        model: a checkpoint directory, a hub id, ``"package.module:callable"`` (returning a module, or a module and its
+            inputs; modules of the current directory are found), or a module.
+        inputs: example keyword inputs, each a tensor; None to let surgeon make them (models of transformers only).
+        task: ``"forward"`` or None.
+        dtype: floating-point type, e.g. ``"bfloat16"``; None keeps the model's own.  A module is copied, not changed.
+        trust_remote_code: allow a checkpoint to bring its own Python code.
+
+    Raises:
+        TraceError: what could not be found, read or used, and what to do.
+    """
+    if task not in (None, *TASKS):
+        raise TraceError(f"unknown task {task!r}: {nearest(str(task), TASKS)}")
+    wanted = _dtype(dtype)
+    path: Path | None = None
+    missing: tuple[str, ...] = ()
+    if isinstance(model, nn.Module):
+        module, description = model, type(model).__name__
+    elif isinstance(model, str) and _CALLABLE.fullmatch(model) and not Path(model).exists():
+        description = model
+        module, own = _call(model)
+        inputs = inputs if inputs is not None else own
+    elif isinstance(model, str | Path):
+        description = str(model)
+        path = Path(model).expanduser()
+        if not path.exists():
+            path = resolve_hub_id(str(model))
+        module, missing = load_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
+    else:
+        raise TraceError(
+            f"a model is a directory, a hub id, 'package.module:callable' or an nn.Module, found {type(model).__name__}"
+        )
+    if wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
+        module = _converted(module, wanted)
+    example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
+    config: Any = getattr(module, "config", None)
+    plain = json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
+    source = Source(description, str(path.resolve()) if path else None, plain, task or "forward")
+    return LoadedSource(module, example, source, _tokenizer(path), missing)
+
+
+# -- calling ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def calling(module: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and returns named outputs without caches; it is put back on leaving."""
+    training = {m: m.training for m in module.modules()}
+    configs = _configs(module)
+    before = []
+    for config in configs:
+        for flag, value in (("use_cache", False), ("return_dict", True)):
+            if isinstance(getattr(config, flag, None), bool):
+                before.append((config, flag, getattr(config, flag)))
+                setattr(config, flag, value)
+    module.eval()
+    try:
+        yield
+    finally:
+        for config, flag, value in before:
+            setattr(config, flag, value)
+        for m, mode in training.items():
+            m.training = mode
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """The configurations that the parts of a transformers model read, each once."""
+    if "transformers" not in sys.modules:
+        return []
+    from transformers import PretrainedConfig
+
+    found = {id(c): c for m in module.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}
+    return list(found.values())
+
+
+def flatten_outputs(result: Any) -> dict[str, Tensor]:
+    """What a model returns, as tensors by name.
+
+    A mapping keeps its keys, a tuple or list is numbered (``name.0``), a lone tensor is ``output``; None is left out.
+
+    Raises:
+        TraceError: something else than a tensor is returned.
+    """
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if value is None:
+            return
+        if isinstance(value, Tensor):
+            found[name or "output"] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                visit(f"{name}.{key}" if name else str(key), item)
+        elif isinstance(value, tuple | list):
+            fields = getattr(value, "_fields", range(len(value)))
+            for key, item in zip(fields, value, strict=True):
+                visit(f"{name or 'output'}.{key}" if isinstance(key, int) else key, item)
+        else:
+            raise TraceError(
+                f"the model's output {name or 'output'!r} is a {type(value).__name__}; outputs are tensors, or "
+                "mappings, tuples and lists of tensors: wrap the model so that it returns those"
+            )
+
+    visit("", result)
+    if not found:
+        raise TraceError("the model returns no tensor")
+    return found
+
+
+# -- example inputs ---------------------------------------------------------------------------------------------------
+
+
+def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
+    """The dimensions of an input that vary by default: batch, and the sequence of two-dimensional integers."""
+    if tensor.dim() == 0:
+        return {}
+    if tensor.dim() == 2 and not tensor.is_floating_point():
+        return {0: "batch", 1: "sequence"}
+    return {0: "batch"}
+
+
+def default_inputs(module: nn.Module, path: Path | None = None) -> dict[str, Tensor]:
+    """Example inputs of a transformers model, read from its forward signature and configuration.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where the model tells segments apart, ``token_type_ids``
+        [batch, sequence] int64; or ``pixel_values`` [batch, channels, height, width] in the model's type.
+
+    Raises:
+        TraceError: the model is not of that library, or takes something else first.
+    """
+    config, main = getattr(module, "config", None), getattr(module, "main_input_name", None)
+    if config is None or main is None:
+        raise TraceError(
+            f"{type(module).__name__} is not a transformers model, so its inputs are not known: pass "
+            "inputs={name: tensor}"
+        )
+    accepted = inspect.signature(module.forward).parameters
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    if main == "pixel_values":
+        return {main: _image(module, generator).to(device)}
+    if main != "input_ids" or getattr(config, "is_encoder_decoder", False):
+        needed = ", ".join(n for n, p in accepted.items() if p.default is inspect.Parameter.empty) or main
+        raise TraceError(
+            f"{type(module).__name__} starts from {needed}; surgeon makes example inputs for input_ids of one stack "
+            "and pixel_values only: pass inputs={name: tensor}"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = (_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE)
+    found = {main: torch.randint(0, int(text.vocab_size), size, generator=generator)}
+    if "attention_mask" in accepted:
+        found["attention_mask"] = torch.ones(size, dtype=torch.int64)
+    if "token_type_ids" in accepted and int(getattr(text, "type_vocab_size", 0) or 0) > 1 and _segments(path):
+        found["token_type_ids"] = torch.randint(0, int(text.type_vocab_size), size, generator=generator)
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def resized(
+    inputs: Mapping[str, Tensor], dims: Mapping[str, Mapping[int, str]], sizes: Mapping[str, int], *, pad: bool = False
+) -> dict[str, Tensor]:
+    """The same inputs at other sizes, made of randomly repeated slices, so that every value stays a valid one.
+
+    Args:
+        inputs: tensors by name.
+        dims: their dynamic dimensions.
+        sizes: new size by dimension name.
+        pad: let an ``attention_mask`` end in zeros, row i in i mod 3 + 1 of them, as padded batches have.
+    """
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, tensor in inputs.items():
+        for dim, label in dims[name].items():
+            if label in sizes:
+                index = torch.randint(0, tensor.shape[dim], (sizes[label],), generator=generator)
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        if pad and name == "attention_mask" and tensor.dim() == 2 and tensor.shape[1] > 4:
+            rows, length = tensor.shape
+            kept = length - 1 - torch.arange(rows, device=tensor.device) % 3
+            tensor = (torch.arange(length, device=tensor.device) < kept[:, None]).to(tensor.dtype)
+        found[name] = tensor
+    return found
+
+
+def _image(module: nn.Module, generator: torch.Generator) -> Tensor:
+    config: Any = module.config
+    vision = getattr(config, "vision_config", None) or config
+    size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", None)
+    if size is None or channels is None:
+        raise TraceError(
+            f"{type(module).__name__} takes pixel_values, but its configuration lacks image_size or num_channels: pass "
+            "inputs={'pixel_values': tensor}"
+        )
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return torch.randn(_EXAMPLE_BATCH, channels, height, width, generator=generator).to(dtype)
+
+
+def _segments(path: Path | None) -> bool:
+    """Whether the tokenizer may emit segment ids; only one that lists its outputs without them says no."""
+    file = path / "tokenizer_config.json" if path else None
+    if file is None or not file.is_file():
+        return True
+    listed = json.loads(file.read_text(encoding="utf-8")).get("model_input_names")
+    return listed is None or "token_type_ids" in listed
+
+
+def _check_inputs(inputs: Mapping[str, Tensor], module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if not isinstance(inputs, Mapping):
+        raise TraceError(f"inputs is a mapping of input name to tensor, found {type(inputs).__name__}")
+    if not inputs:
+        raise TraceError("inputs is empty; give one example tensor for each input of the model")
+    accepted = inspect.signature(module.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor):
+            raise TraceError(f"input {name!r} must be a torch.Tensor, found {type(tensor).__name__}")
+        if name not in accepted and not anything:
+            raise TraceError(f"{type(module).__name__}.forward takes no {name!r}; {nearest(name, accepted)}")
+    return {
+        name: tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+        for name, tensor in inputs.items()
+    }
+
+
+# -- forms of a source ------------------------------------------------------------------------------------------------
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise TraceError(f"unknown dtype {dtype!r}: {nearest(dtype, known)}")
+    return known[dtype]
+
+
+def _converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).to(dtype)
+
+
+def _call(description: str) -> tuple[nn.Module, Mapping[str, Tensor] | None]:
+    """Import and call ``package.module:callable``."""
+    name, _, attribute = description.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        owner: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise TraceError(
+            f"{description!r}: there is no module {error.name!r} (looked in the environment and in {here})"
+        ) from error
+    except Exception as error:  # the user's module may raise anything
+        raise TraceError(f"{description!r}: importing {name!r} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    for part in attribute.split("."):
+        if not hasattr(owner, part):
+            public = [n for n, v in vars(owner).items() if callable(v) and not n.startswith("_")]
+            raise TraceError(f"{description!r}: {name!r} has no {part!r}; {nearest(part, public)}")
+        owner = getattr(owner, part)
+    if isinstance(owner, nn.Module):
+        return owner, None
+    if not callable(owner):
+        raise TraceError(f"{description!r} is a {type(owner).__name__}, not a callable that returns a module")
+    try:
+        result = owner()
+    except Exception as error:  # the user's function may raise anything
+        raise TraceError(f"{description!r} failed: {type(error).__name__}: {error}") from error
+    if isinstance(result, nn.Module):
+        return result, None
+    if isinstance(result, tuple) and len(result) == 2:
+        module, inputs = result
+        if isinstance(module, nn.Module) and isinstance(inputs, Mapping):
+            return module, inputs
+    kinds = ", ".join(type(r).__name__ for r in result) if isinstance(result, tuple) else type(result).__name__
+    raise TraceError(f"{description!r} must return an nn.Module, or (nn.Module, {{name: tensor}}); it returned {kinds}")
+
+
+def _tokenizer(path: Path | None) -> str | None:
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    return str(path.resolve()) if path and any((path / file).is_file() for file in files) else None

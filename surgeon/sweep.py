@@ -1,0 +1,143 @@
+"""The sweep: observing, planning and applying a block-scoped pass one block at a time.
+
+Each block is observed on the activations that the already-changed model produces, so errors of earlier blocks are seen by
+the later ones.  At any moment one set of hidden states per calibration batch is held: the values alive at the block's entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from surgeon.contract import Observer, Pass, Plan
+from surgeon.errors import ObserveError
+from surgeon.observe import Batch, Execution, Stretch, observe
+from surgeon.progress import Progress
+from surgeon.rewrite import Editor
+from surgeon.structure import Structure
+
+Batches = Callable[[], Sequence[Batch]]
+
+
+def run_pass(
+    step: Pass[Any],
+    editor: Editor,
+    structure: Structure,
+    batches: Batches,
+    saved: Plan[Any] | None,
+    progress: Progress,
+) -> tuple[Plan[Any], int]:
+    """Observe, plan and apply one pass on the clone that the editor holds.
+
+    Args:
+        step: the pass.
+        editor: editor of the clone.
+        structure: structure of the clone, with the pass's selection.
+        batches: gives the calibration batches; called only when something is observed.
+        saved: a plan to repeat instead of planning.
+        progress: where to show progress.
+
+    Returns:
+        The plan that was applied and the number of calibration tokens that were observed.
+
+    Raises:
+        ObserveError: the pass needs data and there is none.
+        PlanError: the pass refuses.
+    """
+    observers = step.observers(structure) if saved is None or step.apply_reads_statistics else {}
+    if step.scope == "model" or not observers:
+        if observers:
+            observe(
+                editor.graph, progress.track(batches(), f"{step.name}: observing", len(batches())), observers
+            )
+        plan = saved if saved is not None else step.plan(editor.graph, structure, observers)
+        step.check(editor.graph, structure, plan)
+        step.apply(editor, structure, plan, observers)
+        return plan, _tokens(observers)
+    return _sweep(step, editor, structure, batches(), saved, progress)
+
+
+def _sweep(
+    step: Pass[Any],
+    editor: Editor,
+    structure: Structure,
+    batches: Sequence[Batch],
+    saved: Plan[Any] | None,
+    progress: Progress,
+) -> tuple[Plan[Any], int]:
+    if not batches:
+        raise ObserveError(f"{step.name}: the calibration data holds no batch")
+    if saved is not None:
+        step.check(editor.graph, structure, saved)
+    plans: list[Plan[Any]] = []
+    tokens = 0
+    previous: fx.Node | None = None
+    executions = [Execution(editor.graph, batch) for batch in batches]
+    for block in progress.track(structure.blocks, f"{step.name}: blocks", len(structure.blocks)):
+        view = structure.select(replace(structure.selection, blocks=_only(structure, block.index)))
+        observers = step.observers(view)
+        after = block.exit.next  # stays in place: a block-scoped pass edits nothing behind the block's exit
+        if observers:
+            nodes = list(_between(editor.graph.module.graph, previous, after))
+            observing = Stretch(editor.graph.module.graph, nodes, observers.values())
+            for execution in executions:
+                execution.fork().run(observing)
+            tokens = max(tokens, _tokens(observers))
+        plan = _own(saved, block.index) if saved is not None else step.plan(editor.graph, view, observers)
+        if plan.decisions:
+            step.check(editor.graph, view, plan)
+            step.apply(editor, view, plan, observers)
+            editor.settle()
+        plans.append(plan)
+        nodes = list(_between(editor.graph.module.graph, previous, after))
+        propagating = Stretch(editor.graph.module.graph, nodes)
+        for execution in executions:
+            execution.run(propagating)
+        previous = after.prev
+    outside = structure.select(replace(structure.selection, blocks=_only(structure, None)))
+    observers = step.observers(outside)
+    executions.clear()
+    if observers:
+        observe(editor.graph, batches, observers)
+        tokens = max(tokens, _tokens(observers))
+    plan = _own(saved, None) if saved is not None else step.plan(editor.graph, outside, observers)
+    if plan.decisions:
+        step.check(editor.graph, outside, plan)
+        step.apply(editor, outside, plan, observers)
+    plans.append(plan)
+    return (saved if saved is not None else plans[0].joined(plans[1:])), tokens
+
+
+def _only(structure: Structure, block: int | None) -> frozenset[int | None]:
+    """The selection narrowed to one block (None: outside the blocks)."""
+    chosen = structure.selection.blocks
+    return frozenset({block} if chosen is None or block in chosen else ())
+
+
+def _own(plan: Plan[Any], block: int | None) -> Plan[Any]:
+    """The decisions of a plan that concern one block (None: outside the blocks)."""
+    prefix = f"blocks.{block}."
+    own = tuple(
+        d
+        for d in plan.decisions
+        if (d.site.startswith(prefix) if block is not None else not d.site.startswith("blocks."))
+    )
+    return plan.model_copy(update={"decisions": own})
+
+
+def _between(graph: fx.Graph, previous: fx.Node | None, after: fx.Node) -> Iterator[fx.Node]:
+    """Nodes behind ``previous`` (None: from the start, without the placeholders) and before ``after``."""
+    started = previous is None
+    for node in graph.nodes:
+        if node is after:
+            return
+        if started and node.op != "placeholder":
+            yield node
+        started = started or node is previous
+
+
+def _tokens(observers: Mapping[str, Observer]) -> int:
+    return max((int(getattr(observer, "tokens", 0)) for observer in observers.values()), default=0)

@@ -1,0 +1,401 @@
+"""Source model -> canonical Graph.
+
+``torch.export`` (non-strict, dynamic shapes, without gradients) -> functional ATen -> :func:`canonicalise` ->
+comparison with the source model on inputs of other sizes.  The source model is handed back as it was found.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim as ExportDim
+from torch.export import ExportedProgram
+
+from surgeon.canonical import canonicalise
+from surgeon.errors import TraceError, nearest
+from surgeon.experts import use_semantic_experts
+from surgeon.graph import Dim, Graph, Port
+from surgeon.source import (
+    LoadedSource,
+    calling,
+    default_dims,
+    flatten_outputs,
+    load_source,
+    resized,
+)
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest accepted max|graph - source| / max|source| by the coarsest floating-point type of the weights: about 80
+units in the last place; reordered sums in attention kernels reach a tenth of it."""
+
+
+def trace(
+    model: str | Path | nn.Module,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
+    trust_remote_code: bool = False,
+) -> Graph:
+    """Trace a source model to its canonical graph.
+
+    Args:
+        model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
+        inputs: example keyword inputs; optional for models of the transformers library.
+        task: ``"forward"`` (also None): the model as it is called, without caches.
+        dtype: type of the floating-point weights, ``None`` for the model's own.
+        dynamic: for each input named here, which of its dimensions vary and under which name (dimensions of one name
+            have one size), or None where all are fixed.  By default the first dimension of every input is ``batch`` and
+            the second of two-dimensional integer inputs is ``sequence``.
+        trust_remote_code: allow a checkpoint to bring its own Python code.
+
+    Returns:
+        The canonical graph: equal to the model within 1e-5 relative (float32), over the same weight tensors.
+
+    Raises:
+        TraceError: the model could not be loaded, run, exported or reproduced, or a dynamic dimension cannot vary.
+
+    Example:
+        >>> graph = trace("my-model")
+        >>> graph(input_ids=ids, attention_mask=mask)["logits"]
+    """
+    loaded = load_source(model, inputs, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    return trace_source(loaded, dynamic=dynamic)
+
+
+def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str] | None] | None = None) -> Graph:
+    """Trace a source that is loaded already; see :func:`trace`."""
+    dims = _dims(loaded.inputs, dynamic)
+    example = _at_least_two(loaded.inputs, dims)
+    with calling(loaded.module):
+        result = _call(loaded, example, "its example inputs")
+        expected = flatten_outputs(result)
+        loaded.source = replace(loaded.source, output_class=type(result).__name__)
+        with _exportable(loaded.module):
+            program = _export(loaded.module, example, dims)
+        module = canonicalise(program.module(check_guards=False), list(example), _tensors(loaded.module))
+        graph = _graph(module, program, example, dims, list(expected), loaded)
+        _refuse_missing(graph, loaded)
+        _compare(graph, expected, example, "the example")
+        for sizes in _other_sizes(graph, example, dims):
+            other = resized(example, dims, sizes, pad=True)
+            where = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            reference = _call(loaded, other, f"inputs of {where} (fix a dimension that cannot vary with dynamic=)")
+            _compare(graph, flatten_outputs(reference), other, where)
+    return graph
+
+
+# -- dimensions -------------------------------------------------------------------------------------------------------
+
+_Dims = Mapping[str, Mapping[int, str]]
+
+
+def _dims(inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str] | None] | None) -> _Dims:
+    """The dynamic dimensions of every input: the defaults, replaced input by input by the caller's."""
+    dims = {name: default_dims(name, tensor) for name, tensor in inputs.items()}
+    for name, chosen in (dynamic or {}).items():
+        if name not in inputs:
+            raise TraceError(f"dynamic names an input {name!r} that the model does not take; {nearest(name, inputs)}")
+        rank = inputs[name].dim()
+        for dim in chosen or {}:
+            if not 0 <= dim < rank:
+                raise TraceError(f"dynamic: input {name!r} has dimensions 0 to {rank - 1}, found {dim}")
+        dims[name] = dict(chosen or {})
+    sizes: dict[str, tuple[str, int]] = {}
+    for name, chosen in dims.items():
+        for dim, label in chosen.items():
+            other, size = sizes.setdefault(label, (name, inputs[name].shape[dim]))
+            if inputs[name].shape[dim] != size:
+                raise TraceError(
+                    f"dimension {label!r} is {size} in input {other!r} and {inputs[name].shape[dim]} in input {name!r} "
+                    f"(dimension {dim}); name it otherwise or fix it, e.g. dynamic={{{name!r}: None}}"
+                )
+    return dims
+
+
+def _sizes(inputs: Mapping[str, Tensor], dims: _Dims) -> dict[str, int]:
+    return {label: inputs[name].shape[dim] for name, chosen in dims.items() for dim, label in chosen.items()}
+
+
+def _at_least_two(inputs: Mapping[str, Tensor], dims: _Dims) -> dict[str, Tensor]:
+    """Example inputs without sizes 0 and 1 in dynamic dimensions, which export would take for constants."""
+    small = {label: 2 for label, size in _sizes(inputs, dims).items() if size < 2}
+    return resized(inputs, dims, small) if small else dict(inputs)
+
+
+def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: _Dims) -> list[dict[str, int]]:
+    """Two further sets of sizes: a batch of 3 and of 1, other dimensions halved (or doubled, where odd)."""
+    first = {chosen[0] for chosen in dims.values() if 0 in chosen}
+    found = []
+    for batch in (3, 1):
+        sizes = {}
+        for label, size in _sizes(example, dims).items():
+            wanted = batch if label in first else size // 2 if size % 2 == 0 and size > 3 else 2 * size
+            bounds = graph.dims[label]
+            sizes[label] = max(bounds.min, min(wanted, bounds.max or wanted))
+        found.append(sizes)
+    return found if graph.dims else []
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def _export(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims) -> ExportedProgram:
+    """Export in functional ATen, every named dimension symbolic."""
+    try:
+        program = _export_with(module, example, dims, ExportDim.DYNAMIC)
+    except TraceError:
+        raise
+    except Exception as error:  # torch.export raises many unrelated classes
+        if dims and "specialized it to be a constant" in str(error):
+            _explain_specialised(module, example, dims, error)
+        raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(error)}") from error
+    return program
+
+
+def _export_with(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, hint: Any) -> ExportedProgram:
+    shapes = {name: dict.fromkeys(chosen, hint) for name, chosen in dims.items()}
+    with torch.no_grad(), _flat_forward(module, example, dims), warnings.catch_warnings():
+        # torch copies its own deprecated tree leaves while it decomposes
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        program = torch.export.export(module, (), dict(example), strict=False, dynamic_shapes=shapes)
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
+
+
+def _explain_specialised(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, error: Exception) -> None:
+    """Find out, by an export that may choose, which dimensions the model fixes; raises where there are any."""
+    try:
+        program = _export_with(module, example, dims, ExportDim.AUTO)
+    except Exception as second:
+        raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(second)}") from second
+    _refuse_specialised(_placeholders(program.module(check_guards=False)), dims, error)
+
+
+def _refuse_specialised(values: Mapping[str, Tensor], dims: _Dims, error: Exception | None = None) -> None:
+    fixed = [
+        (name, dim, label, int(values[name].shape[dim]))
+        for name, chosen in dims.items()
+        for dim, label in chosen.items()
+        if not _is_symbol(values[name].shape[dim])
+    ]
+    if fixed:
+        which = "; ".join(f"dimension {d} ({label!r}) of input {n!r} is always {size}" for n, d, label, size in fixed)
+        pins = {
+            n: {d: label for d, label in dims[n].items() if (n, d) not in {f[:2] for f in fixed}} for n, *_ in fixed
+        }
+        raise TraceError(
+            f"the model cannot vary a dimension that was to be dynamic: {which}. Fix it with "
+            f"dynamic={ {n: chosen or None for n, chosen in pins.items()} }, or remove the constant from the model"
+        ) from error
+
+
+@contextmanager
+def _flat_forward(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims) -> Iterator[None]:
+    """Give the module a forward with exactly these inputs that returns a flat tuple of tensors."""
+    original = module.forward
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for name, chosen in dims.items():
+        for dim, label in chosen.items():
+            groups.setdefault(label, []).append((name, dim))
+
+    def forward(**inputs: Tensor) -> tuple[Tensor, ...]:
+        for (name, dim), *others in groups.values():
+            for other, position in others:  # one name, one symbol
+                torch._check(inputs[name].shape[dim] == inputs[other].shape[position])  # type: ignore[no-untyped-call]
+        return tuple(flatten_outputs(original(**inputs)).values())
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in example])
+    forward.__signature__ = signature  # type: ignore[attr-defined]  # functions take attributes
+    had = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if had is not None:
+            module.__dict__["forward"] = had
+
+
+@contextmanager
+def _exportable(module: nn.Module) -> Iterator[None]:
+    """Switch the model to the spellings that export well; everything is put back on leaving."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer would hide its parts
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        if "transformers" in sys.modules:
+            stack.enter_context(_library_patches())
+            stack.enter_context(_sdpa(module))
+        stack.enter_context(use_semantic_experts(module))
+        yield
+
+
+@contextmanager
+def _library_patches() -> Iterator[None]:
+    """The library's own export patches, of those modules that are loaded (the others would only be imported)."""
+    from transformers.exporters import exporter_dynamo, utils
+
+    del exporter_dynamo  # imported for the patches it registers
+    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    for owner, attribute, factory in utils._PATCHES.get("dynamo", []):
+        parts = owner.split(".")
+        if any(".".join(parts[:n]) in sys.modules for n in range(len(parts), max(len(parts) - 2, 0), -1)):
+            target = utils.import_dotted_path(owner, missing_ok=True)
+            if target is not None and hasattr(target, attribute):
+                found.append((target, attribute, factory))
+    with utils.patch_attributes(found):
+        yield
+
+
+@contextmanager
+def _sdpa(module: nn.Module) -> Iterator[None]:
+    """Attention as one scaled-dot-product node, where the model has that form and returns no attention maps."""
+    from transformers import PreTrainedModel
+
+    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    before = [(m.config, m.config._attn_implementation) for m in models]
+    for model in models:
+        wants_maps = getattr(model.config, "output_attentions", False)
+        if model.config._attn_implementation != "sdpa" and model._supports_sdpa and not wants_maps:
+            model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        for config, implementation in reversed(before):
+            config._attn_implementation = implementation
+
+
+# -- result -----------------------------------------------------------------------------------------------------------
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _is_symbol(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
+
+
+def _placeholders(module: fx.GraphModule) -> dict[str, Tensor]:
+    return {str(node.target): node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"}
+
+
+def _graph(
+    module: fx.GraphModule,
+    program: ExportedProgram,
+    example: Mapping[str, Tensor],
+    dims: _Dims,
+    outputs: list[str],
+    loaded: LoadedSource,
+) -> Graph:
+    values = _placeholders(module)
+    _refuse_specialised(values, dims)
+    names: dict[Any, str] = {}
+    ranges: dict[str, Dim] = {}
+    for name, chosen in dims.items():
+        for dim, label in chosen.items():
+            size: Any = values[name].shape[dim]
+            symbol = size.node.expr
+            names[symbol] = label
+            ranges[label] = _range(label, program.range_constraints.get(symbol))
+    ports_in = [
+        Port(name, tensor.dtype, tuple(dims[name].get(d, size) for d, size in enumerate(tensor.shape)))
+        for name, tensor in example.items()
+    ]
+    ports_out = []
+    results = module.graph.output_node().args[0]
+    for name, node in zip(outputs, results, strict=True):  # type: ignore[arg-type]  # canonicalise returns a tuple
+        value = node.meta["val"]
+        shape = tuple(_size(size, names) for size in value.shape)
+        ports_out.append(Port(name, value.dtype, shape))
+    return Graph(module, ports_in, ports_out, ranges, example, loaded.source)
+
+
+def _range(label: str, found: Any) -> Dim:
+    """Export never looks below 2; whether 1 is right too is compared with the source."""
+    if found is None:
+        return Dim(label)
+    lower = int(found.lower)
+    finite = getattr(found.upper, "is_Integer", False) and int(found.upper) < sys.maxsize - 1
+    return Dim(label, 1 if lower <= 2 else lower, int(found.upper) if finite else None)
+
+
+def _size(size: Any, names: Mapping[Any, str]) -> int | str:
+    return names.get(size.node.expr, "?") if _is_symbol(size) else int(size)
+
+
+def _refuse_missing(graph: Graph, loaded: LoadedSource) -> None:
+    needed = sorted(set(loaded.missing) & set(graph.parameters()))
+    if needed:
+        raise TraceError(
+            f"the checkpoint {loaded.source.path} lacks {len(needed)} weights that the model reads (they would be "
+            f"random): {', '.join(needed[:20])}{' ...' if len(needed) > 20 else ''}; is 'architectures' in its "
+            "config.json the class it was saved from?"
+        )
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def _call(loaded: LoadedSource, inputs: Mapping[str, Tensor], what: str) -> Any:
+    try:
+        with torch.no_grad():
+            return loaded.module(**inputs)
+    except Exception as error:  # a model may raise anything
+        shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in inputs.items())
+        raise TraceError(
+            f"{type(loaded.module).__name__} fails on {what} ({shapes}): {type(error).__name__}: {_first_lines(error)}"
+        ) from error
+
+
+def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a graph that does not compute what the source computes."""
+    with torch.no_grad():
+        found = graph(**inputs)
+    types = [t.dtype for t in graph.parameters().values() if t.is_floating_point()]
+    types += [t.dtype for t in expected.values() if t.is_floating_point()]
+    tolerance = max((_TOLERANCE.get(dtype, 5e-2) for dtype in types), default=1e-5)
+    for name, reference in expected.items():
+        error = relative_error(found[name], reference)
+        if not error <= tolerance:
+            raise TraceError(
+                f"the traced graph does not reproduce the source model at {where}: output {name!r} differs by "
+                f"{error:.3g} relative, at most {tolerance:g} is accepted. The model's Python code takes another path "
+                "at these sizes or values, or its result is random; fix the dimensions (dynamic={input: None}) or trace "
+                "another part of it"
+            )
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """max|found - reference| / max|reference|; infinite where shapes, or the places of NaN and infinity, differ.
+
+    Args:
+        found: any shape and type.
+        reference: the same shape.
+    """
+    if found.shape != reference.shape or found.dtype != reference.dtype:
+        return float("inf")
+    a, b = found.detach().to(torch.float64), reference.detach().to(torch.float64)
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return float("inf")
+    difference, scale = (a - b)[finite].abs(), b[finite].abs()
+    if difference.numel() == 0:
+        return 0.0
+    return float(difference.max() / scale.max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _first_lines(error: Exception, lines: int = 4) -> str:
+    return "\n".join(str(error).strip().splitlines()[:lines])
