@@ -221,10 +221,10 @@ def inspect(
     if html is not None:
         _check_writable(html)
 
-    from surgeon.discover import discover
+    from surgeon.discovery import discover
     from surgeon.progress import Progress
     from surgeon.report import inspection
-    from surgeon.trace import trace
+    from surgeon.tracing import trace
 
     with Progress(not quiet) as bars:
         with bars.step("tracing"):

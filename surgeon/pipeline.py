@@ -20,7 +20,7 @@ from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.compiled import Compiled, write_outputs
 from surgeon.contract import Backend, Pass, Plan
 from surgeon.data import Data, load_data
-from surgeon.discover import discover
+from surgeon.discovery import discover
 from surgeon.errors import LowerError, RecipeError, SurgeonError
 from surgeon.evaluate import Outputs, compare, is_language_model
 from surgeon.final_check import evaluate_section
@@ -37,7 +37,7 @@ from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Structure
 from surgeon.sweep import run_pass
-from surgeon.trace import trace_source
+from surgeon.tracing import trace_source
 from surgeon.validation import InvalidFields, validate
 from surgeon.verify import check_exact, check_parameters, check_structure, check_thresholds, compare_artifact
 

@@ -132,7 +132,7 @@ def compare_artifact(
                 raise VerifyError(f"the artefact gives {shape} for output {name!r}, the graph {list(wanted.shape)}")
             errors[name] = relative_error(found[name], wanted)
             rows = [value.float().reshape(-1, value.shape[-1] if value.dim() else 1) for value in (found[name], wanted)]
-            cosines[name] = float(torch.nn.functional.cosine_similarity(*rows, dim=-1).mean())
+            cosines[name] = float(torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=-1).mean())
             if not errors[name] <= tolerance:
                 shapes = {key: list(value.shape) for key, value in batch.items()}
                 raise VerifyError(
