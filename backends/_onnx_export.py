@@ -26,13 +26,14 @@ FOLD_LIMIT = 4096
 would be stored as floats)."""
 
 
-def export(graph: Graph, module: fx.GraphModule, opset: int) -> ir.Model:
+def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> ir.Model:
     """Export a rewritten module under the graph's own input and output names and named dynamic axes.
 
     Args:
         graph: the graph the module was made from: ports, dimensions, example.
         module: what ``Lowering.run`` returned.
         opset: version of the default operator set.
+        provider: ``cpu`` or ``cuda``.
 
     Returns:
         The model; its initializers share memory with the module's tensors.
@@ -68,6 +69,8 @@ def export(graph: Graph, module: fx.GraphModule, opset: int) -> ir.Model:
     if found != opset:
         raise LowerError(f"onnxruntime: opset {opset} was asked for, but the graph could only be expressed in opset {found}")
     _expand_rotary_tables(model)
+    if provider == "cpu":
+        _keep_residual_sums_apart(model)
     _name_axes(model, graph)
     _strip(model)
     return model
@@ -149,6 +152,19 @@ def _expand_rotary_tables(model: ir.Model) -> None:
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
     CommonSubexpressionEliminationPass()(model)
+
+
+def _keep_residual_sums_apart(model: ir.Model) -> None:
+    """Write the addition in front of a LayerNormalization as Sum, which means the same but is not fused with it.
+
+    ONNX Runtime fuses Add and LayerNormalization into SkipLayerNormalization, whose CPU kernel was measured 3 to 5 times
+    slower than the two (version 1.32, widths 384 and 768; a quarter of the time of a small int8 encoder).
+    """
+    for node in model.graph:
+        if node.op_type == "LayerNormalization" and node.domain == "":
+            producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+            if producer is not None and producer.op_type == "Add" and producer.domain == "":
+                producer.op_type = "Sum"
 
 
 def _name_axes(model: ir.Model, graph: Graph) -> None:

@@ -78,15 +78,15 @@ class Lowering:
         }
         self._apply(rules)
         self._apply({DYNAMIC: self._dynamic_remainder, DEQUANTIZE: self._dequantize_remainder})
+        self._nodes.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         return self._module()
 
     def _apply(self, rules: Mapping[Any, Callable[[fx.Node], None]]) -> None:
         for node in list(self._nodes.nodes):
             rule = rules.get(node.target)
-            if rule is not None:
+            if rule is not None and node.users:
                 with self._nodes.inserting_before(node):
                     rule(node)
-        self._nodes.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
     def _module(self) -> fx.GraphModule:
         """The rewritten graph over fresh storage of names; a tensor read under two names is kept under the first."""

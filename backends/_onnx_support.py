@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from surgeon.contract import Refusal
 from surgeon.graph import Graph
@@ -70,6 +71,45 @@ def _decomposed() -> frozenset[Any]:
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
     return target._can_decompose()
+
+
+def rounding_response(graph: Graph) -> float:
+    """Relative change (Frobenius, largest over the outputs) when every dynamically quantized value moves by one rounding.
+
+    Runs the graph as it is and with noise of 2^-23 of each such value, the size of a reordered sum; 0 where nothing is
+    dynamically quantized.  The input is the example, repeated along its dynamic dimensions to 64 or what they allow: the
+    more values there are, the more of them sit on a boundary.
+    """
+    target = torch.ops.surgeon.fake_quantize_dynamic.default
+    if not any(node.target == target for node in graph.module.graph.nodes):
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+
+    class Noisy(fx.Interpreter):
+        def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if function == target:
+                noise = torch.randn(args[0].shape, generator=generator) * 2.0**-23
+                args = ((args[0] * (1 + noise.to(args[0]))), *args[1:])
+            return super().call_function(function, args, kwargs)
+
+    inputs = []
+    for port in graph.inputs:
+        value = graph.example[port.name]
+        for axis, name in enumerate(port.shape):
+            if isinstance(name, str):
+                length = max(value.shape[axis], min(64, graph.dims[name].max or 64))
+                rows = torch.arange(length) % value.shape[axis]
+                value = value.index_select(axis, rows)
+        inputs.append(value)
+    with torch.no_grad():
+        plain: tuple[Tensor, ...] = graph.module(*inputs)
+        moved: tuple[Tensor, ...] = Noisy(graph.module).run(*inputs)
+    changes = [
+        float((b - a).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
+        for a, b in zip(plain, moved, strict=True)
+        if a.is_floating_point()
+    ]
+    return max(changes, default=0.0)
 
 
 @contextmanager

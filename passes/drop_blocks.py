@@ -128,10 +128,9 @@ class DropBlocks(Pass[DropBlocksPlan]):
         return -freed_parameter_count(graph, [node for block in _chosen(structure, plan) for node in block.nodes])
 
     def summary(self, plan: DropBlocksPlan) -> str:
-        """The names of the blocks that went."""
-        return f"dropped {', '.join(d.site.removeprefix('blocks.') for d in plan.decisions) or 'none'} " + (
-            f"of {len(plan.scores)} blocks" if plan.scores else "(repeated plan)"
-        )
+        """The numbers of the blocks that went."""
+        numbers = ", ".join(decision.site.removeprefix("blocks.") for decision in plan.decisions)
+        return f"dropped block {numbers}" if plan.decisions else "dropped no block"
 
 
 def _chosen(structure: Structure, plan: DropBlocksPlan) -> list[Block]:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode

@@ -222,8 +222,8 @@ def inspect(
         _check_writable(html)
 
     from surgeon.discovery import discover
+    from surgeon.inspection import inspection
     from surgeon.progress import Progress
-    from surgeon.report import inspection
     from surgeon.tracing import trace
 
     with Progress(not quiet) as bars:

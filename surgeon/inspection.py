@@ -33,7 +33,7 @@ from surgeon.views import (
     RegionView,
 )
 
-__all__ = ["Inspection", "inspection", "removed_blocks"]
+__all__ = ["Inspection", "inspection"]
 
 
 def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | None = None) -> Inspection:
@@ -89,20 +89,6 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
         - total,
         unrecognised=dict(structure.unrecognised),
     )
-
-
-def removed_blocks(before: Structure, after: Graph) -> list[int]:
-    """Blocks that a rewrite removed: none of the weights that were theirs alone is read any more.
-
-    Args:
-        before: structure before the rewrite.
-        after: graph after it.
-
-    Returns:
-        Indices before the rewrite; a block without weights of its own is never among them.
-    """
-    read = {str(node.target) for node in after.module.graph.find_nodes(op="get_attr")}
-    return [block.index for block in before.blocks if block.weights and read.isdisjoint(block.weights)]
 
 
 class _Look:

@@ -46,6 +46,8 @@ class Stretch:
                 break
             done.add(node)
         for node in (*done, *nodes):
+            if node.op == "placeholder":
+                continue  # a later edit may read an input's size
             waiting = [position.get(user, len(nodes)) for user in node.users if user not in done]
             last_use = max(*waiting, held.get(node, -1), position.get(node, -1), -1)
             if last_use < len(nodes):

@@ -128,7 +128,7 @@ def recipes(bos: int, eos: int, pad: int) -> dict[str, Recipe]:
         "tiny-mixtral": Recipe(
             mixtral,
             MixtralForCausalLM,
-            steps=1500,
+            steps=1700,
             router_loss=mixtral.router_aux_loss_coef,
             forward={"output_router_logits": True},
         ),
