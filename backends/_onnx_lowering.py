@@ -24,12 +24,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, fx
 
-import surgeon.ops
+import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.backends import _onnx_ops as emit
 from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.graph import Graph, assign_tensor
+from surgeon.numerics.quantization import dequantize
 
 aten = torch.ops.aten
 DEQUANTIZE = torch.ops.surgeon.dequantize.default
@@ -119,7 +120,7 @@ class Lowering:
         weight = self._low_bit(node)
         if weight is not None:
             self._record("unpacked", weight, weight.group)
-        self._replace(node, surgeon.ops.dequantize_reference, node.args)
+        self._replace(node, dequantize, node.args)
 
     def _linear(self, node: fx.Node) -> None:
         x, source, bias = (*node.args, None)[:3]

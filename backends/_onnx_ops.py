@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
 from surgeon.activations import activation as lookup
+from surgeon.numerics.quantization import dequantize
 
 Linear = tuple[Any, ...]
 """A linear map as arguments of a node: ``("float", w[K, N], b?)``, ``("nbits", packed, scale, zero_point?, b?, bits,
@@ -166,10 +167,8 @@ def gather_dequantize(
     columns: int,
 ) -> Tensor:
     """Rows of a low-bit table in plain ATen, for layouts that no fused operator takes: gather first, then unpack."""
-    from surgeon.ops import dequantize_reference
-
     zero = None if zero_point is None else zero_point[index]
-    return dequantize_reference(packed[index], scale[index], zero, bits, group, columns)
+    return dequantize(packed[index], scale[index], zero, bits, group, columns)
 
 
 def routed_logits(index: Tensor, weight: Tensor, experts: int) -> Tensor:

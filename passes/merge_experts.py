@@ -3,7 +3,8 @@
 Paper:
     M-SMoE, "Merge, Then Compress" (Li et al. 2023, arXiv:2310.01334).
 Formula:
-    Dominant experts: the g most chosen ones of each layer.  Every other expert e joins the dominant d with the largest
+    Dominant experts: the g most chosen ones of each layer (copies of a dominant one only where nothing else is left).
+    Every other expert e joins the dominant d with the largest
     ``cos(l_e, l_d)``, l_e = the column of router scores of e over calibration tokens.  Neurons of e are permuted to
     maximise ``sum_i <row_i(d), row_i(e)>`` (assignment over all matrices of the neuron), then
     ``W = sum_e c_e W_e / sum_e c_e`` over the group, c_e = how often e is chosen (equal weights where all are 0).
@@ -38,6 +39,10 @@ from surgeon.numerics import align_neurons
 from surgeon.observe import Routing
 from surgeon.rewrite import Editor
 from surgeon.structure import MoE, Selection, Structure
+
+
+SAME = 1e-7
+"""Two experts whose score columns have a cosine similarity above 1 - SAME are copies of each other."""
 
 
 class MergeGroups(Decision):
@@ -188,8 +193,7 @@ def _refuse(graph: Graph, site: str, moe: MoE) -> None:
 
 def _group(site: str, counts: Tensor, similarity: Tensor, groups: int) -> MergeGroups:
     """Most chosen experts lead; the others join the leader whose scores are most like theirs."""
-    order = torch.argsort(counts, descending=True, stable=True)
-    leaders = order[:groups].sort().values
+    leaders = _leaders(counts, similarity, groups)
     home = similarity[:, leaders].argmax(dim=1)
     home[leaders] = torch.arange(groups)
     members = tuple(
@@ -202,6 +206,20 @@ def _group(site: str, counts: Tensor, similarity: Tensor, groups: int) -> MergeG
         share = used / used.sum() if float(used.sum()) > 0 else torch.full_like(used, 1.0 / len(group))
         weights.append(tuple(share.tolist()))
     return MergeGroups(site=site, groups=members, weights=tuple(weights))
+
+
+def _leaders(counts: Tensor, similarity: Tensor, groups: int) -> Tensor:
+    """The most chosen experts, ascending; one that scores exactly as a leader does waits until nothing else is left.
+
+    Two copies of one expert are chosen equally often: without this both would lead, and an expert unlike either would
+    have to be merged in the second one's place.
+    """
+    chosen: list[int] = []
+    copies: list[int] = []
+    for expert in torch.argsort(counts, descending=True, stable=True).tolist():
+        is_copy = bool(chosen) and float(similarity[expert, chosen].max()) > 1.0 - SAME
+        (copies if is_copy else chosen).append(expert)
+    return torch.tensor((chosen + copies)[:groups]).sort().values
 
 
 def _neurons(tensors: dict[str, Tensor], moe: MoE, expert: int) -> Tensor:

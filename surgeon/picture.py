@@ -184,101 +184,133 @@ def model_picture(view: Inspection) -> Markup:
 
     Runs of equal blocks are drawn once.  Of a mixture of experts the part that one token uses is in full colour.
     """
-    stream, boxes, room = 150.0, 216.0, 300.0
     folded = view.folded()
     regions = [region for block, _ in folded for region in block.regions]
     longest = max([region.parameters for region in (*regions, view.prefix, view.suffix)], default=0) or 1
-    parts: list[Markup] = []
-    y = 8.0
-    names = ", ".join(port.name for port in view.inputs)
-    y = _terminal(parts, stream, y, f"in: {names}")
-    top = y
-    tables = (
-        ", ".join(f"{e.name} {e.rows} x {e.width}" for e in view.embeddings) or f"{view.prefix.operators} operators"
-    )
-    y = _sublayer(parts, view.prefix, "embedding", tables, (stream, boxes, room / longest), y, branch=False)
+    drawing = _Stream(_BAR_ROOM / longest)
+    drawing.terminal("in: " + ", ".join(port.name for port in view.inputs))
+    tables = ", ".join(f"{table.rows} x {table.width}" for table in view.embeddings)
+    if tables:
+        drawing.sublayer(view.prefix, "embedding", "embedding", tables, branch=False)
+    else:
+        drawing.sublayer(view.prefix, "before", "other", view.prefix.describe(), branch=False)
     for block, count in folded:
-        y += 6
-        start = y
-        y += 12
+        name = f"block {block.index}" if count == 1 else f"blocks {block.index}-{block.index + count - 1}"
+        drawing.open_frame()
         for region in block.regions:
-            y = _sublayer(parts, region, _tone(region.kind), region.describe(), (stream, boxes, room / longest), y)
-        y += 2
-        last = block.index + count - 1
-        name = f"block {block.index}" if count == 1 else f"blocks {block.index}-{last}"
-        frame = (
-            '<rect x="118" y="{}" width="{}" height="{}" rx="12" class="frame"/>'
-            '<text x="104" y="{}" class="block" text-anchor="end">{}</text>'
-            '<text x="104" y="{}" class="muted" text-anchor="end">{}</text>'
-            '<text x="104" y="{}" class="muted" text-anchor="end">{}</text>'
+            # a norm between sublayers is part of the stream, everything else adds to it
+            branch = region.kind != "norm"
+            drawing.sublayer(region, region.kind, _tone(region.kind), region.describe(), branch=branch)
+        drawing.close_frame(name, f"{number(block.parameters)} each" if count > 1 else number(block.parameters))
+    linears = ", ".join(f"{linear.name} {linear.in_features} > {linear.out_features}" for linear in view.linears)
+    drawing.sublayer(view.suffix, "after", "head", linears or view.suffix.describe(), branch=False)
+    drawing.terminal("out: " + ", ".join(port.name for port in view.outputs))
+    return drawing.svg("the model along its residual stream")
+
+
+_BAR_ROOM = 330.0  # the longest bar; its figures stand to its right
+_LONGEST_TEXT = 96  # characters that fit beside the stream
+
+
+class _Stream:
+    """Draws from top to bottom; frames go behind the stream, everything else before it.
+
+    Attributes:
+        y: where the next thing starts.
+    """
+
+    _line, _boxes, _frame = 150.0, 216.0, 118.0
+
+    def __init__(self, scale: float) -> None:
+        self.y = 8.0
+        self._scale = scale
+        self._front: list[Markup] = []
+        self._frames: list[Markup] = []
+        self._ends: list[float] = []
+        self._opened = 0.0
+
+    def terminal(self, text: str) -> None:
+        """An end of the stream: inputs or outputs."""
+        self._front.append(
+            Markup('<circle cx="{}" cy="{}" r="6" class="port"/><text x="{}" y="{}" class="value">{}</text>').format(
+                _f(self._line), _f(self.y + 8), _f(self._line + 18), _f(self.y + 12.5), _short(text)
+            )
         )
-        middle = (start + y) / 2
-        parts.insert(
-            0,
-            Markup(frame).format(
-                _f(start), _WIDTH - 120, _f(y - start), _f(middle - 8), name, _f(middle + 9),
-                f"{number(block.parameters)} params", _f(middle + 25), f"{count} alike" if count > 1 else "",
-            ),
-        )  # fmt: skip
-        y += 6
-    heads = ", ".join(f"{linear.name} {linear.in_features} > {linear.out_features}" for linear in view.linears)
-    text = heads or f"{view.suffix.operators} operators"
-    y = _sublayer(parts, view.suffix, "head", text, (stream, boxes, room / longest), y + 4, branch=False)
-    line = Markup('<line x1="{0}" y1="{1}" x2="{0}" y2="{2}" class="stream"/>').format(stream, _f(top), _f(y))
-    y = _terminal(parts, stream, y, f"out: {', '.join(port.name for port in view.outputs)}")
-    frames = sum(1 for _ in folded)
-    return _svg([*parts[:frames], line, *parts[frames:]], _WIDTH, y + 6, "the model along its residual stream")
+        self._ends.append(self.y + 8)
+        self.y += 24
 
+    def open_frame(self) -> None:
+        """Start a run of blocks."""
+        self._opened = self.y + 4
+        self.y += 16
 
-def _terminal(parts: list[Markup], stream: float, y: float, text: str) -> float:
-    parts.append(
-        Markup('<circle cx="{}" cy="{}" r="6" class="port"/><text x="{}" y="{}" class="value">{}</text>').format(
-            stream, _f(y + 8), stream + 18, _f(y + 12.5), text
-        )
-    )
-    return y + 16
-
-
-def _sublayer(
-    parts: list[Markup], region: RegionView, tone: str, text: str, across: tuple[float, float, float], y: float,
-    *, branch: bool = True,
-) -> float:  # fmt: skip
-    """Draw one sublayer from height y and return where it ends."""
-    stream, x, scale = across
-    width = max(3.0, scale * region.parameters)
-    active = width * region.active_parameters / region.parameters if region.parameters else width
-    facts = f"{number(region.parameters)} parameters"
-    facts += f" ({number(region.active_parameters)} active)" if region.active_parameters != region.parameters else ""
-    facts += f", {number(region.flops)} FLOPs per token" if region.flops else ""
-    facts += f", {size(region.bytes)}"
-    middle = y + 20
-    if branch:
-        parts.append(
+    def close_frame(self, name: str, facts: str) -> None:
+        """End a run of blocks, and label it."""
+        self.y += 6
+        middle = (self._opened + self.y) / 2
+        self._frames.append(
             Markup(
-                '<path d="M{s} {a} C{s} {m} {c} {m} {x} {m}" class="branch"/>'
-                '<path d="M{x} {n} C{c} {n} {s} {n} {s} {b}" class="branch"/>'
-                '<circle cx="{s}" cy="{b}" r="5" class="join"/>'
-                '<path d="M{p} {b} H{q} M{s} {t} V{u}" class="plus"/>'
+                '<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="12" class="frame"/>'
+                '<text x="{l}" y="{a}" class="block" text-anchor="end">{name}</text>'
+                '<text x="{l}" y="{b}" class="muted" text-anchor="end">{facts}</text>'
             ).format(
-                s=stream, x=x - 4, c=stream + 20, a=_f(y - 2), m=_f(middle - 4), n=_f(middle + 4), b=_f(middle + 20),
-                p=stream - 3, q=stream + 3, t=_f(middle + 17), u=_f(middle + 23),
+                x=_f(self._frame), y=_f(self._opened), w=_f(_WIDTH - self._frame - 2), h=_f(self.y - self._opened),
+                l=_f(self._frame - 14), a=_f(middle - 2), b=_f(middle + 15), name=name, facts=facts,
             )
         )  # fmt: skip
-    else:
-        parts.append(Markup('<path d="M{} {} H{}" class="branch"/>').format(stream, _f(middle), x - 4))
-    parts.append(
-        Markup(
-            '<g><title>{title}</title><rect x="{x}" y="{y}" width="{w}" height="20" rx="4" class="t-{tone} idle"/>'
-            '<rect x="{x}" y="{y}" width="{a}" height="20" rx="4" class="t-{tone}"/>'
-            '<text x="{l}" y="{up}" class="value"><tspan class="kind">{kind}</tspan> {text}</text>'
-            '<text x="{l}" y="{down}" class="muted">{facts}</text></g>'
-        ).format(
-            title=f"{region.kind}: {text}\n{facts}" + (f"\n{region.reason}" if region.reason else ""), x=x,
-            y=_f(middle - 10), w=_f(width), a=_f(active), tone=tone, l=_f(x + width + 14), up=_f(middle - 1.5),
-            kind=tone if not branch else region.kind, text=text, down=_f(middle + 14), facts=facts,
+        self.y += 8
+
+    def sublayer(self, region: RegionView, kind: str, tone: str, text: str, *, branch: bool = True) -> None:
+        """A sublayer that leaves the stream and returns to it, or (``branch=False``) a part of the stream itself."""
+        width = max(3.0, self._scale * region.parameters)
+        active = width * region.active_parameters / region.parameters if region.parameters else width
+        facts = f"{number(region.parameters)} parameters"
+        if region.active_parameters != region.parameters:
+            facts = f"{number(region.parameters)} ({number(region.active_parameters)} active)"
+        facts += f", {number(region.flops)} FLOPs" if region.flops else ""
+        facts += f", {size(region.bytes)}"
+        middle = self.y + 27
+        self._front.append(self._branch(middle) if branch else self._spur(middle))
+        title = "\n".join(filter(None, (f"{kind}: {text}", facts, region.reason)))
+        self._front.append(
+            Markup(
+                '<g><title>{title}</title>'
+                '<text x="{x}" y="{up}" class="value"><tspan class="kind">{kind}</tspan> {text}</text>'
+                '<rect x="{x}" y="{y}" width="{w}" height="14" rx="4" class="t-{tone} idle"/>'
+                '<rect x="{x}" y="{y}" width="{a}" height="14" rx="4" class="t-{tone}"/>'
+                '<text x="{r}" y="{down}" class="muted">{facts}</text></g>'
+            ).format(
+                title=title, x=_f(self._boxes), up=_f(middle - 13), kind=kind, text=_short(text), y=_f(middle - 7),
+                w=_f(width), a=_f(active), tone=tone, r=_f(self._boxes + width + 10), facts=facts,
+                down=_f(middle + 4.5),
+            )
+        )  # fmt: skip
+        self.y += 52
+
+    def svg(self, description: str) -> Markup:
+        """The drawing."""
+        line = Markup('<line x1="{0}" y1="{1}" x2="{0}" y2="{2}" class="stream"/>').format(
+            _f(self._line), _f(self._ends[0]), _f(self._ends[-1])
         )
-    )  # fmt: skip
-    return y + 48
+        return _svg([*self._frames, line, *self._front], _WIDTH, self.y, description)
+
+    def _branch(self, middle: float) -> Markup:
+        return Markup(
+            '<path d="M{s} {a} C{s} {m} {c} {m} {x} {m}" class="branch"/>'
+            '<path d="M{x} {n} C{c} {n} {s} {n} {s} {b}" class="branch"/>'
+            '<circle cx="{s}" cy="{b}" r="5" class="join"/><path d="M{p} {b} H{q} M{s} {t} V{u}" class="plus"/>'
+        ).format(
+            s=_f(self._line), x=_f(self._boxes - 4), c=_f(self._line + 20), a=_f(middle - 26), m=_f(middle - 4),
+            n=_f(middle + 4), b=_f(middle + 20), p=_f(self._line - 3), q=_f(self._line + 3), t=_f(middle + 17),
+            u=_f(middle + 23),
+        )  # fmt: skip
+
+    def _spur(self, middle: float) -> Markup:
+        return Markup('<path d="M{} {} H{}" class="branch"/>').format(_f(self._line), _f(middle), _f(self._boxes - 4))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 
 def _tone(kind: str) -> str:

@@ -118,7 +118,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
 def _outside(table: Table, where: str, region: RegionView, parameters: int) -> None:
     if region.operators:
         flops = number(region.flops) if region.flops else "-"
-        table.add_row(where, f"[dim]{region.operators} operators[/]", number(parameters) if parameters else "-", flops)
+        table.add_row(where, f"[dim]{region.describe()}[/]", number(parameters) if parameters else "-", flops)
 
 
 def _counts(region: RegionView) -> tuple[str, str]:

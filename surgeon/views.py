@@ -129,7 +129,7 @@ class RegionView(_View):
     def describe(self) -> str:
         """One line for all its parts."""
         text = "; ".join(part.describe() for part in self.parts)
-        return text or self.reason or f"{self.operators} operators"
+        return text or self.reason or f"{self.operators} operator{'' if self.operators == 1 else 's'}"
 
 
 class BlockView(_View):

@@ -52,7 +52,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
     """Largest difference relative to the largest value wanted."""
     assert found.shape == wanted.shape
     assert found.dtype == wanted.dtype
-    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+    reference = wanted.detach().double()
+    return float((found.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
 
 
 def lowered(graph: Graph, folder: Path, **options: Any) -> Any:
@@ -98,13 +99,11 @@ X = {"x": {0: "batch", 1: "sequence"}}
 
 @pytest.mark.parametrize(
     ("bits", "group", "columns"),
-    [(4, 16, 96), (4, 32, 77), (4, 128, 130), (4, 48, 100), (4, -1, 96), (4, -1, 51), (4, 512, 520), (2, 32, 64)],
+    [(4, 16, 96), (4, 32, 77), (4, 128, 130), (4, 48, 100), (4, -1, 51), (4, 512, 520), (2, 32, 64)],
 )
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_low_bit_linear_keeps_activations_at_level_0(
-    tmp_path: Path, bits: int, group: int, columns: int, symmetric: bool
-) -> None:
+def test_low_bit_linear_keeps_activations_at_level_0(tmp_path: Path, bits: int, group: int, columns: int) -> None:
     torch.manual_seed(0)
+    symmetric = columns % 2 == 1
     codes = quantize_groupwise(torch.randn(23, columns), bits=bits, group=group, symmetric=symmetric)
     graph = graph_of(LowBitLinear(codes), {"x": torch.randn(2, 3, columns)}, X)
     artifact = lowered(graph, tmp_path, accuracy_level=0)
@@ -114,8 +113,9 @@ def test_low_bit_linear_keeps_activations_at_level_0(
         assert error(artifact.run({"x": x})["y0"], graph(x=x)["y0"]) < 1e-5
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 64), (8, -1), (8, 48), (4, 32), (2, 64)])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(8, 32, True), (8, 64, False), (8, -1, True), (8, 48, False), (4, 32, True), (2, 64, False)]
+)
 def test_low_bit_linear_at_level_4_rounds_activations_to_8_bits(
     tmp_path: Path, bits: int, group: int, symmetric: bool
 ) -> None:
@@ -137,11 +137,10 @@ def test_groups_that_no_kernel_takes_are_unpacked_in_the_graph(tmp_path: Path) -
     x = torch.randn(3, 9, 400)
     assert error(artifact.run({"x": x})["y0"], graph(x=x)["y0"]) < 1e-5
     held = sum(t.nbytes for t in graph.parameters().values())
-    assert artifact.nbytes < 1.03 * held + 4000  # the codes, not the floats (eight times as many bytes)
+    assert artifact.details["weight_bytes"] < held + 400  # the codes, not the floats, which are eight times as many bytes
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), [(33, 65), (64, 384), (17, 1)])
+@pytest.mark.parametrize(("rows", "columns", "symmetric"), [(33, 65, False), (64, 384, True), (17, 1, True)])
 def test_dynamic_linear_equals_the_graph_exactly_up_to_float_sums(
     tmp_path: Path, rows: int, columns: int, symmetric: bool
 ) -> None:
@@ -211,14 +210,20 @@ class Table(nn.Module):
         return (nn.functional.linear(torch.tanh(rows), self.table()) if self.tied else rows,)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("bits", "group", "columns"), [(4, 32, 96), (4, 16, 48), (8, 32, 64), (8, -1, 72), (4, 32, 90), (2, 16, 32)]
+    ("bits", "group", "columns", "symmetric", "tied"),
+    [
+        (4, 32, 96, True, False),
+        (4, 16, 48, False, False),
+        (8, 32, 64, False, False),
+        (8, -1, 72, True, False),
+        (4, 32, 90, False, False),
+        (2, 16, 32, False, False),
+        (4, 32, 96, False, True),
+        (8, 32, 64, True, True),
+    ],
 )
-def test_low_bit_embedding(
-    tmp_path: Path, bits: int, group: int, columns: int, symmetric: bool, tied: bool
-) -> None:
+def test_low_bit_embedding(tmp_path: Path, bits: int, group: int, columns: int, symmetric: bool, tied: bool) -> None:
     torch.manual_seed(0)
     codes = quantize_groupwise(torch.randn(501, columns), bits=bits, group=group, symmetric=symmetric)
     ids = torch.randint(0, 501, (2, 3))
@@ -227,10 +232,9 @@ def test_low_bit_embedding(
     ids = torch.randint(0, 501, (4, 9))
     tolerance = 1e-5 if bits == 4 or not tied else 2e-2
     assert error(artifact.run({"ids": ids})["y0"], graph(ids=ids)["y0"]) < tolerance
-    held = sum(t.nbytes for name, t in graph.parameters().items() if "zero" not in name)
-    zeros = 0 if symmetric else codes.scale.numel()
-    # the table once; at most a copy of scales or zero points in a kernel's own layout
-    assert artifact.nbytes < 1.03 * (held + 2 * zeros + (codes.scale.nbytes if tied else 0)) + 4500
+    # the codes once; a tied table may keep its zero points both packed (for one kernel) and in bytes (for unpacking)
+    zeros = 0 if codes.zero_point is None else codes.zero_point.numel() * (2 if tied else 1)
+    assert artifact.details["weight_bytes"] <= codes.packed.nbytes + codes.scale.nbytes + zeros + 400
 
 
 class Experts(nn.Module):
@@ -307,25 +311,40 @@ def check_experts(tmp_path: Path, module: nn.Module, operator: str | None, toler
     return artifact
 
 
-@pytest.mark.parametrize(("activation", "gated"), [(a, g) for a in ("relu", "silu", "gelu", "gelu_tanh", "identity", "quick_gelu") for g in (False, True)])
+@pytest.mark.parametrize(
+    ("activation", "gated"),
+    [
+        ("relu", False), ("silu", False), ("gelu", False), ("gelu_tanh", False), ("identity", False), ("quick_gelu", False),
+        ("silu", True), ("quick_gelu", True), ("gelu", True),
+    ],
+)  # fmt: skip
 def test_experts_equal_torch_for_every_activation(tmp_path: Path, activation: str, gated: bool) -> None:
     torch.manual_seed(0)
     kernel = (activation in ("silu", "quick_gelu")) if gated else activation in ("relu", "silu", "gelu_tanh", "identity")
     check_experts(tmp_path, Experts(activation, gated), "com.microsoft.MoE" if kernel else None, 2e-6)
 
 
+class Activations(nn.Module):
+    """One mixture per known activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Experts(name, False, experts=2, k=1) for name in ACTIVATIONS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(experts(x)[0] for experts in self.experts)
+
+
 def test_every_known_activation_has_a_lowering(tmp_path: Path) -> None:
-    for name in ACTIVATIONS:
-        torch.manual_seed(0)
-        folder = tmp_path / name
-        folder.mkdir()
-        graph = graph_of(Experts(name, False, experts=2, k=1), {"x": torch.randn(2, 3, 32)}, X)
-        x = torch.randn(1, 5, 32)
-        assert error(lowered(graph, folder).run({"x": x})["y0"], graph(x=x)["y0"]) < 2e-6, name
+    torch.manual_seed(0)
+    graph = graph_of(Activations(), {"x": torch.randn(2, 3, 32)}, X)
+    x = torch.randn(1, 5, 32)
+    found, wanted = lowered(graph, tmp_path).run({"x": x}), graph(x=x)
+    for name, key in zip(ACTIVATIONS, wanted, strict=True):
+        assert error(found[key], wanted[key]) < 2e-6, name
 
 
-@pytest.mark.parametrize("weights", ["softmax", "sigmoid", "ones", "signed"])
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("weights", "k"), [("softmax", 1), ("softmax", 5), ("sigmoid", 3), ("ones", 2), ("signed", 3)])
 def test_routing_weights_of_any_kind(tmp_path: Path, weights: str, k: int) -> None:
     torch.manual_seed(0)
     module = Experts("silu", True, k=k, weights=weights, bias=False)
@@ -342,23 +361,28 @@ def test_rows_whose_weights_are_all_zero_give_zero(tmp_path: Path) -> None:
     assert torch.equal(artifact.run({"x": torch.randn(1, 4, 32)})["y0"], torch.zeros(1, 4, 32))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu_tanh", False), ("gelu", False), ("gelu", True)])
-@pytest.mark.parametrize(("bits", "group"), [(4, 16), (8, 16), (4, -1), (8, -1)])
+@pytest.mark.parametrize(
+    ("activation", "gated", "bits", "group", "symmetric"),
+    [
+        ("silu", True, 4, 16, True),
+        ("silu", True, 4, 16, False),
+        ("gelu_tanh", False, 8, 16, False),
+        ("silu", True, 8, -1, False),
+        ("gelu", False, 4, 16, False),
+        ("gelu", True, 8, -1, True),
+    ],
+)
 def test_low_bit_experts(
     tmp_path: Path, activation: str, gated: bool, bits: int, group: int, symmetric: bool
 ) -> None:
     torch.manual_seed(0)
     module = Experts(activation, gated, bits=bits, group=group, symmetric=symmetric)
     operator = None if activation == "gelu" else "com.microsoft.QMoE"
-    tight = check_experts(tmp_path, module, operator, 1e-5 if bits == 4 else 3e-2, accuracy_level=0 if bits == 4 else 4)
-    # scales that one group per row repeats for every block of 16, and zero points kept in bytes beside packed ones
-    held = sum(t.nbytes for t in graph_bytes(module))
-    assert tight.nbytes < (1.03 * held if group == 16 else 1.6 * held) + 16000
-
-
-def graph_bytes(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    options = {"accuracy_level": 0 if bits == 4 else 4}
+    artifact = check_experts(tmp_path, module, operator, 1e-5 if bits == 4 else 3e-2, **options)
+    if group == 16:  # a scale per row would be repeated for every block
+        held = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+        assert artifact.details["weight_bytes"] < held + 1000
 
 
 class Chain(nn.Module):
@@ -446,8 +470,8 @@ def test_tiny_models_end_to_end(tmp_path: Path, name: str) -> None:
         assert list(found) == [port.name for port in graph.outputs]
         for key, value in wanted.items():
             assert error(found[key], value) < 1e-5
-    # every weight once: float32, tied ones too
-    assert artifact.nbytes < 1.03 * graph.nbytes() + 60_000
+    assert artifact.details["weight_bytes"] < 1.005 * graph.nbytes() + 1000  # every weight once
+    assert artifact.nbytes < artifact.details["weight_bytes"] + 50_000
     model = onnx.load(artifact.path)
     onnx.checker.check_model(model)
     dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input]
@@ -623,7 +647,7 @@ def test_importing_the_backend_loads_no_runtime() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("opset", [18, 23])
 def test_every_opset_computes_the_same(tmp_path: Path, opset: int) -> None:
     from surgeon.tracing import trace
     from tests.models import inputs_for, tiny

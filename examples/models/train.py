@@ -17,7 +17,7 @@ held-out part by a hash of each file's relative path. Written beside this file::
 
 Usage::
 
-    python examples/models/train.py                          # everything, about 25 minutes on two CPU cores
+    python examples/models/train.py                          # everything, half an hour on two CPU cores
     python examples/models/train.py --models tiny-llama      # one model (tokenizer and texts are rebuilt, identically)
     python examples/models/train.py --describe               # measure the saved models again and rewrite their READMEs
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from surgeon.contract import Pass, Plan
+from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
+from surgeon.discovery import discover
+from surgeon.graph import Graph
+from surgeon.pipeline import _operate
+from surgeon.progress import Progress
+from surgeon.recipe import Calibration
+from surgeon.registry import make_pass
+from surgeon.structure import Structure
+from surgeon.tracing import trace
+
+MODELS = Path(__file__).parent.parent / "examples" / "models"
+
+
+@dataclass
+class Patient:
+    """A traced model with data to observe."""
+
+    graph: Graph
+    structure: Structure
+    data: Data
+
+    def operate(self, step: dict[str, Any] | Pass[Any], plan: Plan[Any] | None = None) -> Patient:
+        """Run one pass, as the pipeline does, on a clone."""
+        graph, structure, self.plan, _ = _operate(
+            make_pass(step), self.graph, self.structure, self.data, plan, Progress(False)
+        )
+        result = Patient(graph, structure, self.data)
+        result.plan = self.plan
+        return result
+
+    plan: Any = None
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> float:
+        """Next-token cross entropy in nats."""
+        with torch.no_grad():
+            logits = self.graph(**batch)["logits"][:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()))
+
+
+@dataclass
+class Trained(Patient):
+    """A trained language model with held-out text."""
+
+    held_out: dict[str, torch.Tensor] | None = None
+
+
+def _trained(name: str) -> Trained:
+    graph = trace(MODELS / name)
+    data = load_data(Calibration(text=MODELS / "calibration.txt", samples=32, length=128), graph)
+    rows = tokenize_file(MODELS / "heldout.txt", graph, 128, None, lines=False, limit=32, seed=1)
+    held_out = collate(rows, graph, tokenizer_for(graph))
+    return Trained(graph, discover(graph), data, held_out=held_out)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Trained:
+    return _trained("tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral() -> Trained:
+    return _trained("tiny-mixtral")
+
+
+@pytest.fixture(scope="session")
+def patient() -> Callable[[str], Patient]:
+    """Tiny random models by name, traced once, with random calibration data."""
+    from tests.models import tiny
+
+    made: dict[str, Patient] = {}
+
+    def make(name: str) -> Patient:
+        if name not in made:
+            module, inputs = tiny(name)
+            graph = trace(module, inputs)
+            generator = torch.Generator().manual_seed(3)
+            batches = []
+            for _ in range(4):
+                batch = {}
+                for key, value in inputs.items():
+                    if value.is_floating_point():
+                        batch[key] = torch.randn(value.shape, generator=generator)
+                    elif int(value.max()) > 1:
+                        batch[key] = torch.randint(0, int(value.max()) + 1, value.shape, generator=generator)
+                    else:
+                        batch[key] = value
+                batches.append(batch)
+            made[name] = Patient(graph, discover(graph), load_data(batches, graph))
+        return made[name]
+
+    return make
