@@ -63,14 +63,14 @@ class OnnxRuntimeArtifact(Artifact):
         """Run on keyword inputs.
 
         Args:
-            inputs: every input by name, of the dtype and rank recorded; any device and strides (contiguous tensors on the
-                CPU are read in place).
+            inputs: every input by name, of the dtype and rank recorded; any device and strides (contiguous tensors on
+                the CPU are read in place).
 
         Returns:
             Tensors on the CPU by output name (on the inputs' device with the CUDA provider).
 
         Raises:
-            LowerError: an input is missing, unknown, or of another dtype or shape than the model's; or ONNX Runtime fails.
+            LowerError: an input is missing, unknown, of another dtype or shape than the model's, or the runtime fails.
         """
         self._check(inputs)
         session = self.session()
@@ -139,9 +139,7 @@ class OnnxRuntimeArtifact(Artifact):
             for want, have in zip(port.shape, value.shape, strict=True):
                 if isinstance(want, str) and want != "?" and sizes.setdefault(want, (have, port.name))[0] != have:
                     first, other = sizes[want]
-                    raise LowerError(
-                        f"inputs {other!r} and {port.name!r} must have the same {want}, found {first} and {have}"
-                    )
+                    raise LowerError(f"inputs {other!r} and {port.name!r} must have the same {want}, found {first} and {have}")
 
     def _run_on_device(self, session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bind tensors of the CUDA device by address, so that nothing passes through host memory."""
@@ -162,6 +160,5 @@ class OnnxRuntimeArtifact(Artifact):
         torch.cuda.synchronize(device)  # ONNX Runtime computes on a stream of its own
         session.run_with_iobinding(binding)
         results = binding.get_outputs()
-        return {
-            port.name: torch.from_dlpack(value._ortvalue).clone() for port, value in zip(self.outputs, results, strict=True)
-        }
+        tensors = (torch.utils.dlpack.from_dlpack(value._ortvalue).clone() for value in results)
+        return {port.name: tensor for port, tensor in zip(self.outputs, tensors, strict=True)}

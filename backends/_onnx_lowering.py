@@ -30,7 +30,6 @@ from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.graph import Graph, assign_tensor
-from surgeon.numerics.quantization import dequantize
 
 aten = torch.ops.aten
 DEQUANTIZE = torch.ops.surgeon.dequantize.default
@@ -73,6 +72,7 @@ class Lowering:
                 self._readers[_identity(self.graph.tensor(str(node.target)))] += len(node.users)
         rules: dict[Any, Callable[[fx.Node], None]] = {
             DYNAMIC: self._quantize_once,
+            aten.scaled_dot_product_attention.default: self._attention,
             aten.linear.default: self._linear,
             aten.embedding.default: self._embedding,
             MOE: self._moe,
@@ -120,7 +120,7 @@ class Lowering:
         weight = self._low_bit(node)
         if weight is not None:
             self._record("unpacked", weight, weight.group)
-        self._replace(node, dequantize, node.args)
+        self._replace(node, emit.unpack, node.args)
 
     def _linear(self, node: fx.Node) -> None:
         x, source, bias = (*node.args, None)[:3]
@@ -157,8 +157,7 @@ class Lowering:
             rows = self._constant(f"{weight.name}_rows", weight.packed.flatten(-2))
             if weight.zero_point is not None:
                 zero = self._constant(f"{weight.name}_zero_point", layout.pack_rows(weight.zero_point, weight.bits))
-            arguments = (rows, index, scale, zero, weight.bits, weight.group)
-            self._replace(node, emit.gather_block_quantized, arguments)
+            self._replace(node, emit.gather_block_quantized, (rows, index, scale, zero, weight.bits, weight.group))
             self._record("GatherBlockQuantized", weight, weight.group)
             return
         arguments = (packed, index, scale, zero, weight.bits, weight.group, weight.columns)
@@ -176,9 +175,10 @@ class Lowering:
         """Attributes under which the expert kernels compute this node exactly, or None.
 
         They need a known activation, an output as wide as the input, a fixed k, distinct experts in a row, and weights
-        that are never negative (MoE takes their logarithms; QMoE's mixing weights were measured wrong for negative ones).
+        that are never negative (MoE takes their logarithms; QMoE was measured wrong for negative mixing weights).
         """
-        _, index, weight, w_in, w_out, _, _, activation = node.args
+        args: tuple[Any, ...] = node.args
+        _, index, weight, w_in, w_out, _, _, activation = args
         (experts, rows, width), (_, outer, inner) = (tuple(w.meta["val"].shape) for w in (w_in, w_out))
         k = index.meta["val"].shape[1]
         if width != outer or not isinstance(k, int) or k > experts:
@@ -196,7 +196,8 @@ class Lowering:
 
     def _float_moe(self, node: fx.Node, attributes: dict[str, Any]) -> bool:
         """Lower to MoE; False where a weight is not float32 or is low-bit."""
-        x, index, weight, w_in, w_out, b_in, b_out, _ = node.args
+        args: tuple[Any, ...] = node.args
+        x, index, weight, w_in, w_out, b_in, b_out, _ = args
         if node.meta["val"].dtype != torch.float32 or DEQUANTIZE in (w_in.target, w_out.target):
             return False
         gated = attributes["activation_type"] == "swiglu"
@@ -206,7 +207,8 @@ class Lowering:
 
     def _quantized_moe(self, node: fx.Node, attributes: dict[str, Any]) -> bool:
         """Lower to QMoE; False where its layout does not fit: equal bits, one block size that divides both widths."""
-        x, index, weight, w_in, w_out, b_in, b_out, _ = node.args
+        args: tuple[Any, ...] = node.args
+        x, index, weight, w_in, w_out, b_in, b_out, _ = args
         first, second = self._low_bit(w_in), self._low_bit(w_out)
         if first is None or second is None or first.bits != second.bits or first.bits not in (2, 4, 8):
             return False
@@ -232,9 +234,7 @@ class Lowering:
         # The CPU kernel wants weights as they are; the CUDA one would otherwise take them as packed for CUTLASS.
         more = {"expert_weight_bits": first.bits, "block_size": block, "accuracy_level": self.level}
         every = {**attributes, **more, "weights_prepacked": 0}
-        self._replace(
-            node, emit.fused_quantized_experts, (x, index, weight, *parts, tuple(sorted(every.items())))
-        )
+        self._replace(node, emit.fused_quantized_experts, (x, index, weight, *parts, tuple(sorted(every.items()))))
         return True
 
     def _rows(self, source: fx.Node | None, gated: bool) -> fx.Node | None:
@@ -248,7 +248,8 @@ class Lowering:
 
     def _sorted_moe(self, node: fx.Node) -> None:
         """Lower to standard operators that run only the chosen experts."""
-        x, index, weight, w_in, w_out, b_in, b_out, activation = node.args
+        args: tuple[Any, ...] = node.args
+        x, index, weight, w_in, w_out, b_in, b_out, activation = args
         first = self._low_bit(w_in)
         integer = first is not None and self._is_integer(x, first)
         experts_in = self._expert_linears(w_in, b_in, integer)
@@ -281,10 +282,23 @@ class Lowering:
             return None
         if source.op == "get_attr":
             name = str(source.target)
-            part = self.graph.tensor(name).detach()[index]
-            return self._constant(f"{name}_{index}", part.t() if transposed else part)
+            entry = self.graph.tensor(name).detach()[index]
+            return self._constant(f"{name}_{index}", entry.t() if transposed else entry)
         part = self._nodes.call_function(aten.select.int, (source, 0, index))
         return self._nodes.call_function(aten.t.default, (part,)) if transposed else part
+
+    def _attention(self, node: fx.Node) -> None:
+        """Attention without a dimension of heads gets one: ONNX knows the four-dimensional form only."""
+        rank = node.meta["val"].dim()
+        if rank == 4:
+            return
+        with self._nodes.inserting_before(node):
+            for axis, source in enumerate(node.args[:4]):
+                if isinstance(source, fx.Node) and source.meta["val"].dim() == 3:
+                    node.update_arg(axis, self._nodes.call_function(aten.unsqueeze.default, (source, 1)))
+        with self._nodes.inserting_after(node):
+            squeezed = self._nodes.call_function(aten.squeeze.dim, (node, 1))
+        node.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
 
     # -- constants ----------------------------------------------------------------------------------------------
 
@@ -292,12 +306,16 @@ class Lowering:
         """The arguments of a dequantize node whose tensors are constants, else None."""
         if not isinstance(node, fx.Node) or node.target != DEQUANTIZE:
             return None
-        packed, scale, zero, bits, group, columns = node.args
-        sources = [packed, scale] + ([] if zero is None else [zero])
-        if any(not isinstance(source, fx.Node) or source.op != "get_attr" for source in sources):
+        arguments: tuple[Any, ...] = node.args
+        packed, scale, zero, bits, group, columns = arguments
+        if any(source is not None and source.op != "get_attr" for source in (packed, scale, zero)):
             return None
-        tensors = [self.graph.tensor(str(source.target)).detach() for source in sources]  # type: ignore[union-attr]
-        return LowBit(tensors[0], tensors[1], tensors[2] if zero is not None else None, bits, group, columns, packed.target)  # type: ignore[union-attr,arg-type]  # noqa: E501
+        codes, scales, zeros = (
+            None if source is None else self.graph.tensor(str(source.target)).detach() for source in (packed, scale, zero)
+        )
+        assert codes is not None
+        assert scales is not None
+        return LowBit(codes, scales, zeros, bits, group, columns, str(packed.target))
 
     def _is_integer(self, x: fx.Node, weight: LowBit) -> bool:
         """Whether x times this weight is an integer matmul: x dynamically quantized, the weight 8 bits per row."""

@@ -1,8 +1,8 @@
 """What the rewritten graph calls: functions that trace to ONNX operators.
 
-A lowered node's target is one of these plain Python functions.  ``torch.export`` runs through them, so each is written as
-ATen plus, where ONNX has an operator that ATen has not, ``torch.onnx.ops.symbolic``, which becomes one ONNX node.  The
-symbolic ones compute nothing in torch.
+A lowered node's target is one of these plain Python functions.  ``torch.export`` runs through them, so each is written
+as ATen plus, where ONNX has an operator that ATen has not, ``torch.onnx.ops.symbolic``, which becomes one ONNX node.
+The symbolic ones compute nothing in torch.
 
 Letters in shapes: N outputs, K inputs, T tokens, E experts, H width, I inner width, O rows of an expert's first matrix.
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
 from surgeon.activations import activation as lookup
-from surgeon.numerics.quantization import dequantize
 
 Linear = tuple[Any, ...]
 """A linear map as arguments of a node: ``("float", w[K, N], b?)``, ``("nbits", packed, scale, zero_point?, b?, bits,
@@ -24,7 +23,7 @@ block, columns, level)`` or ``("integer", w int8 [K, N], scale[N], zero_point in
 
 
 def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times weight [K, N] plus bias [N]."""
+    """X [..., K] times weight [K, N] plus bias [N]."""
     y = torch.matmul(x, weight)
     return y if bias is None else y + bias
 
@@ -78,9 +77,7 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize_codes(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """``DequantizeLinear``: undo :func:`dynamic_quantize`."""
-    x = onnx_ops.symbolic(
-        "DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=codes.shape, version=13
-    )
+    x = onnx_ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=codes.shape, version=13)
     return x.to(dtype)
 
 
@@ -131,6 +128,27 @@ def _expert(x: Tensor, quantized: tuple[Tensor, Tensor, Tensor] | None, how: Lin
     return transposed_linear(x, weight, bias)
 
 
+def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, columns: int) -> Tensor:
+    """``surgeon::dequantize`` in standard operators.
+
+    The shift is ONNX's own, since torch.onnx takes a shift of uint8 through int8, which makes an invalid model.  The arguments are those of the operator; returns [..., out, columns] in the dtype of ``scale``.
+    """
+    codes = packed
+    if bits < 8:
+        mask = torch.full((), 2**bits - 1, dtype=torch.uint8)
+        lanes = []
+        for shift in range(0, 8, bits):
+            places = torch.full((), shift, dtype=torch.uint8)
+            moved = onnx_ops.symbolic(
+                "BitShift", (packed, places), {"direction": "RIGHT"}, dtype=torch.uint8, shape=packed.shape, version=11
+            )
+            lanes.append(torch.bitwise_and(moved, mask))
+        codes = torch.stack(lanes, -1).flatten(-2)
+    zero = 2 ** (bits - 1) if zero_point is None else zero_point.to(scale.dtype).unsqueeze(-1)
+    values = (codes.to(scale.dtype) - zero) * scale.unsqueeze(-1)
+    return values.flatten(-2)[..., :columns]
+
+
 def gather_block_quantized(
     packed: Tensor, index: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, block: int
 ) -> Tensor:
@@ -168,7 +186,7 @@ def gather_dequantize(
 ) -> Tensor:
     """Rows of a low-bit table in plain ATen, for layouts that no fused operator takes: gather first, then unpack."""
     zero = None if zero_point is None else zero_point[index]
-    return dequantize(packed[index], scale[index], zero, bits, group, columns)
+    return unpack(packed[index], scale[index], zero, bits, group, columns)
 
 
 def routed_logits(index: Tensor, weight: Tensor, experts: int) -> Tensor:
@@ -196,8 +214,8 @@ def fused_experts(
 ) -> Tensor:
     """``com.microsoft.MoE`` with given routing weights (distinct experts per row, no negative weight).
 
-    The kernel takes logits, applies softmax, selects the k largest and renormalises; so it is given log(weight), and the
-    sum that normalisation divides by is multiplied back: y = sum(w) * sum_j softmax(log w)_j f_j(x).
+    The kernel takes logits, applies softmax, selects the k largest and renormalises; so it is given log(weight), and
+    the sum that normalisation divides by is multiplied back: y = sum(w) * sum_j softmax(log w)_j f_j(x).
 
     Args:
         x: float32 [T, H].
@@ -245,10 +263,10 @@ def fused_quantized_experts(
     blank = torch.zeros((index.shape[0], experts), dtype=x.dtype)
     chosen = blank.scatter(1, index, torch.ones_like(weight, dtype=x.dtype))
     mixing = blank.scatter(1, index, weight.to(x.dtype))
+    gap = (None, None, None)  # a third matrix, which the fused gate does not have
     return onnx_ops.symbolic(
         "com.microsoft::QMoE",
-        (x, chosen, packed_in, scale_in, b_in, packed_out, scale_out, b_out)
-        + (None, None, None, zero_in, zero_out, None, mixing),
+        (x, chosen, packed_in, scale_in, b_in, packed_out, scale_out, b_out, *gap, zero_in, zero_out, None, mixing),
         {"k": index.shape[1], "normalize_routing_weights": 0, **dict(attributes)},
         dtype=x.dtype,
         shape=x.shape,
@@ -269,8 +287,8 @@ def sorted_experts(
     """A sparse mixture in standard operators, for what the fused kernels do not compute.
 
     The S = T k pairs are sorted by expert with one NonZero (row-major over [E, S], so sorted by expert, then by pair),
-    their rows gathered, split into one ragged piece per expert, sent through that expert and gathered back.  Exact for any
-    index and weight; no token is multiplied with an expert it was not sent to.
+    their rows gathered, split into one ragged piece per expert, sent through that expert and gathered back.  Exact for
+    any index and weight; no token is multiplied with an expert it was not sent to.
 
     Args:
         x: [T, H].
@@ -298,7 +316,7 @@ def sorted_experts(
     # Sizes that only the data knows; the exporter needs them as symbols, the runtime reads ``counts`` itself.
     sizes: list[Any] = counts.tolist()
     for size in sizes:
-        torch._check(size >= 0)
+        torch._check(size >= 0)  # type: ignore[no-untyped-call]  # of torch
     pieces = onnx_ops.symbolic_multi_out(
         "Split",
         (source[token], counts),
@@ -314,7 +332,7 @@ def sorted_experts(
         if pre.shape[1] == inner:
             hidden = function(pre)
         else:
-            gate, up = pre.split(inner, dim=1)
+            gate, up = pre[:, :inner], pre[:, inner:]
             hidden = function(gate) * up
         results.append(_expert(hidden, None, how_out, x.dtype))
     each = torch.cat(results)[back].reshape(tokens, k, -1)

@@ -14,17 +14,17 @@ from surgeon.graph import Graph
 
 aten = torch.ops.aten
 
-_POSITIVE = {
-    "softmax", "_softmax", "sigmoid", "exp", "relu", "abs", "sqrt", "rsqrt", "softplus", "hardsigmoid", "ones",
-    "ones_like", "zeros", "zeros_like", "new_ones", "new_zeros",
-}  # fmt: skip
+_POSITIVE = frozenset(
+    "softmax _softmax sigmoid exp relu abs sqrt rsqrt softplus hardsigmoid ones ones_like zeros zeros_like new_ones "
+    "new_zeros".split()
+)
 """Operators whose result is never negative, whatever they read."""
 
-_KEEPS = {
-    "reshape", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "permute", "transpose", "t", "slice", "select",
-    "_to_copy", "to", "clone", "contiguous", "alias", "detach", "gather", "index_select", "index", "topk", "sort", "sum",
-    "mean", "amax", "amin", "cumsum", "flatten", "unflatten", "expand_as", "view_as", "split", "split_with_sizes",
-}  # fmt: skip
+_KEEPS = frozenset(
+    "reshape view _unsafe_view expand expand_as view_as unsqueeze squeeze permute transpose t slice select split "
+    "split_with_sizes flatten unflatten _to_copy to clone contiguous alias detach gather index_select index topk sort "
+    "sum mean amax amin cumsum".split()
+)
 """Operators whose result is never negative where their first argument is not."""
 
 _JOINS = {"mul": 2, "div": 2, "add": 2, "maximum": 2, "minimum": 2}
@@ -61,12 +61,12 @@ def never_negative(graph: Graph, value: Any) -> bool:
         if name in _JOINS:
             if node.kwargs.get("alpha", 1) != 1:
                 return False
-            return holds(args[0]) and holds(args[1]) or (name == "mul" and args[0] is args[1])
+            return (holds(args[0]) and holds(args[1])) or (name == "mul" and args[0] is args[1])
         if name in ("full", "full_like", "new_full", "fill"):
             return holds(args[-1])
         if name in ("clamp", "clamp_min", "hardtanh"):
             low = args[1] if len(args) > 1 else node.kwargs.get("min")
-            return isinstance(low, int | float) and low >= 0 or holds(args[0])
+            return (isinstance(low, int | float) and low >= 0) or holds(args[0])
         if name == "where":
             return holds(args[1]) and holds(args[2])
         if name == "masked_fill":
@@ -96,7 +96,7 @@ def distinct_in_row(value: Any, k: int) -> bool:
             # T rows of k stay rows of k through reshapes, which is all that is walked through below
             shape = source.args[0].meta["val"].shape  # type: ignore[union-attr]  # a node, by the operator's schema
             width = source.args[1] if _name(source) == "topk" else shape[-1]
-            return dim in (-1, len(shape) - 1) and width == k
+            return bool(dim in (-1, len(shape) - 1) and width == k)
         if name not in ("reshape", "view", "_to_copy", "to", "clone", "contiguous", "alias", "detach"):
             return False
         shape = node.meta["val"].shape

@@ -49,10 +49,10 @@ def _translates(target: Any, opset: int) -> bool:
     """Whether this backend or torch.onnx translates an operator, itself or after its decomposition."""
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") in ("_operator", "math", "builtins") or target in (operator.getitem,)
-    name = target._schema.name
-    if name in OURS:
+    if target._schema.name in OURS:
         return True
-    return target.name() in _registered(opset) or target in _decomposed() or _is_composite(target)
+    name = f"{target._schema.name}.{target._schema.overload_name}".rstrip(".")
+    return name in _registered(opset) or target in _decomposed() or _is_composite(target)
 
 
 @cache
@@ -66,7 +66,7 @@ def _registered(opset: int) -> frozenset[str]:
 
 @cache
 def _decomposed() -> frozenset[Any]:
-    return frozenset(torch.export.default_decompositions().keys())
+    return frozenset(torch.export.default_decompositions())
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
@@ -74,11 +74,11 @@ def _is_composite(target: torch._ops.OpOverload) -> bool:
 
 
 def rounding_response(graph: Graph) -> float:
-    """Relative change (Frobenius, largest over the outputs) when every dynamically quantized value moves by one rounding.
+    """Relative change of the outputs (Frobenius, the largest) when dynamically quantized values move by one rounding.
 
     Runs the graph as it is and with noise of 2^-23 of each such value, the size of a reordered sum; 0 where nothing is
-    dynamically quantized.  The input is the example, repeated along its dynamic dimensions to 64 or what they allow: the
-    more values there are, the more of them sit on a boundary.
+    dynamically quantized.  The input is the example, repeated along its dynamic dimensions to 64 or what they allow:
+    the more values there are, the more of them sit on a boundary.
     """
     target = torch.ops.surgeon.fake_quantize_dynamic.default
     if not any(node.target == target for node in graph.module.graph.nodes):

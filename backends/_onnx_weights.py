@@ -48,9 +48,7 @@ class LowBit:
     def expert(self, index: int) -> LowBit:
         """One matrix [out, in] of a stack [E, out, in]; shares storage."""
         zero = None if self.zero_point is None else self.zero_point[index]
-        return LowBit(
-            self.packed[index], self.scale[index], zero, self.bits, self.group, self.columns, f"{self.name}_{index}"
-        )
+        return LowBit(self.packed[index], self.scale[index], zero, self.bits, self.group, self.columns, f"{self.name}_{index}")
 
 
 def block_size(weight: LowBit) -> int | None:
@@ -91,7 +89,7 @@ def blockwise(weight: LowBit, block: int) -> tuple[Tensor, Tensor, Tensor | None
         nbytes = block * weight.bits // 8
         row = weight.packed.flatten(-2)
         row = _resize(row, blocks * nbytes)
-        packed = row.unflatten(-1, (blocks, nbytes))
+        packed = row.reshape(*row.shape[:-1], blocks, nbytes)
         repeats = blocks if weight.per_row else weight.group // block
         scale = weight.scale.repeat_interleave(repeats, -1)[..., :blocks].contiguous()
         zero = None if zero is None else zero.repeat_interleave(repeats, -1)[..., :blocks]
@@ -108,8 +106,9 @@ def pack_rows(zero_point: Tensor, bits: int) -> Tensor:
 def integer_columns(weight: LowBit) -> tuple[Tensor, Tensor, Tensor | None]:
     """An 8-bit weight with one scale per row as int8 columns: w [in, out], scale [out], zero point int8 [out] or None.
 
-    The codes move from 0..255 to -128..127 together with the zero point, so that the usual one (128) becomes 0 and needs
-    no correction term; signed weights beside unsigned activations are also what VNNI and AMX multiply directly.
+    The codes move from 0..255 to -128..127 together with the zero point, so that the usual one (128) becomes 0 and
+    needs no correction term; signed weights beside unsigned activations are also what VNNI and AMX multiply directly.
+    (On CPUs with AVX2 and without VNNI, ONNX Runtime adds pairs of such products in 16 bits, which may saturate.)
     """
     rows = weight.packed[:, 0, : weight.columns]
     codes = (rows ^ 0x80).view(torch.int8).t()

@@ -31,12 +31,12 @@ class OnnxRuntime(Backend):
     provider: Literal["cpu", "cuda"] = "cpu"
     """Where it runs; ``cuda`` needs onnxruntime-gpu."""
     opset: int = Field(23, ge=18, le=23)
-    """Version of the ONNX operator set; below 23 attention, norms and rotary embedding fall apart into small operators."""
+    """Version of the ONNX operator set; below 23 attention, norms and rotary embedding become many small operators."""
     threads: int | None = Field(None, ge=1)
     """Intra-operator threads at run time; by default ONNX Runtime takes one per core."""
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
-    """Arithmetic of low-bit matmuls: 4 quantizes activations to int8 blockwise (about 1e-2 relative error, several times
-    faster at 4 bits, and the only level with fast kernels at 2 and 8 bits), 0 keeps them in the model's type."""
+    """Arithmetic of low-bit matmuls: 4 quantizes activations to int8 blockwise (about 1e-2 relative error, several
+    times faster at 4 bits, and the only level with fast kernels at 2 and 8 bits), 0 keeps them in the model's type."""
 
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class OnnxRuntime(Backend):
         return "pip install 'surgeon[cpu]' (or 'surgeon[cuda]')"
 
     def refuses(self, graph: Graph) -> list[Refusal]:
-        """Operators that neither torch.onnx nor this backend translates, and types that the provider has no kernels for."""
+        """Operators that neither torch.onnx nor this backend translates, and types the provider has no kernels for."""
         from surgeon.backends._onnx_support import unsupported
 
         return unsupported(graph, self.provider, self.opset)
@@ -57,9 +57,9 @@ class OnnxRuntime(Backend):
     def accepted_error(self, graph: Graph) -> float:
         """Largest relative error of an output that the build accepts.
 
-        A dynamically quantized activation turns a difference of one rounding into one of a whole step wherever a value sits
-        on a boundary, and deep models carry that on: the outputs of such a graph move by more than ``low_bit_tolerance``
-        when nothing but the order of float additions changes.  How far is measured on the graph itself.
+        A dynamically quantized activation turns a difference of one rounding into one of a whole step wherever a value
+        sits on a boundary, and deep models carry that on: the outputs of such a graph may move by more than
+        ``low_bit_tolerance`` when nothing but the order of float additions changes.  How far is measured on the graph.
         """
         from surgeon.backends._onnx_support import rounding_response
 
@@ -120,14 +120,12 @@ class OnnxRuntime(Backend):
                     raise LowerError(f"{path} is damaged: {what} is {have}, recorded {want}; build the artefact again")
         files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
         inputs, outputs = (tuple(_port(entry) for entry in manifest[key]) for key in ("inputs", "outputs"))
-        return OnnxRuntimeArtifact(
-            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {})),
-            session_threads=options.threads,
-        )  # fmt: skip
+        kept, details = options.model_dump(mode="json"), dict(manifest.get("details", {}))
+        return OnnxRuntimeArtifact(folder, cls.name, kept, files, inputs, outputs, details, session_threads=options.threads)
 
 
 def _port(entry: Mapping[str, Any]) -> Port:
     dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, which torch does not know")
+        raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, unknown to torch")
     return Port(str(entry["name"]), dtype, tuple(entry["shape"]))

@@ -54,7 +54,7 @@ class DropBlocksPlan(Plan[DropBlock]):
         scores: s_l by block name.
     """
 
-    scores: dict[str, float] = {}
+    scores: dict[str, float] = Field(default_factory=dict)
 
 
 class DropBlocks(Pass[DropBlocksPlan]):

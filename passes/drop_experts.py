@@ -109,8 +109,10 @@ class DropExperts(Pass[DropExpertsPlan]):
                 raise PlanError(f"the plan names {decision.site}, which is not a mixture of this model")
             moe = sites[decision.site].part
             refuse_opaque(graph, sites[decision.site])
-            if sorted(set(decision.keep)) != list(decision.keep) or not all(0 <= e < moe.experts for e in decision.keep):
-                raise PlanError(f"{decision.site}: keep {list(decision.keep)} must be ascending experts of 0 to {moe.experts - 1}")
+            if sorted(set(decision.keep) & set(range(moe.experts))) != list(decision.keep):
+                raise PlanError(
+                    f"{decision.site}: keep {list(decision.keep)} must be ascending experts of 0 to {moe.experts - 1}"
+                )
             if len(decision.keep) < moe.top_k:
                 raise PlanError(f"{decision.site}: {len(decision.keep)} experts would remain, the router chooses {moe.top_k}")
 

@@ -151,7 +151,7 @@ class LowRank(Pass[LowRankPlan]):
         return all(decision.rank == decision.full_rank for decision in plan.decisions)
 
     def parameter_delta(self, graph: Graph, structure: Structure, plan: LowRankPlan) -> int:
-        """r (out + in) for each factored linear, less the matrices that nothing else reads."""
+        """R (out + in) for each factored linear, less the matrices that nothing else reads."""
         ranks = {decision.site: decision.rank for decision in plan.decisions}
         parts = {site.name: site.part for site in structure.linears if site.name in ranks}
         added = sum(ranks[name] * (part.out_features + part.in_features) for name, part in parts.items())

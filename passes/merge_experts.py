@@ -40,7 +40,6 @@ from surgeon.observe import Routing
 from surgeon.rewrite import Editor
 from surgeon.structure import MoE, Selection, Structure
 
-
 SAME = 1e-7
 """Two experts whose score columns have a cosine similarity above 1 - SAME are copies of each other."""
 

@@ -366,6 +366,4 @@ def freed_parameter_count(graph: Graph, readers: Collection[fx.Node], names: Col
     kept = weights(graph, [node for node in graph.module.graph.nodes if node.op != "get_attr" and node not in gone])
     read = weights(graph, readers)
     wanted = None if names is None else {memory(graph.tensor(name)) for name in names}
-    return sum(
-        weight.parameters for key, weight in read.items() if key not in kept and (wanted is None or key in wanted)
-    )
+    return sum(weight.parameters for key, weight in read.items() if key not in kept and (wanted is None or key in wanted))

@@ -20,7 +20,7 @@ Rules, with x the input and y the output of a node:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # ships no stubs
@@ -31,11 +31,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from surgeon.canonical_rules import RULES
 from surgeon.errors import TraceError
 from surgeon.graph import assign_tensor
 
 aten = torch.ops.aten
 
+_FOLD_LIMIT = 4096
+"""Largest number of elements of a folded constant; larger ones are cheaper to compute than to keep."""
 _ASSERTIONS = {
     "aten::_assert_tensor_metadata",
     "aten::_assert_scalar",
@@ -47,33 +50,6 @@ _ASSERTIONS = {
     "aten::_functional_sym_constrain_range",
     "aten::_functional_sym_constrain_range_for_size",
 }
-_IDENTITIES = {
-    "aten::clone",
-    "aten::contiguous",
-    "aten::detach",
-    "aten::detach_",
-    "aten::alias",
-    "aten::lift",
-    "aten::lift_fresh",
-    "aten::lift_fresh_copy",
-    "aten::positive",
-}
-_CASTS = {"aten::_to_copy", "aten::to", "aten::type_as"}
-_DROPOUTS = {"aten::dropout", "aten::feature_dropout"}
-_VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_as", "aten::reshape_as"}
-_SAME_ORDER = {"aten::slice", "aten::expand", "aten::expand_as", "aten::squeeze", "aten::narrow"}
-_FILLS: dict[str, float | None] = {
-    "aten::new_ones": 1,
-    "aten::new_zeros": 0,
-    "aten::new_full": None,
-    "aten::ones_like": 1,
-    "aten::zeros_like": 0,
-    "aten::full_like": None,
-    "aten::ones": 1,
-    "aten::zeros": 0,
-}
-_NEUTRAL = {"aten::add": 0, "aten::sub": 0, "aten::mul": 1, "aten::div": 1}
-_CONJUNCTIONS = {"aten::__and__", "aten::bitwise_and", "aten::logical_and"}
 
 
 def canonicalise(
@@ -128,6 +104,7 @@ class _Builder:
                 self._output(node)
         self._sweep()
         self._fold()
+        self._sink()
         module = fx.GraphModule(self.root, self.graph)
         module.graph.lint()
         return module
@@ -150,11 +127,12 @@ class _Builder:
             if target._schema.is_mutable:
                 raise TraceError(
                     f"node {node.name} = {target} writes into a tensor {_written(node)}; the canonical graph is "
-                    "functional: put the model in a state in which its forward changes no buffer (evaluation mode, no caches)"
+                    "functional: put the model in a state in which its forward changes no buffer (evaluation "
+                    "mode, no caches)"
                 )
             self.became[node] = self._apply(target, args, kwargs, node)
         else:
-            self.became[node] = self._emit(target, tuple(args), dict(kwargs), keep=_unbacked(value))
+            self.became[node] = self.emit(target, tuple(args), dict(kwargs), value if _unbacked(value) else None)
 
     def _read(self, node: fx.Node) -> Any:
         """The new form of an old node where it is an argument."""
@@ -177,32 +155,37 @@ class _Builder:
             raise TraceError(f"the exported graph returns {results!r} instead of a tuple of tensors")
         self.graph.output(tuple(fx.node.map_arg(tuple(results), self._read)))
 
-    def _apply(self, target: torch._ops.OpOverload, args: Any, kwargs: Any, old: fx.Node | None = None) -> Any:
+    def _apply(self, target: torch._ops.OpOverload, args: Any, kwargs: Any, old: fx.Node) -> Any:
         """Append ``target`` after the rules; returns the node that stands for its result."""
         given = _bind(target, args, kwargs)
-        name = target._schema.name
-        rule = _RULES.get(name)
+        rule = RULES.get(target._schema.name)
         if rule is not None:
             found = rule(self, given, old)
             if found is not None:
                 return found
         args, kwargs = _unbind(target, given)
-        return self._emit(target, args, kwargs, keep=old is not None and _unbacked(old.meta.get("val")), old=old)
+        value = old.meta.get("val")
+        return self.emit(target, args, kwargs, value if _unbacked(value) else None)
 
-    def _emit(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool = False, old: fx.Node | None = None
-    ) -> fx.Node:
-        """Append a call unless an equal one exists (rule 9), and evaluate it in the fake mode."""
+    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = None) -> fx.Node:
+        """Append a call unless an equal one exists (rule 9).
+
+        Args:
+            target: an operator or an arithmetic function.
+            args: nodes and constants.
+            kwargs: likewise.
+            value: its fake value; None to evaluate it (what only running decides, such as ``nonzero``, is not evaluated
+                again: it would get a new symbol for its size).
+        """
         key = (target, _key(args), _key(kwargs))
         if key in self.known:
             return self.known[key]
         node = self.graph.call_function(target, args, kwargs)
-        if keep and old is not None:
-            node.meta["val"] = old.meta["val"]
-        else:
-            values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        if value is None:
+            args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
             with self.mode, torch.no_grad():
-                node.meta["val"] = target(*values[0], **values[1])
+                value = target(*args, **kwargs)
+        node.meta["val"] = value
         if not _random(target):
             self.known[key] = node
         return node
@@ -225,9 +208,7 @@ class _Builder:
         assign_tensor(self.root, name, tensor)
         node = self.graph.get_attr(name)
         with self.mode:
-            node.meta["val"] = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            node.meta["val"] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         return node
 
     def _size(self, value: Any) -> Any:
@@ -255,7 +236,7 @@ class _Builder:
             )
         if isinstance(expression, sympy.Symbol):
             node, dim = self.roots[expression]
-            return self._emit(aten.sym_size.int, (node, dim), {})
+            return self.emit(aten.sym_size.int, (node, dim), {})
         parts = {symbol: self._proxy(self._size_of(symbol)) for symbol in sorted(free, key=str)}
         result = sympy_interp(PythonReferenceAnalysis, parts, expression)
         return self._adopt(result.node)
@@ -293,154 +274,29 @@ class _Builder:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
                 with torch.no_grad():
                     values[node] = node.target(*args, **kwargs)
-        count = 0
         for node in list(values):
-            computed = node.op == "call_function" and node.all_input_nodes
-            if computed and any(user not in values for user in node.users):
+            read = any(user not in values for user in node.users)
+            if node.op == "call_function" and node.all_input_nodes and read:
                 with self.graph.inserting_before(node):
-                    buffer = self._read_tensor(f"constant_{count}", values[node].contiguous())
-                node.replace_all_uses_with(buffer)
-                count += 1
-        if count:
-            self._sweep()
+                    buffer = self._read_tensor(self._unused("constant"), values[node].contiguous())
+                node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in values)
+        self._sweep()
+
+    def _sink(self) -> None:
+        """Move every read of a tensor to its first reader, so that a block-by-block run loads what it needs."""
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        for node in [node for node in order if node.op == "get_attr"]:
+            min(node.users, key=order.__getitem__).prepend(node)
+
+    def _unused(self, stem: str) -> str:
+        number = 0
+        while hasattr(self.root, f"{stem}_{number}"):
+            number += 1
+        return f"{stem}_{number}"
 
     def sizes_of(self, value: Tensor) -> list[Any]:
         """The shape of a fake tensor as numbers and nodes."""
         return [self._size(size) for size in value.shape]
-
-
-# -- rules ------------------------------------------------------------------------------------------------------------
-
-_Rule = Callable[[_Builder, dict[str, Any], fx.Node | None], Any]
-
-
-def _identity(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    return next(iter(given.values()))  # Rule 2
-
-
-def _cast(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    x, result = given["self"], _result(old)
-    source = x.meta["val"]
-    if source.device != result.device:
-        return build._emit(aten._to_copy.default, (x,), {"dtype": result.dtype, "device": result.device})
-    if source.dtype == result.dtype:
-        return x  # Rule 2
-    return build._emit(aten._to_copy.default, (x,), {"dtype": result.dtype})
-
-
-def _dropout(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    inactive = given["train"] is False or given["p"] == 0
-    return given["input"] if inactive else None  # Rule 2
-
-
-def _reshape(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    if "dtype" in given:
-        return None  # a reinterpretation of bits
-    x = given["self"]
-    if x.target == aten.reshape.default:
-        x = x.args[0]  # Rule 3
-    if _same_shape(x.meta["val"], _result(old)):
-        return x  # Rule 4
-    sizes = given.get("size", given.get("shape"))
-    return build._emit(
-        aten.reshape.default, (x, build.sizes_of(_result(old)) if sizes is None else sizes), {}
-    )  # Rule 3
-
-
-def _same_order(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    x = given["self"]
-    if _same_shape(x.meta["val"], _result(old)) and given.get("step", 1) == 1:
-        return x  # Rule 4
-    if given.get("end") == _INFINITY:
-        given["end"] = None
-    return None
-
-
-def _permute(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    rank = given["self"].meta["val"].dim()
-    return given["self"] if [d % rank for d in given["dims"]] == list(range(rank)) else None  # Rule 4
-
-
-def _copy(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    target, source = given["self"].meta["val"], given["src"]
-    if source.meta["val"].dtype != target.dtype:
-        source = build._emit(aten._to_copy.default, (source,), {"dtype": target.dtype})
-    if _same_shape(source.meta["val"], target):
-        return source
-    return build._emit(aten.expand.default, (source, build.sizes_of(target)), {})  # Rule 5
-
-
-def _neutral(number: int) -> _Rule:
-    def rule(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-        if "self" not in given or "other" not in given or not isinstance(given["self"], fx.Node):
-            return None
-        other, rounding = given["other"], given.get("rounding_mode")
-        if isinstance(other, int | float) and other == number and rounding is None:
-            x, result = given["self"].meta["val"], _result(old)
-            if isinstance(x, Tensor) and x.dtype == result.dtype and _same_shape(x, result):
-                return given["self"]  # Rule 6
-        return None
-
-    return rule
-
-
-def _conjunction(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    result = _result(old)
-    pair = (given["self"], given["other"])
-    for true, x in (pair, pair[::-1]):
-        if not isinstance(true, fx.Node) or not isinstance(x, fx.Node) or true.target != aten.full.default:
-            continue
-        value = x.meta["val"]
-        if true.args[1] is True and value.dtype == torch.bool == result.dtype and _same_shape(value, result):
-            return x  # Rule 6
-    return None
-
-
-def _fill(number: float | None) -> _Rule:
-    def rule(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-        result = _result(old)
-        value = given["fill_value"] if number is None else number
-        if result.dtype == torch.bool and not isinstance(value, fx.Node):
-            value = bool(value)
-        elif result.dtype.is_floating_point and not isinstance(value, fx.Node):
-            value = float(value)
-        settings = {"dtype": result.dtype, "device": result.device}
-        return build._emit(aten.full.default, (build.sizes_of(result), value), settings)  # Rule 7
-
-    return rule
-
-
-def _strided(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    """``as_strided`` counts elements in memory: make the memory what it was (an exception from rule 2)."""
-    before = old.all_input_nodes[0].meta["val"] if old is not None else None
-    if before is None or not before.is_contiguous():
-        raise TraceError(
-            "the model reads a tensor that is not contiguous by as_strided; call contiguous() on it before"
-        )
-    given["self"] = build._emit(aten.clone.default, (given["self"],), {"memory_format": torch.contiguous_format})
-    return None
-
-
-def _concatenate(build: _Builder, given: dict[str, Any], old: fx.Node | None) -> Any:
-    return given["tensors"][0] if len(given["tensors"]) == 1 else None
-
-
-_RULES: dict[str, _Rule] = {
-    **dict.fromkeys(_IDENTITIES, _identity),
-    **dict.fromkeys(_CASTS, _cast),
-    **dict.fromkeys(_DROPOUTS, _dropout),
-    **dict.fromkeys(_VIEWS, _reshape),
-    **dict.fromkeys(_SAME_ORDER, _same_order),
-    **{name: _neutral(number) for name, number in _NEUTRAL.items()},
-    **{name: _fill(number) for name, number in _FILLS.items()},
-    **dict.fromkeys(_CONJUNCTIONS, _conjunction),
-    "aten::permute": _permute,
-    "aten::copy": _copy,
-    "aten::cat": _concatenate,
-    "aten::as_strided": _strided,
-}
-_INFINITY = 9223372036854775807
-_FOLD_LIMIT = 4096
 
 
 # -- small facts ------------------------------------------------------------------------------------------------------
@@ -525,21 +381,6 @@ def _identity_of(tensor: Tensor) -> Any:
     """Equal for two views of the same elements in the same order."""
     place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
     return (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
-
-
-def _result(old: fx.Node | None) -> Tensor:
-    if old is None:
-        raise AssertionError("a rule that reads the result's shape was applied to a node without one")
-    value: Tensor = old.meta["val"]
-    return value
-
-
-def _same_shape(a: Tensor, b: Tensor) -> bool:
-    return a.dim() == b.dim() and all(_expr(m) == _expr(n) for m, n in zip(a.shape, b.shape, strict=True))
-
-
-def _expr(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _unbacked(value: Any) -> bool:

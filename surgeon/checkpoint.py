@@ -126,7 +126,7 @@ def resolve_hub_id(name: str) -> Path:
         except Exception as error:  # network, permission or name: the hub's client raises many classes
             raise TraceError(
                 f"there is no directory {name!r}, and the hub id {name!r} is neither in the local cache "
-                f"({str(first).splitlines()[0]}) nor could it be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}; {forms}"
+                f"({_line(first)}) nor could it be downloaded: {type(error).__name__}: {_line(error)}; {forms}"
             ) from error
 
 
@@ -194,5 +194,10 @@ def _advice(file: Path) -> str:
         return ""
     return (
         f"; {file.name} is a pickle, which can run code when it is read, and is refused: convert it on a machine you "
-        "trust with model = AutoModel.from_pretrained(...); model.save_pretrained(directory) (safetensors is the default)"
+        "trust with model = AutoModel.from_pretrained(...); model.save_pretrained(directory), which writes safetensors"
     )
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class Compiled:
         self.plan = plan
         self.recipe = recipe
         self.artifact = artifact
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -98,8 +99,9 @@ class Compiled:
     def temporary_folder(self) -> Path:
         """A directory that lives as long as this object."""
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="surgeon-")
-        return Path(self._temporary.name)
+            self._temporary = Path(tempfile.mkdtemp(prefix="surgeon-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
 
 
 def write_outputs(compiled: Compiled, folder: Path, target: Path) -> None:

@@ -55,9 +55,9 @@ class Quality:
         if self.language_model:
             self._add_language_model(source["logits"], candidate["logits"], batch, mask)
         else:
-            name = embedding_output(source)
-            if name is not None:
-                pooled = [pool(outputs[name], mask) for outputs in (source, candidate)]
+            pooled_output = embedding_output(source)
+            if pooled_output is not None:
+                pooled = [pool(outputs[pooled_output], mask) for outputs in (source, candidate)]
                 similarity = torch.nn.functional.cosine_similarity(pooled[0], pooled[1], dim=-1)
                 self.cosine += float(similarity.double().sum())
                 self.vectors += similarity.numel()
@@ -78,7 +78,8 @@ class Quality:
 
     def summary(self) -> dict[str, float]:
         """The figures: ``relative_error`` (largest over outputs, Frobenius), and where they make sense
-        ``cosine_similarity``, ``kl`` (nats per token), ``top1_agreement``, ``perplexity``, ``perplexity_source``."""
+        ``cosine_similarity``, ``kl`` (nats per token), ``top1_agreement``, ``perplexity``, ``perplexity_source``.
+        """
         ratios = [
             math.sqrt(error / max(self.squared_norm[name], 1e-300)) for name, error in self.squared_error.items()
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 from typing import Any
 
 
@@ -57,6 +58,12 @@ def figure(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return f"{value:.4g}"
+
+
+def title(description: str) -> str:
+    """A model's description as a heading: the last part of a path of the file system, anything else in full."""
+    path = PurePath(description)
+    return path.name if path.is_absolute() or description.startswith(".") else description
 
 
 def label(name: str) -> str:

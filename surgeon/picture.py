@@ -50,7 +50,7 @@ def bars(groups: Sequence[Sequence[Bar]], description: str, width: int = 460) ->
         description: what the chart shows, for screen readers.
         width: of the drawing in pixels.
     """
-    start, room, pitch, gap = 118, width - 118 - 78, 24, 12
+    start, room, pitch, gap = 130, width - 130 - 78, 24, 12
     longest = max((bar.value for group in groups for bar in group), default=0) or 1
     y, parts = 2, []
     for group in groups:
@@ -62,7 +62,7 @@ def bars(groups: Sequence[Sequence[Bar]], description: str, width: int = 460) ->
                     '<rect x="{}" y="{}" width="{}" height="16" rx="3" class="t-{}"/>'
                     '<text x="{}" y="{}" class="value">{}</text></g>'
                 ).format(
-                    bar.title or f"{bar.label}: {bar.text}", start - 10, y + 12.5, bar.label, start, y, _f(length),
+                    bar.title or f"{bar.label}: {bar.text}", start - 10, y + 12.5, _short(bar.label, 17), start, y, _f(length),
                     bar.tone, _f(start + length + 8), y + 12.5, bar.text,
                 )
             )  # fmt: skip
@@ -97,9 +97,7 @@ def blocks_picture(report: Report) -> Markup | None:
         y = head + row * pitch
         bar = pitch - max(2.0, pitch * 0.22)
         parts.append(
-            Markup('<text x="{}" y="{}" class="label" text-anchor="end">{}</text>').format(
-                left - 12, _f(y + bar / 2 + 4), row
-            )
+            Markup('<text x="{}" y="{}" class="label" text-anchor="end">{}</text>').format(left - 12, _f(y + bar / 2 + 4), row)
             if pitch >= 12 or row % 5 == 0
             else Markup("")
         )
@@ -122,9 +120,7 @@ def blocks_picture(report: Report) -> Markup | None:
             parts.append(_strip(after["blocks"][position[row]], right, y, bar, scale))
         for place, number_of_pass in enumerate(sorted(touched[row])):
             sites = ", ".join(touched[row][number_of_pass])
-            parts.append(
-                _badge(right + column + 18 + 20 * place, y + bar / 2, min(8.0, bar / 2), number_of_pass, sites)
-            )
+            parts.append(_badge(right + column + 18 + 20 * place, y + bar / 2, min(8.0, bar / 2), number_of_pass, sites))
     return _svg(parts, _WIDTH, head + rows * pitch + 2, "blocks of the model before and after")
 
 
@@ -159,9 +155,7 @@ def _strip(block: Mapping[str, Any], x: float, y: float, height: float, scale: f
             title += f", {number(region['active_parameters'])} active"
         title += f", {size(region['bytes'])}"
         rect = '<g><title>{}</title><rect x="{}" y="{}" width="{}" height="{}" rx="3" class="t-{}"/></g>'
-        parts.append(
-            Markup(rect).format(title, _f(x), _f(y), _f(max(1.0, width - 1.5)), _f(height), _tone(region["kind"]))
-        )
+        parts.append(Markup(rect).format(title, _f(x), _f(y), _f(max(1.0, width - 1.5)), _f(height), _tone(region["kind"])))
         x += width
     return Markup("").join(parts)
 
@@ -169,7 +163,7 @@ def _strip(block: Mapping[str, Any], x: float, y: float, height: float, scale: f
 def _badge(x: float, y: float, radius: float, index: int, sites: str) -> Markup:
     return Markup(
         '<g><title>pass {}{}</title><circle cx="{}" cy="{}" r="{}" class="badge"/>'
-        '<text x="{}" y="{}" class="badge-text" text-anchor="middle" font-size="{}">{}</text></g>'
+        '<text x="{}" y="{}" class="badge-text" text-anchor="middle" style="font-size: {}px">{}</text></g>'
     ).format(
         index + 1, f": {sites}" if sites else "", _f(x), _f(y), _f(radius), _f(x), _f(y + radius * 0.45),
         _f(radius * 1.3), index + 1,
@@ -309,8 +303,8 @@ class _Stream:
         return Markup('<path d="M{} {} H{}" class="branch"/>').format(_f(self._line), _f(middle), _f(self._boxes - 4))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
+def _short(text: str, longest: int = _LONGEST_TEXT) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _tone(kind: str) -> str:

@@ -52,14 +52,15 @@ def _environment() -> Environment:
     )
     for name in ("number", "size", "milliseconds", "seconds", "ratio", "percent", "figure", "label"):
         environment.filters[name] = getattr(formatting, name)
+    environment.filters["heading"] = formatting.title
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
     return environment
 
 
-def _totals(report: Report) -> list[dict[str, Any]]:
+def _totals(report: Report) -> list[dict[str, str]]:
     """Figures at the top of the page."""
     tiles = [
-        {"name": name, "before": form(before), "after": form(after), "part": formatting.percent(after, before)}
+        {"name": name, "value": form(after), "note": f"{formatting.percent(after, before)} of {form(before)}"}
         for name, (before, after), form in (
             ("size", report.bytes, size),
             ("parameters", report.parameters, number),
@@ -69,12 +70,18 @@ def _totals(report: Report) -> list[dict[str, Any]]:
     for row in report.latency:
         tiles.append(
             {
-                "name": f"batch {row.batch}, length {row.length}",
-                "before": milliseconds(row.eager_ms),
-                "after": milliseconds(row.artifact_ms),
-                "part": f"{formatting.ratio(row.ratio)} faster" if row.ratio >= 1 else "slower",
+                "name": f"batch {row.batch} x {row.length}",
+                "value": milliseconds(row.artifact_ms),
+                "note": f"{formatting.ratio(row.ratio)} {'faster' if row.ratio >= 1 else 'as fast'}",
             }
         )
+    quality = {name: artefact if artefact is not None else graph for name, graph, artefact in report.quality_table()}
+    if "cosine_similarity" in quality:
+        value = figure(quality["cosine_similarity"])
+        tiles.append({"name": "cosine similarity", "value": value, "note": "to the source"})
+    if "perplexity" in quality:
+        note = f"source {figure(quality['perplexity_source'])}" if "perplexity_source" in quality else ""
+        tiles.append({"name": "perplexity", "value": figure(quality["perplexity"]), "note": note})
     return tiles
 
 
@@ -123,9 +130,7 @@ def _stages_chart(report: Report) -> Any:
     if not report.passes:
         return None
     stages = [Bar("source", report.bytes[0], size(report.bytes[0]), "before")]
-    stages += [
-        Bar(f"{index + 1} {step.name}", step.bytes[1], size(step.bytes[1])) for index, step in enumerate(report.passes)
-    ]
+    stages += [Bar(f"{index + 1} {step.name}", step.bytes[1], size(step.bytes[1])) for index, step in enumerate(report.passes)]
     if report.artifact is not None:
         stages.append(Bar("artefact", report.bytes[1], size(report.bytes[1])))
     return bars([stages], "bytes after each pass")
@@ -134,13 +139,14 @@ def _stages_chart(report: Report) -> Any:
 def _divergence_charts(report: Report) -> list[tuple[str, Any]]:
     """By measure: how far each pass leads from the source.  Similarities are drawn as their distance from one."""
     charts = []
-    for measure in dict.fromkeys(name for step in report.passes for name in step.divergence):
+    measures = dict.fromkeys(name for step in report.passes for name in step.divergence)
+    for measure in (name for name in measures if not name.endswith("_source")):  # the source does not change
         similar = measure.startswith(("cosine", "top1"))
         rows = [
             Bar(
                 f"{index + 1} {step.name}",
                 1 - step.divergence[measure] if similar else step.divergence[measure],
-                figure(step.divergence[measure]),
+                figure(1 - step.divergence[measure] if similar else step.divergence[measure]),
                 "other" if step.exact else "after",
             )
             for index, step in enumerate(report.passes)
@@ -153,7 +159,5 @@ def _divergence_charts(report: Report) -> list[tuple[str, Any]]:
 def _kinds(report: Report) -> list[str]:
     """Kinds of sublayers that the picture of the blocks shows, for its legend."""
     sides = [report.structure.get(side) for side in ("before", "after")]
-    found = {
-        r["kind"] if r["kind"] in KINDS else "other" for s in sides if s for b in s["blocks"] for r in b["regions"]
-    }
+    found = {r["kind"] if r["kind"] in KINDS else "other" for s in sides if s for b in s["blocks"] for r in b["regions"]}
     return [kind for kind in KINDS if kind in found]

@@ -90,7 +90,8 @@ class FFN:
         hidden: the node that ``down`` reads (the intermediate activation, last dimension = width).
         activation: name in ``surgeon.activations.ACTIVATIONS``, or None where it was not recognised.
         width: number of intermediate neurons.
-        layout: how gate and up are stored: ``separate``, ``concatenated`` ([gate | up]), ``interleaved``; ``plain`` without gate.
+        layout: how gate and up are stored: ``separate``, ``concatenated`` ([gate | up]), ``interleaved``; ``plain``
+            without gate.
     """
 
     input: fx.Node
@@ -116,7 +117,8 @@ class MoE:
         weight: node of their weights, [tokens, top_k].
         experts: number of experts E.
         top_k: experts per token k.
-        scoring: ``softmax``, ``sigmoid``, ``topk_softmax`` (softmax over the selected logits only), ``uniform`` (all weights equal) or ``other``.
+        scoring: ``softmax``, ``sigmoid``, ``topk_softmax`` (softmax over the selected logits only), ``uniform`` (all
+            weights equal) or ``other``.
         normalised: the selected weights are divided by their sum.
         width: intermediate neurons per expert.
         gated: experts are gated FFNs.

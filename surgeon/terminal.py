@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from surgeon.formatting import figure, label, milliseconds, number, percent, ratio, seconds, size
+from surgeon.formatting import figure, label, milliseconds, number, percent, ratio, seconds, size, title
 
 if TYPE_CHECKING:
     from surgeon.report import PassReport, Report
@@ -27,28 +27,30 @@ def render_terminal(report: Report, console: Console) -> None:
         console: where to; its width is respected, and colour is used where it is a terminal.
     """
     backend = report.artifact["backend"] if report.artifact else "torch graph"
-    title = Text.assemble(
+    heading = Text.assemble(
         ("surgeon ", "bold"),
-        (str(report.model.get("description", "model")), "bold cyan"),
+        (title(str(report.model.get("description", "model"))), "bold cyan"),
         " to ",
         (backend, "bold cyan"),
     )
     console.print()
-    console.print(title)
+    console.print(heading)
     facts = [f"{seconds(report.seconds['total'])} in all"] if "total" in report.seconds else []
     facts += [f"peak memory {size(report.peak_memory_bytes)}"] if report.peak_memory_bytes else []
     facts += [f"surgeon {report.surgeon}"]
     console.print(Text(", ".join(facts), "dim"))
     console.print()
     console.print(_totals(report))
-    if report.latency:
-        console.print(_latency(report))
-    if report.quality:
-        console.print(_quality(report))
-    if report.passes:
-        console.print(_passes(report.passes))
-    if report.comparisons:
-        console.print(_check(report))
+    console.print()
+    tables = [
+        _latency(report) if report.latency else None,
+        _quality(report) if report.quality else None,
+        _passes(report.passes) if report.passes else None,
+        _check(report) if report.comparisons else None,
+    ]
+    for table in filter(None, tables):
+        console.print(table)
+        console.print()
     _notes(report, console)
     _files(report, console)
 
@@ -62,7 +64,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
     """
     console.print()
     console.print(
-        Text.assemble(("surgeon inspect ", "bold"), (str(view.model.get("description", "model")), "bold cyan"))
+        Text.assemble(("surgeon inspect ", "bold"), (title(str(view.model.get("description", "model"))), "bold cyan"))
     )
     sizes = ", ".join(f"{name} {value}" for name, value in view.sizes.items())
     for ports, direction in ((view.inputs, "in "), (view.outputs, "out")):
@@ -85,9 +87,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
         where = f"block {block.index}" if count == 1 else f"blocks {block.index}-{block.index + count - 1}"
         each = "" if count == 1 else "each of them" if len(view.folded()) == 1 else f"{count} alike, each"
         flops = number(block.flops) if block.flops else "-"
-        table.add_row(
-            f"[bold]{where}[/]", f"[dim]{each}[/]", f"[bold]{number(block.parameters)}[/]", f"[bold]{flops}[/]"
-        )
+        table.add_row(f"[bold]{where}[/]", f"[dim]{each}[/]", f"[bold]{number(block.parameters)}[/]", f"[bold]{flops}[/]")
         for region in block.regions:
             table.add_row(f"  {region.kind}", escape(region.describe()), *_counts(region))
         table.add_section()
@@ -105,6 +105,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
         f"[bold]{number(view.flops)}[/]",
     )  # fmt: skip
     console.print(table)
+    console.print()
     console.print(Text(f"FLOPs are per token, at {sizes or 'the fixed sizes'} ({view.tokens} tokens)", "dim"))
     if view.unrecognised:
         console.print(Text("not recognised", "bold yellow"))
@@ -118,7 +119,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
 def _outside(table: Table, where: str, region: RegionView, parameters: int) -> None:
     if region.operators:
         flops = number(region.flops) if region.flops else "-"
-        table.add_row(where, f"[dim]{region.describe()}[/]", number(parameters) if parameters else "-", flops)
+        table.add_row(where, f"[dim]{escape(region.describe())}[/]", number(parameters) if parameters else "-", flops)
 
 
 def _counts(region: RegionView) -> tuple[str, str]:
@@ -130,7 +131,14 @@ def _counts(region: RegionView) -> tuple[str, str]:
 
 def _table(title: str | None = None) -> Table:
     return Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, expand=True, padding=(0, 1)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        expand=True,
+        padding=(0, 1),
+        show_edge=False,
+        pad_edge=False,
     )
 
 
@@ -191,7 +199,7 @@ def _passes(passes: Iterable[PassReport]) -> Table:
         what = Text.assemble((step.name, "bold"), " ", kind)
         what.append(f"\n{step.summary}")
         if step.divergence:
-            measures = ", ".join(f"{label(name)} {figure(value)}" for name, value in step.divergence.items())
+            measures = "\n".join(f"{label(name)} {figure(value)}" for name, value in step.divergence.items())
             what.append(f"\n{measures}", "dim")
         for note in step.notes:
             what.append(f"\n{note}", "dim italic")

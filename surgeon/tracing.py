@@ -191,9 +191,7 @@ def _refuse_specialised(values: Mapping[str, Tensor], dims: _Dims, error: Except
     ]
     if fixed:
         which = "; ".join(f"dimension {d} ({label!r}) of input {n!r} is always {size}" for n, d, label, size in fixed)
-        pins = {
-            n: {d: label for d, label in dims[n].items() if (n, d) not in {f[:2] for f in fixed}} for n, *_ in fixed
-        }
+        pins = {n: {d: label for d, label in dims[n].items() if (n, d) not in {f[:2] for f in fixed}} for n, *_ in fixed}
         raise TraceError(
             f"the model cannot vary a dimension that was to be dynamic: {which}. Fix it with "
             f"dynamic={ {n: chosen or None for n, chosen in pins.items()} }, or remove the constant from the model"
@@ -373,8 +371,8 @@ def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, 
             raise TraceError(
                 f"the traced graph does not reproduce the source model at {where}: output {name!r} differs by "
                 f"{error:.3g} relative, at most {tolerance:g} is accepted. The model's Python code takes another path "
-                "at these sizes or values, or its result is random; fix the dimensions (dynamic={input: None}) or trace "
-                "another part of it"
+                "at these sizes or values, or its result is random; fix the dimensions (dynamic={input: None}) or "
+                "trace another part of it"
             )
 
 

@@ -222,8 +222,7 @@ class Inspection(_View):
                     "index": block.index,
                     **{key: getattr(block, key) for key in keep},
                     "regions": [
-                        {**{key: getattr(region, key) for key in keep}, "text": region.describe()}
-                        for region in block.regions
+                        {**{key: getattr(region, key) for key in keep}, "text": region.describe()} for region in block.regions
                     ],
                 }
                 for block in self.blocks

@@ -10,6 +10,7 @@ import torch
 
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.data import synthetic_batches
+from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.numerics import whitened_svd
@@ -18,7 +19,6 @@ from surgeon.passes.drop_blocks import DropBlock, DropBlocksPlan
 from surgeon.passes.drop_experts import DropExpertsPlan, KeepExperts
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
-from surgeon.discovery import discover
 from surgeon.verify import check_parameters, relative_error
 from tests.conftest import Patient, Trained
 from tests.models import NAMES, tiny, with_layer_deleted

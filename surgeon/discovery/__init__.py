@@ -73,7 +73,10 @@ def discover(graph: Graph) -> Structure:
 
 
 def _outside(flow: Flow, blocks: tuple[Block, ...]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Nodes that the first block's entry is computed from, and nodes computed from the last block's exit, with what only they read."""
+    """Nodes that the first block's entry is computed from, and nodes computed from the last block's exit.
+
+    Both with what only they read.
+    """
     inside = {node for block in blocks for node in block.nodes}
     prefix: set[fx.Node] = set()
     stack = [blocks[0].entry]

@@ -119,7 +119,7 @@ def _scores(flow: Flow, softmax: fx.Node) -> tuple[fx.Node | None, bool]:
             continue
         seen.add(node)
         if _product(flow, node) is not None:
-            masked |= operators.kind(node) in ("aten::baddbmm", "aten::addmm") and node.kwargs.get("beta", 1) != 0
+            masked |= operators.kind(node) in ("aten::baddbmm", "aten::addmm") and bool(node.kwargs.get("beta", 1))
             products.append(node)
         elif operators.is_pointwise(node) or operators.is_movement(node) or operators.kind(node) == operators.CONCATENATE:
             name = operators.kind(node)

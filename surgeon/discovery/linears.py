@@ -230,7 +230,7 @@ def _keeps_last(before: fx.Node, after: fx.Node) -> bool:
 
 
 def _numbers(held: Tensor) -> tuple[int, ...]:
-    return tuple(held.unique().tolist())
+    return tuple(sorted(set(held.flatten().tolist())))
 
 
 def _move(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -103,7 +103,8 @@ def _tensor(tensor: Tensor, seed: int) -> Tensor:
     if not tensor.is_floating_point():
         return torch.zeros(shape, dtype=tensor.dtype)
     fan_in = shape[-1] if len(shape) > 1 else 1
-    return (torch.randn(shape, generator=generator) / fan_in**0.5).to(tensor.dtype)
+    noise: Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
+    return noise.to(tensor.dtype)
 
 
 def mixes(flow: Flow, entry: fx.Node, exit: fx.Node) -> bool:

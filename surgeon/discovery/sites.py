@@ -23,7 +23,6 @@ from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears, stored
 from surgeon.structure import FFN, Attention, Block, Embedding, Linear, Site
 
-
 T = TypeVar("T")
 
 

