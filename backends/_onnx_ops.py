@@ -131,7 +131,8 @@ def _expert(x: Tensor, quantized: tuple[Tensor, Tensor, Tensor] | None, how: Lin
 def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, columns: int) -> Tensor:
     """``surgeon::dequantize`` in standard operators.
 
-    The shift is ONNX's own, since torch.onnx takes a shift of uint8 through int8, which makes an invalid model.  The arguments are those of the operator; returns [..., out, columns] in the dtype of ``scale``.
+    The shift is ONNX's own, since torch.onnx takes a shift of uint8 through int8, which makes an invalid model.  The
+    arguments are those of the operator; returns [..., out, columns] in the dtype of ``scale``.
     """
     codes = packed
     if bits < 8:

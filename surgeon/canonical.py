@@ -102,7 +102,7 @@ class _Builder:
                 self._visit(node)
             elif node.op == "output":
                 self._output(node)
-        self._sweep()
+        self.graph.eliminate_dead_code(is_impure_node=_is_port)
         self._fold()
         self._sink()
         module = fx.GraphModule(self.root, self.graph)
@@ -259,9 +259,6 @@ class _Builder:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # an arithmetic function
         return node
 
-    def _sweep(self) -> None:
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-
     def _fold(self) -> None:
         """Rule 10.  What a parameter enters stays, because it can be trained or replaced."""
         values: dict[fx.Node, Tensor] = {}
@@ -280,7 +277,7 @@ class _Builder:
                 with self.graph.inserting_before(node):
                     buffer = self._read_tensor(self._unused("constant"), values[node].contiguous())
                 node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in values)
-        self._sweep()
+        self.graph.eliminate_dead_code(is_impure_node=_is_port)
 
     def _sink(self) -> None:
         """Move every read of a tensor to its first reader, so that a block-by-block run loads what it needs."""
@@ -358,6 +355,11 @@ def _random(target: Any) -> bool:
         and torch.Tag.nondeterministic_seeded in target.tags
         and target._schema.name != "aten::scaled_dot_product_attention"
     )
+
+
+def _is_port(node: fx.Node) -> bool:
+    """All that dead-code elimination must keep; by default it would keep unread attention, as a random operator."""
+    return node.op in ("placeholder", "output")
 
 
 def _foldable(node: fx.Node) -> bool:

@@ -173,9 +173,7 @@ def _fill(number: float | None) -> Rule:
 def _strided(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     """``as_strided`` counts elements in memory: make the memory what it was (an exception from rule 2)."""
     if not old.all_input_nodes[0].meta["val"].is_contiguous():
-        raise TraceError(
-            "the model reads a tensor that is not contiguous by as_strided; call contiguous() on it before"
-        )
+        raise TraceError("the model reads a tensor that is not contiguous by as_strided; call contiguous() on it before")
     given["self"] = build.emit(aten.clone.default, (given["self"],), {"memory_format": torch.contiguous_format})
     return None
 

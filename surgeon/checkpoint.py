@@ -14,9 +14,7 @@ from surgeon.errors import TraceError
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
-def load_checkpoint(
-    path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool
-) -> tuple[nn.Module, tuple[str, ...]]:
+def load_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[nn.Module, tuple[str, ...]]:
     """Load the model of a checkpoint directory.
 
     Args:
@@ -31,9 +29,7 @@ def load_checkpoint(
         TraceError: no directory, no configuration, no readable safetensors, or a class that cannot be built.
     """
     if not path.is_dir():
-        raise TraceError(
-            f"{path} is a file; give the directory that holds config.json and *.safetensors{_advice(path)}"
-        )
+        raise TraceError(f"{path} is a file; give the directory that holds config.json and *.safetensors{_advice(path)}")
     config = _config(path)
     check_weights(path)
     cls = _class(config, path, trust_remote_code)
@@ -96,9 +92,7 @@ def check_weights(path: Path) -> list[Path]:
         held = _names(file)
         absent = sorted(expected - held)
         if absent:
-            raise TraceError(
-                f"{file} lacks {', '.join(absent[:5])}, which {index.name} says it holds; download it again"
-            )
+            raise TraceError(f"{file} lacks {', '.join(absent[:5])}, which {index.name} says it holds; download it again")
     return list(files)
 
 
@@ -141,7 +135,8 @@ def _names(file: Path) -> set[str]:
             return set(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
         size = file.stat().st_size
-        head = file.open("rb").read(64)
+        with file.open("rb") as start:
+            head = start.read(64)
         pointer = " (it is a git-lfs pointer: run git lfs pull)" if head.startswith(b"version https://git-lfs") else ""
         raise TraceError(
             f"{file} is truncated or not safetensors{pointer}: {error}; it has {size} bytes; download it again"
@@ -152,9 +147,7 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         adapter = (
-            " (it holds an adapter: merge it into its base model first)"
-            if (path / "adapter_config.json").is_file()
-            else ""
+            " (it holds an adapter: merge it into its base model first)" if (path / "adapter_config.json").is_file() else ""
         )
         raise TraceError(
             f"{path} holds no config.json{adapter}; a checkpoint is a directory with config.json and *.safetensors"

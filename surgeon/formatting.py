@@ -60,7 +60,7 @@ def figure(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def title(description: str) -> str:
+def heading(description: str) -> str:
     """A model's description as a heading: the last part of a path of the file system, anything else in full."""
     path = PurePath(description)
     return path.name if path.is_absolute() or description.startswith(".") else description

@@ -52,7 +52,7 @@ def _environment() -> Environment:
     )
     for name in ("number", "size", "milliseconds", "seconds", "ratio", "percent", "figure", "label"):
         environment.filters[name] = getattr(formatting, name)
-    environment.filters["heading"] = formatting.title
+    environment.filters["heading"] = formatting.heading
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
     return environment
 

@@ -201,8 +201,7 @@ def default_inputs(module: nn.Module, path: Path | None = None) -> dict[str, Ten
     config, main = getattr(module, "config", None), getattr(module, "main_input_name", None)
     if config is None or main is None:
         raise TraceError(
-            f"{type(module).__name__} is not a transformers model, so its inputs are not known: pass "
-            "inputs={name: tensor}"
+            f"{type(module).__name__} is not a transformers model, so its inputs are not known: pass inputs={{name: tensor}}"
         )
     accepted = inspect.signature(module.forward).parameters
     device = next((p.device for p in module.parameters()), torch.device("cpu"))

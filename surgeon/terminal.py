@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from surgeon.formatting import figure, label, milliseconds, number, percent, ratio, seconds, size, title
+from surgeon.formatting import figure, heading, label, milliseconds, number, percent, ratio, seconds, size
 
 if TYPE_CHECKING:
     from surgeon.report import PassReport, Report
@@ -27,14 +27,14 @@ def render_terminal(report: Report, console: Console) -> None:
         console: where to; its width is respected, and colour is used where it is a terminal.
     """
     backend = report.artifact["backend"] if report.artifact else "torch graph"
-    heading = Text.assemble(
+    first = Text.assemble(
         ("surgeon ", "bold"),
-        (title(str(report.model.get("description", "model"))), "bold cyan"),
+        (heading(str(report.model.get("description", "model"))), "bold cyan"),
         " to ",
         (backend, "bold cyan"),
     )
     console.print()
-    console.print(heading)
+    console.print(first)
     facts = [f"{seconds(report.seconds['total'])} in all"] if "total" in report.seconds else []
     facts += [f"peak memory {size(report.peak_memory_bytes)}"] if report.peak_memory_bytes else []
     facts += [f"surgeon {report.surgeon}"]
@@ -64,7 +64,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
     """
     console.print()
     console.print(
-        Text.assemble(("surgeon inspect ", "bold"), (title(str(view.model.get("description", "model"))), "bold cyan"))
+        Text.assemble(("surgeon inspect ", "bold"), (heading(str(view.model.get("description", "model"))), "bold cyan"))
     )
     sizes = ", ".join(f"{name} {value}" for name, value in view.sizes.items())
     for ports, direction in ((view.inputs, "in "), (view.outputs, "out")):

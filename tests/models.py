@@ -65,9 +65,7 @@ def tiny(name: str, *, layers: int = LAYERS, seed: int = 0) -> tuple[nn.Module, 
     return module.eval(), inputs_for(name, seed=seed)
 
 
-def inputs_for(
-    name: str, batch: int = 2, sequence: int = 7, *, padded: bool = False, seed: int = 0
-) -> dict[str, Tensor]:
+def inputs_for(name: str, batch: int = 2, sequence: int = 7, *, padded: bool = False, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of a tiny model; ``padded`` ends row i in (i mod 3) + 1 zeros of the mask."""
     generator = torch.Generator().manual_seed(seed + 2)
     if name == "vit":

@@ -366,7 +366,7 @@ def test_wrong_overrides_name_themselves(folder: Path, override: str, message: s
 
 def test_errors_of_the_file_come_before_those_of_overrides(folder: Path) -> None:
     found = _errors(folder, FULL.replace("int4", "int5"), "verify.max_kl=x", "output=[=", "evaluate.text=none")
-    assert found == ["--set output=[=:1:3: not YAML: expected the node content, but found '<stream end>' (while parsing a flow node)"] or found[
+    assert found == ["--set output=[=:1:3: not YAML: expected the node content, but found '<stream end>' (while parsing a flow node)"] or found[  # noqa: E501
         0
     ].startswith("--set output=[=:1:")
     found = _errors(folder, FULL.replace("int4", "int5"), "verify.max_kl=x", "output=[1]")

@@ -123,13 +123,13 @@ def test_gradients_equal_the_source(traced: Callable[[str], tuple[nn.Module, Gra
             assert relative_error(gradient, value) < 1e-4, key
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_a_deleted_layer_is_traced_like_any_model(name: str) -> None:
     """The helper that other tests compare drop_blocks with: sound, and the original is untouched."""
-    module, inputs = tiny(name, layers=3)
+    module, inputs = tiny(name, layers=2)
     before = run(module, inputs)
-    shorter = with_layer_deleted(name, module, 1)
-    assert len(layer_list(shorter)) == 2
+    shorter = with_layer_deleted(name, module, 0)
+    assert len(layer_list(shorter)) == 1
     graph = trace(shorter, inputs)
     output = graph.outputs[0].name
     assert relative_error(graph(**inputs)[output], run(shorter, inputs)[output]) < 1e-5

@@ -94,7 +94,8 @@ class Classifier:
         name = operators.kind(node)
         if operators.is_pointwise(node) or name in operators.CASTS or node in self._products:
             return True
-        if name in ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", operators.FAKE_QUANTIZE, operators.GETITEM):
+        norms = ("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm")
+        if name in (*norms, operators.FAKE_QUANTIZE, operators.GETITEM):
             return True
         if name == operators.MOE:
             return True

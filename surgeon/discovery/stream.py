@@ -112,7 +112,7 @@ def _span(flow: Flow, entry: fx.Node, exit: fx.Node) -> Span:
 def _why_not_residual(flow: Flow, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> str:
     if operators.kind(exit) != operators.ADD:
         return f"it ends in {exit.name} = {operators.kind(exit)}, needed an addition"
-    terms = _terms(flow, exit)
+    terms = _terms(flow, exit, entry)
     if entry not in {_unscaled(flow, term, entry) for term in terms}:
         names = ", ".join(term.name for term in terms)
         return f"the terms of the addition {exit.name} are {names}, needed {entry.name} among them"
@@ -121,14 +121,14 @@ def _why_not_residual(flow: Flow, entry: fx.Node, exit: fx.Node, path: frozenset
     return ""
 
 
-def _terms(flow: Flow, addition: fx.Node) -> list[fx.Node]:
-    """Leaves of the tree of additions that ends in ``addition`` (terms that depend on no input of the graph left out)."""
+def _terms(flow: Flow, addition: fx.Node, entry: fx.Node) -> list[fx.Node]:
+    """Leaves of the tree of additions that ends in ``addition``; the tree does not reach past ``entry``."""
     leaves: list[fx.Node] = []
     stack = [addition]
     while stack:
         node = stack.pop()
-        inner = flow.strip(node, operators.is_reshape)
-        if operators.kind(inner) == operators.ADD and (inner is addition or len(inner.users) == 1):
+        inner = flow.strip(node, lambda n: n is not entry and operators.is_reshape(n))
+        if inner is not entry and operators.kind(inner) == operators.ADD and (inner is addition or len(inner.users) == 1):
             stack.extend(flow.inputs(inner))
         else:
             leaves.append(node)
@@ -148,7 +148,10 @@ def _unscaled(flow: Flow, term: fx.Node, entry: fx.Node) -> fx.Node:
 
 def _works(flow: Flow, node: fx.Node) -> bool:
     """Whether a node does more than element-wise work, movement or normalisation."""
-    if any(n in flow.constant and len(operators.shape(n)) > 1 and n in flow.weights and flow.weights[n] for n in node.all_input_nodes):
+    if any(
+        n in flow.constant and len(operators.shape(n)) > 1 and n in flow.weights and flow.weights[n]
+        for n in node.all_input_nodes
+    ):
         return operators.kind(node) in operators.PRODUCTS | operators.CONVOLUTIONS | {operators.MOE}
     name = operators.kind(node)
     if operators.is_pointwise(node) or operators.is_movement(node) or name in operators.NORMS | operators.REDUCTIONS:
@@ -157,9 +160,7 @@ def _works(flow: Flow, node: fx.Node) -> bool:
 
 
 def _is_residual_addition(flow: Flow, node: fx.Node) -> bool:
-    if node not in flow or operators.kind(node) != operators.ADD or len(flow.inputs(node)) != 2:
-        return False
-    return len(_terms(flow, node)) > 1
+    return operators.kind(node) == operators.ADD and len(flow.inputs(node)) == 2
 
 
 def _nearest(chain: Chain, additions: int) -> str:
