@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -16,10 +15,6 @@ from torch import fx
 from surgeon.backends._onnx_support import quiet
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
-
-SINGLE_FILE_LIMIT = 256 * 2**20
-"""Bytes of weights above which they go to a file of their own: a protobuf holds at most 2 GiB and is built in memory,
-whereas an external file is written tensor by tensor."""
 
 
 def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> ir.Model:
@@ -72,19 +67,6 @@ def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> i
     return model
 
 
-def save(model: ir.Model, folder: Path) -> list[str]:
-    """Write ``model.onnx``, and ``model.onnx.data`` beside it where the weights are large.
-
-    Returns:
-        Names of the files written.
-    """
-    if weight_bytes(model) <= SINGLE_FILE_LIMIT:
-        ir.save(model, folder / "model.onnx")
-        return ["model.onnx"]
-    ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
-    return ["model.onnx", "model.onnx.data"]
-
-
 def annotate(model: ir.Model, graph: Graph, weights: Mapping[str, Mapping[str, Any]]) -> None:
     """Record names in order and quantization in the file itself, for readers without surgeon's manifest."""
     model.producer_name = "surgeon"
@@ -102,11 +84,6 @@ def quantization_kinds(weights: Mapping[str, Mapping[str, Any]]) -> list[dict[st
         kind["weights"] += 1
         kind["parameters"] += int(torch.Size(entry["shape"]).numel())
     return list(kinds.values())
-
-
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
-    return sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def operators(model: ir.Model) -> dict[str, int]:

@@ -50,13 +50,15 @@ class Lowering:
     Attributes:
         graph: the clone.
         level: accuracy level of low-bit matmuls.
+        fused_experts: whether mixtures may become one kernel.
         weights: for the record, what became of every low-bit weight: operator, bits, block, symmetric, shape.
         fused: number of uses of each fused form.
     """
 
-    def __init__(self, graph: Graph, level: int) -> None:
+    def __init__(self, graph: Graph, level: int, fused_experts: bool) -> None:
         self.graph = graph.clone()
         self.level = level
+        self.fused_experts = fused_experts
         self.weights: dict[str, dict[str, Any]] = {}
         self.fused: Counter[str] = Counter()
         self._nodes = self.graph.module.graph
@@ -167,7 +169,7 @@ class Lowering:
     # -- mixture of experts -------------------------------------------------------------------------------------
 
     def _moe(self, node: fx.Node) -> None:
-        attributes = self._kernel(node)
+        attributes = self._kernel(node) if self.fused_experts else None
         if attributes is None or not (self._float_moe(node, attributes) or self._quantized_moe(node, attributes)):
             self._sorted_moe(node)
 

@@ -132,7 +132,7 @@ class LowRank(Pass[LowRankPlan]):
         factors = self._decompose(matrix, rank, part, statistics)
         with editor.before(part.node):
             right = editor.add_tensor(f"{part.weight}_right", factors.right.to(weight.dtype).contiguous())
-            inner = editor.call(torch.ops.aten.linear.default, part.input, right)
+            inner = editor.call(torch.ops.aten.linear.default, editor.current(part.input), right)
             left = editor.add_tensor(f"{part.weight}_left", factors.left.to(weight.dtype).contiguous())
             bias = (editor.read(part.bias),) if part.bias is not None else ()
             outer = editor.call(torch.ops.aten.linear.default, inner, left, *bias)

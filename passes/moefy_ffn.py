@@ -221,7 +221,7 @@ def _replace(editor: Editor, ffn: FFN, decision: SplitFFN, router: Tensor, route
         b_in = torch.cat([bias[order].reshape(count, size) for bias in filled], dim=1)
     name = ffn.up.weight.rpartition(".")[0] or ffn.up.weight
     with editor.before(ffn.down.node):
-        x = ffn.input
+        x = editor.current(ffn.input)
         flat = editor.call(aten.reshape.default, x, [-1, ffn.up.in_features])
         router_args = [editor.add_tensor(f"{name}.router.weight", router)]
         if router_bias is not None:

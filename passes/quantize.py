@@ -168,7 +168,7 @@ class Quantize(Pass[QuantizePlan]):
         self, editor: Editor, part: Linear, decision: QuantizeWeight, stored: dict[tuple[Key, int, int], _Stored]
     ) -> None:
         with editor.before(part.node):
-            x = part.input
+            x = editor.current(part.input)
             if decision.dynamic:
                 operator = torch.ops.surgeon.fake_quantize_dynamic.default
                 shared = [user for user in x.users if user.target is operator]

@@ -61,9 +61,9 @@ def figure(value: Any) -> str:
 
 
 def heading(description: str) -> str:
-    """A model's description as a heading: the last part of a path of the file system, anything else in full."""
+    """A model's description as a heading: the end of a path of the file system, anything else in full."""
     path = PurePath(description)
-    return path.name if path.is_absolute() or description.startswith(".") else description
+    return "/".join(path.parts[-2:]) if path.is_absolute() or description.startswith(".") else description
 
 
 def label(name: str) -> str:

@@ -32,6 +32,7 @@ class Editor:
         self._nodes = graph.module.graph
         self._mode = fake_mode(graph)
         self._dirty: set[fx.Node] = set()
+        self._successor: dict[fx.Node, fx.Node] = {}
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -107,10 +108,17 @@ class Editor:
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new`` instead (except ``new`` itself, where it reads ``old``)."""
+        self._successor[old] = new
         for user in list(old.users):
             if user is not new:
                 user.replace_input_with(old, new)
                 self._dirty.add(user)
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node that stands for ``node`` after the replacements so far (structures name nodes of before the edit)."""
+        while node in self._successor:
+            node = self._successor[node]
+        return node
 
     def sizes(self, node: fx.Node) -> list[int | fx.Node]:
         """The shape of a node's value as arguments for a reshape at the insertion point.

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from surgeon.views import Inspection, RegionView
 
 
+_WIDEST = 100
+"""Columns that a table takes at most: figures far from their names are hard to read."""
+
+
 def render_terminal(report: Report, console: Console) -> None:
     """Print a report.
 
@@ -26,6 +30,7 @@ def render_terminal(report: Report, console: Console) -> None:
         report: the report.
         console: where to; its width is respected, and colour is used where it is a terminal.
     """
+    width = min(console.width, _WIDEST)
     backend = report.artifact["backend"] if report.artifact else "torch graph"
     first = Text.assemble(
         ("surgeon ", "bold"),
@@ -40,7 +45,7 @@ def render_terminal(report: Report, console: Console) -> None:
     facts += [f"surgeon {report.surgeon}"]
     console.print(Text(", ".join(facts), "dim"))
     console.print()
-    console.print(_totals(report))
+    console.print(_totals(report), width=width)
     console.print()
     tables = [
         _latency(report) if report.latency else None,
@@ -49,7 +54,7 @@ def render_terminal(report: Report, console: Console) -> None:
         _check(report) if report.comparisons else None,
     ]
     for table in filter(None, tables):
-        console.print(table)
+        console.print(table, width=width)
         console.print()
     _notes(report, console)
     _files(report, console)
@@ -104,7 +109,7 @@ def render_inspection(view: Inspection, console: Console) -> None:
         "[bold]total[/]", f"{size(view.bytes)}{active}", f"[bold]{number(view.parameters)}[/]",
         f"[bold]{number(view.flops)}[/]",
     )  # fmt: skip
-    console.print(table)
+    console.print(table, width=min(console.width, _WIDEST))
     console.print()
     console.print(Text(f"FLOPs are per token, at {sizes or 'the fixed sizes'} ({view.tokens} tokens)", "dim"))
     if view.unrecognised:

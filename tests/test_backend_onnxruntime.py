@@ -398,6 +398,11 @@ class Chain(nn.Module):
         return (x,)
 
 
+def test_experts_can_be_sorted_on_request(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    check_experts(tmp_path, Experts("silu", True), None, 2e-6, experts="sorted")
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_mixtures_between_other_operators(tmp_path: Path, depth: int) -> None:
     torch.manual_seed(0)
@@ -457,7 +462,7 @@ def test_tiny_models_end_to_end(tmp_path: Path, name: str) -> None:
     from surgeon.tracing import trace
     from tests.models import inputs_for, tiny
 
-    module, example = tiny(name)
+    module, example = tiny(name, layers=2)
     graph = trace(module, example)
     before = graph.fingerprint(weights=True)
     artifact = lowered(graph, tmp_path)
@@ -500,9 +505,9 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_large_models_keep_their_weights_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgeon.backends import _onnx_export
+    from surgeon.backends import _onnx_file
 
-    monkeypatch.setattr(_onnx_export, "SINGLE_FILE_LIMIT", 100_000)
+    monkeypatch.setattr(_onnx_file, "SINGLE_FILE_LIMIT", 100_000)
     ids = torch.randint(0, 3000, (2, 5))
     graph = graph_of(Tied(), {"ids": ids}, {"ids": {0: "batch", 1: "sequence"}})
     artifact = lowered(graph, tmp_path)

@@ -215,7 +215,6 @@ ROUTED = (
         {"width": 8, "inner": 4, "is_transposed": True},
         {"width": 8, "inner": 4, "bias": True},
     ],
-    ids=str,
     ids=lambda options: "-".join(sorted(options)) or "plain",
 )
 def test_every_layout_is_reproduced(form: dict[str, Any]) -> None:

@@ -221,3 +221,10 @@ def test_a_pass_leaves_the_graph_it_was_given_alone(patient: MakePatient) -> Non
     for step in ({"drop_blocks": {"count": 1}}, {"merge_experts": {"groups": 3}}, {"quantize": {"scheme": "int4"}}):
         subject.operate(step)
     assert subject.graph.fingerprint(weights=True) == before
+
+
+def test_both_factors_are_quantized(patient: MakePatient) -> None:
+    factored = patient("llama").operate({"low_rank": {"ratio": 0.5, "method": "svd"}})
+    quantized = factored.operate({"quantize": {"scheme": "int8", "embeddings": True}})
+    wide = [n for n, t in quantized.graph.parameters().items() if t.dim() == 2 and t.is_floating_point()]
+    assert not [name for name in wide if "_scale" not in name]
