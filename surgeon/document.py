@@ -69,12 +69,13 @@ class Document:
             return self.keys[path]
         if path in self.values:
             return self.values[path]
+        # What is missing from a mapping is missed at the mapping's key, where the author's eye looks first.
+        places = (self.keys, self.values) if problem.at == "missing" else (self.values, self.keys)
         while path:
             path = path[:-1]
-            # What is missing from a mapping is missed at the mapping's key, where the author's eye looks first.
-            for places in (self.keys, self.values):
-                if path in places:
-                    return places[path]
+            for marks in places:
+                if path in marks:
+                    return marks[path]
         return Position(0, *((1, 1) if self.values else (0, 0)), self.source)
 
     def add(self, problem: Problem) -> None:
@@ -191,7 +192,9 @@ def parse(text: str, source: str) -> Document:
     yaml = YAML(typ="safe", pure=True)
     try:
         root = yaml.compose(text)
-        if root is not None:
+        if root is None:
+            document.values[()] = Position(0, 1, 1, source)
+        else:
             document.data = _Reader(document, yaml).value(root, ())
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -254,6 +257,10 @@ class _Reader:
                 continue
             self.document.keys[here] = self._position(key)
             mapping[key.value] = self.value(value, here)
+            if isinstance(value, ScalarNode) and value.start_mark.index == value.end_mark.index:
+                # Nothing stands behind the colon, and YAML puts that nothing wherever the next token is.
+                mark = key.end_mark
+                self.document.values[here] = Position(0, mark.line + 1, mark.column + 2, self.document.source)
         return mapping
 
     def _scalar(self, node: ScalarNode, path: Path) -> Any:

@@ -30,12 +30,12 @@ class Problem:
     Attributes:
         path: where in the data.
         message: what was found, what is needed, what to do.
-        at: whether the key of the entry is to blame (an unknown key) or its value.
+        at: whether the key of the entry is to blame (an unknown key), its value, or that there is none.
     """
 
     path: Path
     message: str
-    at: Literal["key", "value"] = "value"
+    at: Literal["key", "value", "missing"] = "value"
 
     def below(self, prefix: Path) -> Problem:
         """The same problem seen from a place further out."""
@@ -138,7 +138,7 @@ def _explain(path: Path, alternatives: list[ErrorDetails], model: type[BaseModel
     if first["type"] == "missing":
         owner = _model_at(model, path[:-1])
         description = owner.model_fields[key].description if owner and key in owner.model_fields else None
-        return Problem(path, "missing" + (f"; needed: {description}" if description else ""))
+        return Problem(path, "missing" + (f"; needed: {description}" if description else ""), "missing")
     needs = dict.fromkeys(_needed(details) for details in alternatives)
     found = first["input"]
     message = f"found {shown(found)}, needed {' or '.join(needs)}"

@@ -118,7 +118,7 @@ def test_model_inside_an_installed_package(folder: Path, monkeypatch: pytest.Mon
     assert "modelled_package" in dump_recipe(recipe)  # and not this machine's path
     assert load_recipe(_write(folder, dump_recipe(recipe))) == recipe
     assert _errors(folder, text.replace("weights", "wheights")) == [
-        "recipe.yaml:1:1: model: the package 'modelled_package' has no folder 'wheights/small'; its folders are: weights"
+        "recipe.yaml:1:8: model: the package 'modelled_package' has no folder 'wheights/small'; its folders are: weights"
     ]
 
 
@@ -169,7 +169,7 @@ M = "model: m\nbackend: null\n"
         ("a: " + "[" * 5000, [" nested too deeply"]),
         # not a recipe
         ("", ["1:1: found null, needed a mapping with the keys model, calibration, passes"]),
-        ("- model\n", ["1:1: found [\"model\"], needed a mapping"]),
+        ("- model\n", ['1:1: found ["model"], needed a mapping']),
         ("backend: null\n", ["1:1: model: missing; needed: The source model"]),
         # keys
         (
@@ -187,7 +187,7 @@ M = "model: m\nbackend: null\n"
             "model:\n  path: m\n  dtype: float23\nbackend: null\n",
             ["3:10: model.dtype: found \"float23\"; did you mean 'float32'? known: bfloat16, float16, float32"],
         ),
-        ("model: {path: m, package: a.b}\nbackend: null\n", ["1:27: model.package: found \"a.b\": not the import name"]),
+        ("model: {path: m, package: a.b}\nbackend: null\n", ['1:27: model.package: found "a.b": not the import name']),
         ("model: {path: ../m, package: a}\nbackend: null\n", ["1:8: model: path '../m' must be a folder inside the pack"]),
         (M + "calibration:\n  text: calib.txt\n  samples: '12'\n", ['5:12: calibration.samples: found "12", needed an int']),
         (M + "calibration: {text: calib.txt, samples: 0}\n", ["3:41: calibration.samples: found 0, needed greater than"]),
@@ -210,7 +210,6 @@ M = "model: m\nbackend: null\n"
         (
             M + "passes:\n  - drop_blocks:\n      cuont: 2\n",
             [
-                "4:5: passes.0.drop_blocks: give either count or ratio",
                 "5:7: passes.0.drop_blocks.cuont: unknown key 'cuont'; did you mean 'count'? known: blocks, count, ",
             ],
         ),
@@ -238,12 +237,12 @@ M = "model: m\nbackend: null\n"
         (M + "evaluate: {text: none.txt}\n", ["3:18: evaluate.text: no such file: none.txt"]),
         (
             "model: {package: no_such_package, path: m}\nbackend: null\n",
-            ["1:1: model: the Python package 'no_such_package' is not installed; install it: pip install no-such-package"],
+            ["1:8: model: the Python package 'no_such_package' is not installed; install it: pip install no-such-package"],
         ),
-        ("model: {package: json, path: m}\nbackend: null\n", ["1:1: model: the package 'json' has no folder 'm'"]),
-        ("model: {package: this, path: m}\nbackend: null\n", ["1:1: model: 'this' is a single module"]),
+        ("model: {package: json, path: m}\nbackend: null\n", ["1:8: model: the package 'json' has no folder 'm'"]),
+        ("model: {package: this, path: m}\nbackend: null\n", ["1:8: model: 'this' is a single module"]),
         # aliases
-        ("model: &a [*a]\nbackend: null\n", ["1:12: model.0: an alias to a list or mapping that contains it"]),
+        ("model: &a [*a]\nbackend: null\n", ["1:8: model.0: an alias to a list or mapping that contains it"]),
     ],
 )
 def test_errors_name_line_and_column(folder: Path, text: str, lines: list[str]) -> None:
@@ -350,7 +349,7 @@ def test_overrides_reach_into_shorthands_and_absent_sections(folder: Path) -> No
         ("passes.0={a: 1, b: 2}", "passes.0: found a mapping with 2 keys (a, b)"),
         ("verify.mx=1", "verify has no 'mx'; known: max_kl"),
         ("modle=x", "the recipe has no 'modle'; did you mean 'model'?"),
-        ("model.path.x=1", "model.path is \""),
+        ("model.path.x=1", 'model.path is "'),
         ("model.dtype=int8", 'model.dtype: found "int8"; known: bfloat16, float16, float32'),
         ("calibration.text=none", "calibration.text: no such file: none"),
         ("foo", "needed PATH=VALUE, such as passes.0.drop_blocks.count=2"),
@@ -365,10 +364,6 @@ def test_wrong_overrides_name_themselves(folder: Path, override: str, message: s
 
 
 def test_errors_of_the_file_come_before_those_of_overrides(folder: Path) -> None:
-    found = _errors(folder, FULL.replace("int4", "int5"), "verify.max_kl=x", "output=[=", "evaluate.text=none")
-    assert found == ["--set output=[=:1:3: not YAML: expected the node content, but found '<stream end>' (while parsing a flow node)"] or found[  # noqa: E501
-        0
-    ].startswith("--set output=[=:1:")
     found = _errors(folder, FULL.replace("int4", "int5"), "verify.max_kl=x", "output=[1]")
     assert [line.split(": ")[0] for line in found] == ["recipe.yaml:6:24", "--set verify.max_kl=x", "--set output=[1]"]
 
@@ -387,7 +382,6 @@ def test_awkward_text_survives(tmp_path: Path) -> None:
     for text in AWKWARD:
         recipe = Recipe(model=ModelSpec(path=f"org/{text}", task=text), backend=None)
         assert load_recipe(_write(tmp_path, dump_recipe(recipe))) == recipe, text
-        # and a second implementation of YAML agrees on what is text
         recipe = Recipe(model=ModelSpec(path="m", task=text), backend=None, passes=(_named(text),))
         again = load_recipe(_write(tmp_path, dump_recipe(recipe)))
         assert again == recipe, text

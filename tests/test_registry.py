@@ -67,9 +67,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Install a distribution that registers ``value`` under ``name``; its module holds ``source``."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def _install(
-        name: str, value: str, source: str, *, kind: str = "passes", distribution: str = "stranger"
-    ) -> None:
+    def _install(name: str, value: str, source: str, *, kind: str = "passes", distribution: str = "stranger") -> None:
         module = value.partition(":")[0]
         (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"{distribution}-1.2.dist-info"
@@ -137,9 +135,7 @@ def test_strangers_pass_is_found(install: Install) -> None:
         ),
     ],
 )
-def test_broken_plugin_is_an_error_when_asked_for(
-    install: Install, name: str, value: str, source: str, message: str
-) -> None:
+def test_broken_plugin_is_an_error_when_asked_for(install: Install, name: str, value: str, source: str, message: str) -> None:
     install(name, value, source)
     assert name in registry.passes()
     line = next(line for line in registry.listing("pass") if line.name == name)
@@ -203,10 +199,7 @@ def test_unknown_names() -> None:
         ({"times": 1, "share": "half"}, ['halve.share: found "half", needed a number']),
         (
             {"times": 1, "mod": "round"},
-            [
-                "halve.mod: unknown key 'mod'; did you mean 'mode'? "
-                "known: blocks, mode, names, part, parts, share, times"
-            ],
+            ["halve.mod: unknown key 'mod'; did you mean 'mode'? known: blocks, mode, names, part, parts, share, times"],
         ),
         ({"times": 1, "part": {"sise": 1}}, ["halve.part.sise: unknown key 'sise'; did you mean 'size'? known: size"]),
         ({"times": 1, "parts": [{}, {"size": "x"}]}, ['halve.parts.1.size: found "x", needed an integer']),
