@@ -34,6 +34,13 @@ _THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, err
 """System errors that say something about the user's disk, not about a bug."""
 
 
+class _Screen(Console):
+    """Standard output; a closed pipe is left to the command group instead of ending the process here."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class _Guarded(TyperGroup):
     """Turns what commands raise on purpose into a line on standard error and an exit code."""
 
@@ -41,7 +48,7 @@ class _Guarded(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # also an OSError, but not the disk's: the reader of our output has left
+            raise typer.Exit(_pipe_closed()) from None
         except SurgeonError as error:
             _say("error", str(error))
             raise typer.Exit(2) from None
@@ -154,7 +161,7 @@ def _compile(
     elif not quiet:
         from surgeon.report import render_terminal
 
-        render_terminal(compiled.report, Console())
+        render_terminal(compiled.report, _Screen())
 
 
 @app.command(
@@ -237,7 +244,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     elif not quiet:
-        found.render(Console())
+        found.render(_Screen())
 
 
 @app.command(
@@ -261,7 +268,7 @@ def passes(
     table = Table("pass", "from", "what it does", box=None, header_style="bold")
     for line in registry.listing("pass"):
         table.add_row(line.name, line.origin, Text(line.summary, style="red" if line.problem else ""))
-    Console().print(table)
+    _Screen().print(table)
 
 
 @app.command(
@@ -286,7 +293,7 @@ def backends(
     for line in registry.listing("backend"):
         state = "" if line.found is None else registry.installation(line.name)
         table.add_row(line.name, line.origin, Text(state), Text(line.summary, style="red" if line.problem else ""))
-    Console().print(table)
+    _Screen().print(table)
 
 
 @app.command(
@@ -326,8 +333,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = stop.code
     except KeyboardInterrupt:  # while the arguments were read
         code = 130
-    except BrokenPipeError:
-        code = _pipe_closed()
     except Exception:
         traceback.print_exc()
         _say("this is a bug in surgeon", f"{_installed_version()}; please report it with the lines above")
@@ -368,7 +373,7 @@ def _show_options(found: type[BaseModel]) -> None:
     """Documentation and options of a pass or backend."""
     from surgeon import registry
 
-    console = Console(highlight=False)
+    console = _Screen(highlight=False)
     module = introspection.getmodule(found)
     for text in dict.fromkeys((found.__doc__, module.__doc__ if module else None)):
         if text:
