@@ -6,20 +6,32 @@ could construct is constructed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
+from yaml import MappingNode, Node, SafeDumper, SafeLoader, ScalarNode, SequenceNode
+from yaml import dump as dump_yaml
+from yaml.error import MarkedYAMLError, YAMLError
+from yaml.reader import ReaderError
 
 from surgeon.errors import RecipeError, nearest
 from surgeon.validation import Path, Problem, dotted, shown
 
 _CORE = "tag:yaml.org,2002:"
+_CORE_SCHEMA = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", "~nN"),
+)
+"""What plain text means in YAML 1.2 (section 10.3.2): type, its spellings, their first characters, tried in this order."""
 _MOST_VALUES = 100_000
 """Aliases are expanded, so that a few lines could mean billions of values; no recipe comes near this many."""
 
@@ -189,13 +201,12 @@ def parse(text: str, source: str) -> Document:
         RecipeError: it is not YAML; names line and column.
     """
     document = Document(source)
-    yaml = YAML(typ="safe", pure=True)
     try:
-        root = yaml.compose(text)
+        root = _Loader(text).get_single_node()
         if root is None:
             document.values[()] = Position(0, 1, 1, source)
         else:
-            document.data = _Reader(document, yaml).value(root, ())
+            document.data = _Reader(document).value(root, ())
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
@@ -212,12 +223,52 @@ def parse(text: str, source: str) -> Document:
     return document
 
 
+class _Loader(SafeLoader):
+    """Composes nodes by the core schema of YAML 1.2, where PyYAML's own reads 1.1: ``off`` is text, ``1e-3`` a number."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
+
+
+class _Dumper(SafeDumper):
+    """Quotes text that readers of either version of YAML would take for something else."""
+
+
+for _kind, _spellings, _starts in _CORE_SCHEMA:
+    for _class in (_Loader, _Dumper):
+        _first = [*_starts, *([""] if _kind == "null" else [])]
+        _class.add_implicit_resolver(f"{_CORE}{_kind}", re.compile(rf"(?:{_spellings})\Z"), _first)
+
+
+def dump(data: Any) -> str:
+    """Plain data as YAML that ``parse`` reads back as the same data, keys in their order, no line folded."""
+    return dump_yaml(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 16)
+
+
+def _plain(kind: str, text: str) -> bool | int | float | None:
+    """A scalar of the core schema.
+
+    Raises:
+        ValueError: an explicit tag says one type, the text another.
+    """
+    if kind == "null":
+        if text not in ("", "~", "null", "Null", "NULL"):
+            raise ValueError(text)
+        return None
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if kind == "int":
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text if base == 10 else text[2:], base)
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
 class _Reader:
     """Turns composed nodes into data, noting positions and problems in a document."""
 
-    def __init__(self, document: Document, yaml: YAML) -> None:
+    def __init__(self, document: Document) -> None:
         self.document = document
-        self.yaml = yaml
         self.count = 0
         self.open: set[int] = set()
 
@@ -271,8 +322,8 @@ class _Reader:
             self._problem(node, path, f"unknown tag {_spelt(node.tag)}; plain YAML values only")
             return None
         try:
-            return self.yaml.constructor.construct_object(node)
-        except (ValueError, KeyError):
+            return _plain(kind, node.value)
+        except ValueError:
             self._problem(node, path, f"{shown(node.value)} is not of the type {_spelt(node.tag)}")
             return None
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
-from ruamel.yaml import YAML
 
 from surgeon import registry
-from surgeon.document import Document, read
+from surgeon.document import Document, dump, read
 from surgeon.errors import RecipeError, RegistryError
 from surgeon.registry import Kind
 from surgeon.validation import InvalidFields, Problem, fields_at, shown, validate
@@ -195,12 +193,7 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default filled in; loads again as an equal recipe."""
-    yaml = YAML()
-    yaml.width = 1 << 16  # never fold a long path
-    yaml.default_flow_style = False
-    stream = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), stream)
-    return stream.getvalue()
+    return dump(recipe.model_dump(mode="json"))
 
 
 def recipe_schema() -> dict[str, Any]:
