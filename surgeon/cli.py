@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """System errors that say something about the user's disk, not about a bug."""
 
+_signals: list[int] = []
+"""Requests to stop that have arrived."""
+
 
 class _Screen(Console):
     """Standard output; a closed pipe is left to the command group instead of ending the process here."""
@@ -49,17 +52,18 @@ class _Guarded(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise typer.Exit(_pipe_closed()) from None
-        except SurgeonError as error:
-            _say("error", str(error))
-            raise typer.Exit(2) from None
-        except OSError as error:
-            if error.errno not in _THE_MACHINES_DOING:
-                raise
-            _say("error", f"{error.filename or 'a file'}: {error.strerror}")
-            raise typer.Exit(2) from None
+        except Exception as error:
+            if _signals:  # compiled modules turn an interrupt of their start into errors of their own
+                raise _interrupted() from None
+            if isinstance(error, SurgeonError):
+                _say("error", str(error))
+                raise typer.Exit(2) from None
+            if isinstance(error, OSError) and error.errno in _THE_MACHINES_DOING:
+                _say("error", f"{error.filename or 'a file'}: {error.strerror}")
+                raise typer.Exit(2) from None
+            raise
         except KeyboardInterrupt:
-            _say("interrupted", "")
-            raise typer.Exit(130) from None
+            raise _interrupted() from None
 
 
 app = typer.Typer(
@@ -325,14 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: what follows the program's name; ``sys.argv`` by default.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    _signals.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(args=arguments, prog_name="surgeon")
         code: Any = 0
     except SystemExit as stop:
         code = stop.code
-    except KeyboardInterrupt:  # while the arguments were read
-        code = 130
     except Exception:
         traceback.print_exc()
         _say("this is a bug in surgeon", f"{_installed_version()}; please report it with the lines above")
@@ -344,9 +348,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """A polite kill cleans up as Ctrl-C does."""
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """A polite kill cleans up as Ctrl-C does; repeating it does not cut the cleaning short."""
+    signal.signal(number, signal.SIG_IGN)
+    _signals.append(number)
     raise KeyboardInterrupt
+
+
+def _interrupted() -> typer.Exit:
+    _say("interrupted", "")
+    return typer.Exit(130)
 
 
 def _pipe_closed() -> int:

@@ -1,0 +1,345 @@
+"""The command line as a user meets it: what it prints, its exit codes, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import surgeon
+from surgeon import cli
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "examples" / "models"
+RECIPE = f"""\
+model: {MODELS / "tiny-llama"}
+calibration: {{text: {MODELS / "calibration.txt"}, samples: 8, length: 64}}
+passes:
+  - drop_blocks: {{count: 1}}
+  - low_rank: {{ratio: 0.5, method: svd, names: "*.ffn.*"}}
+output: out
+"""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run the command in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments: str | Path) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Result(int(stop.value.code or 0), printed.out, re.sub(r"\x1b\[[0-9;]*m", "", printed.err))
+
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and its output, built once."""
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    surgeon.pipeline.compile_recipe(surgeon.recipe.load_recipe(folder / "recipe.yaml"), progress=False)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digest of every file below a folder."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def refused(result: Result) -> str:
+    """The message of a refusal: exit code 2, one message on standard error, no traceback, nothing on standard output."""
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    return result.err
+
+
+# -- help and listings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", "compile", "plan", "inspect", "passes", "backends", "schema"])
+def test_help_teaches_with_examples(run: Run, command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.code == 0
+    assert "surgeon" in result.out
+    assert result.out.count("surgeon ") >= 2
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out.startswith("surgeon 0.")
+
+
+def test_passes_are_listed_and_explained(run: Run) -> None:
+    listing = run("passes").out
+    for name in ("drop_blocks", "moefy_ffn", "drop_experts", "merge_experts", "low_rank", "quantize"):
+        assert name in listing
+        page = run("passes", name).out
+        assert "blocks" in page
+        assert "names" in page
+    assert "did you mean 'drop_blocks'" in refused(run("passes", "drop_block"))
+
+
+def test_backends_are_listed_and_explained(run: Run) -> None:
+    assert "onnxruntime" in run("backends").out
+    assert "provider" in run("backends", "onnxruntime").out
+    assert "onnxruntime" in refused(run("backends", "onxruntime"))
+
+
+def test_schema_is_json(run: Run, tmp_path: Path) -> None:
+    printed = json.loads(run("schema").out)
+    assert run("schema", "-o", tmp_path / "schema.json").code == 0
+    assert json.loads((tmp_path / "schema.json").read_text()) == printed
+    assert "drop_blocks" in json.dumps(printed)
+
+
+# -- inspect ------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_json_and_a_page(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "model.html"
+    text = run("inspect", MODELS / "tiny-llama", "--html", page)
+    assert text.code == 0
+    assert "attention" in text.out
+    data = json.loads(run("inspect", MODELS / "tiny-llama", "--json").out)
+    weights = load_file(MODELS / "tiny-llama" / "model.safetensors")
+    assert data["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    config = json.loads((MODELS / "tiny-llama" / "config.json").read_text())
+    assert len(data["blocks"]) == config["num_hidden_layers"]
+    assert "<svg" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "./no-such-model"], "no-such-model"),
+        (["inspect", "nowhere.at_all:build"], "nowhere"),
+        (["inspect", str(MODELS / "tiny-llama"), "--task", "dream"], "dream"),
+        (["inspect", str(MODELS / "tiny-llama"), "--dtype", "float12"], "float12"),
+        (["inspect", str(MODELS / "tiny-llama"), "--html", "/no/such/folder/x.html"], "/no/such/folder"),
+    ],
+)
+def test_inspect_refuses(run: Run, arguments: list[str], words: str) -> None:
+    assert words in refused(run(*arguments))
+
+
+# -- plan and compile ---------------------------------------------------------------------------------------------------
+
+
+def test_compile_reports_and_leaves_everything(run: Run, recipe: Path) -> None:
+    result = run("compile", recipe)
+    assert result.code == 0, result.err
+    assert "drop_blocks" in result.out
+    out = recipe.parent / "out"
+    assert set(os.listdir(out)) == {"model.onnx", "surgeon.json", "plan.json", "recipe.yaml", "report.json", "report.html"}
+    assert str(out) in result.out
+    assert "exists already" in refused(run("compile", recipe))
+    ids = torch.arange(12).reshape(2, 6)
+    expected = surgeon.load(out)(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    # the recipe that was dumped builds the same artefact
+    again = run("compile", out / "recipe.yaml", "--output", recipe.parent / "again", "--json")
+    first, second = (json.loads(text)["passes"] for text in ((out / "report.json").read_text(), again.out))
+    assert [step["plan"] for step in second] == [step["plan"] for step in first]
+    found = surgeon.load(recipe.parent / "again")(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    assert torch.equal(found, expected)
+
+
+def test_a_plan_is_written_repeated_edited_and_refused_elsewhere(run: Run, recipe: Path) -> None:
+    plan = recipe.parent / "plan.json"
+    before = set(os.listdir(recipe.parent))
+    assert run("plan", recipe, "-o", plan).code == 0
+    assert set(os.listdir(recipe.parent)) == {*before, "plan.json"}
+    saved = json.loads(plan.read_text())
+    assert run("compile", recipe, "--plan", plan, "--quiet").code == 0
+    assert json.loads((recipe.parent / "out" / "plan.json").read_text())["passes"] == saved["passes"]
+
+    saved["passes"][0]["plan"]["decisions"][0]["site"] = "blocks.0"
+    plan.write_text(json.dumps(saved))
+    assert run("compile", recipe, "--plan", plan, "--force", "--quiet").code == 0
+    report = json.loads((recipe.parent / "out" / "report.json").read_text())
+    assert report["passes"][0]["removed_blocks"] == [0]
+
+    message = refused(
+        run("compile", recipe, "--plan", plan, "--force", "--set", f"model.path={MODELS / 'tiny-mixtral'}")
+    )
+    assert "plan" in message
+    plan.write_text("{")
+    assert "plan.json" in refused(run("compile", recipe, "--plan", plan, "--force"))
+
+
+def test_set_changes_a_value(run: Run, recipe: Path) -> None:
+    saved = json.loads(run("plan", recipe, "--set", "passes.0.drop_blocks.count=2", "--set", "passes.1.low_rank.ratio=0.3").out)
+    assert saved["passes"][0]["fields"]["count"] == 2
+    assert saved["passes"][1]["fields"]["ratio"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("- drop_blocks: {count: 1}", "- drop_block: {count: 1}"), ["recipe.yaml:4:5", "did you mean 'drop_blocks'"]),
+        (("count: 1", "cuont: 1"), ["recipe.yaml:4:", "count"]),
+        (("count: 1", "count: many"), ["recipe.yaml:4:", "count"]),
+        (("count: 1", "count: 60"), ["drop_blocks", "60"]),
+        (("calibration:", "calibratoin:"), ["recipe.yaml:2:1", "calibration"]),
+        (("calibration.txt", "no-such.txt"), ["recipe.yaml:2:", "no-such.txt"]),
+        (("passes:\n", "passes: [\n"), ["recipe.yaml:", "not YAML"]),
+        (("output: out", "backend: onxruntime"), ["recipe.yaml:6:", "onnxruntime"]),
+        (("output: out", "backend: {onnxruntime: {provider: tpu}}"), ["recipe.yaml:6:", "provider", "cuda"]),
+        (("output: out", "verify: {max_kl: 0}\noutput: out"), ["max_kl"]),
+        (("output: out\n", ""), ["output"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_clear_error(run: Run, recipe: Path, change: tuple[str, str], words: list[str]) -> None:
+    text = recipe.read_text()
+    assert change[0] in text
+    recipe.write_text(text.replace(*change))
+    message = refused(run("compile", recipe))
+    for word in words:
+        assert word in message
+    assert os.listdir(recipe.parent) == ["recipe.yaml"]
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"), [(_without_weights, "safetensors"), (_truncated, "model.safetensors"), (_pickled, "pickle")]
+)
+def test_a_broken_checkpoint_is_one_clear_error(
+    run: Run, recipe: Path, break_it: Callable[[Path], None], words: str
+) -> None:
+    folder = recipe.parent / "broken"
+    shutil.copytree(MODELS / "tiny-llama", folder)
+    break_it(folder)
+    message = refused(run("compile", recipe, "--set", f"model.path={folder}"))
+    assert words in message
+    assert sorted(os.listdir(recipe.parent)) == ["broken", "recipe.yaml"]
+
+
+def test_an_empty_calibration_file_is_refused(run: Run, recipe: Path) -> None:
+    empty = recipe.parent / "empty.txt"
+    empty.touch()
+    assert "empty" in refused(run("compile", recipe, "--set", f"calibration.text={empty}"))
+    assert sorted(os.listdir(recipe.parent)) == ["empty.txt", "recipe.yaml"]
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "surgeon", *map(str, arguments)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def test_quiet_without_a_terminal(built: Path, tmp_path: Path) -> None:
+    process = start("compile", built / "recipe.yaml", "--output", tmp_path / "out", "--quiet")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert (out, err) == ("", "")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    process = start("schema")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+def _staging(folder: Path) -> list[Path]:
+    return list(folder.glob(".out.building-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("moment", ["early", "while writing"])
+def test_a_kill_leaves_the_previous_output(built: Path, tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    before = digests(tmp_path / "out")
+    process = start("compile", tmp_path / "recipe.yaml", "--force", "--set", "passes.0.drop_blocks.count=2")
+    deadline = time.monotonic() + 240
+    if moment == "early":
+        time.sleep(1.5)
+    else:
+        while not _staging(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert _staging(tmp_path)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=240)
+    assert digests(tmp_path / "out") == before
+    if number is signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode in (130, -number), err  # the latter: before Python was ready to listen
+        assert not _staging(tmp_path)
+        assert "this is a bug" not in err
+    ids = torch.arange(12).reshape(2, 6)
+    assert surgeon.load(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"].isfinite().all()
+
+
+def test_the_next_build_clears_what_a_kill_left(built: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    process = start("compile", tmp_path / "recipe.yaml", "--force")
+    while not _staging(tmp_path) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert _staging(tmp_path)
+    assert run("compile", tmp_path / "recipe.yaml", "--force", "--quiet").code == 0
+    assert not _staging(tmp_path)
