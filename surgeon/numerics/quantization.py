@@ -15,6 +15,7 @@ from torch import Tensor
 from surgeon.numerics.errors import NumericsError, require_finite
 
 BITS = (2, 4, 8)
+_ELEMENTS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,25 @@ def quantize_groupwise(weight: Tensor, *, bits: int, group: int, symmetric: bool
             f"quantize_groupwise: group = {group}, needed -1 or a positive multiple of {per_byte} at {bits} bits"
         )
     require_finite(weight=weight)
-    work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    rows = weight.detach().reshape(-1, in_features)
     groups = -(-in_features // group)
-    padded = torch.nn.functional.pad(work, (0, groups * group - in_features))
-    blocks = padded.reshape(*padded.shape[:-1], groups, group)
-    if symmetric:
-        scale, codes = _symmetric(blocks, bits, weight.dtype)
-        return QuantizedTensor(pack_codes(codes, bits), scale, None, bits, group, in_features)
-    scale, zero_point, codes = _asymmetric(blocks, bits, weight.dtype)
-    return QuantizedTensor(pack_codes(codes, bits), scale, zero_point, bits, group, in_features)
+    shape = (*weight.shape[:-1], groups)
+    packed = torch.empty(rows.shape[0], groups, group // per_byte, dtype=torch.uint8)
+    scale = torch.empty(rows.shape[0], groups, dtype=weight.dtype)
+    zero_point = None if symmetric else torch.empty(rows.shape[0], groups, dtype=torch.uint8)
+    # Some rows at a time: the working copies would otherwise take several times the weight's own memory.
+    count = max(1, _ELEMENTS_AT_ONCE // in_features)
+    for start in range(0, rows.shape[0], count):
+        part = slice(start, start + count)
+        work = rows[part].to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        blocks = torch.nn.functional.pad(work, (0, groups * group - in_features)).reshape(-1, groups, group)
+        if zero_point is None:
+            scale[part], codes = _symmetric(blocks, bits, weight.dtype)
+        else:
+            scale[part], zero_point[part], codes = _asymmetric(blocks, bits, weight.dtype)
+        packed[part] = pack_codes(codes, bits)
+    zeros = None if zero_point is None else zero_point.reshape(shape)
+    return QuantizedTensor(packed.reshape(*shape, -1), scale.reshape(shape), zeros, bits, group, in_features)
 
 
 def dequantize(
