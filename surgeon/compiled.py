@@ -22,6 +22,7 @@ from surgeon.structure import Structure
 
 if TYPE_CHECKING:
     from surgeon.recipe import Recipe
+    from surgeon.views import Inspection
 
 MANIFEST = "surgeon.json"
 
@@ -104,11 +105,12 @@ class Compiled:
         return self._temporary
 
 
-def write_outputs(compiled: Compiled, folder: Path, target: Path) -> None:
+def write_outputs(compiled: Compiled, view: Inspection, folder: Path, target: Path) -> None:
     """Write manifest, plan, recipe and reports beside the artefact's files.
 
     Args:
         compiled: the finished build.
+        view: the rewritten model, drawn on the report's page.
         folder: where the artefact's files are now.
         target: where they will be; named in the report.
     """
@@ -140,7 +142,7 @@ def write_outputs(compiled: Compiled, folder: Path, target: Path) -> None:
 
         (folder / "recipe.yaml").write_text(dump_recipe(compiled.recipe), encoding="utf-8")
     (folder / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
-    (folder / "report.html").write_text(render_html(compiled.report), encoding="utf-8")
+    (folder / "report.html").write_text(render_html(compiled.report, view), encoding="utf-8")
 
 
 def load(folder: str | Path) -> Compiled:

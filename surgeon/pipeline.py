@@ -180,7 +180,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         )
         report.parameters = (report.parameters[0], parameter_count(graph))
         report.active_parameters = (report.active_parameters[0], active_parameter_count(graph))
-        report.structure["after"] = inspection(graph, structure).summary()
+        view = inspection(graph, structure)
+        report.structure["after"] = view.summary()
         compiled = Compiled(graph=graph, structure=structure, report=report, plan=saved, recipe=request.recipe)
         if request.backend is None or not lower:
             report.bytes = (report.bytes[0], graph.nbytes())
@@ -206,7 +207,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer)
             compiled.artifact = artifact
             _finish(compiled, clock)
-            write_outputs(compiled, folder, target)
+            write_outputs(compiled, view, folder, target)
         compiled.artifact.folder = target
         return compiled
 

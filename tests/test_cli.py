@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -291,6 +293,25 @@ def test_quiet_without_a_terminal(built: Path, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0
     assert (out, err) == ("", "")
+
+
+def test_progress_is_shown_on_a_terminal(built: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "surgeon", "plan", str(built / "recipe.yaml")],
+        env=environment, stdout=subprocess.PIPE, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    with os.fdopen(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # EIO: the other end has closed
+        while part := terminal.read(65536):
+            shown += part
+    printed, _ = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(printed)["passes"]  # what is for programs stays clean
+    for step in (b"tracing", b"discovering the structure", b"drop_blocks"):
+        assert step in shown
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
