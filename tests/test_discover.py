@@ -610,7 +610,8 @@ def test_a_stack_of_linears_without_residuals_is_refused() -> None:
 
 def test_a_convolutional_net_without_residuals_is_refused() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(200, 5)  # noqa: E501
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3),
+        nn.ReLU(), nn.Flatten(), nn.Linear(200, 5),
     ).eval()
     with pytest.raises(DiscoverError, match="no residual stream"):
         discover(trace(net, {"input": torch.randn(2, 3, 14, 14)}, dynamic={"input": {0: "batch"}}))
