@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from surgeon.numerics import quantization
-from surgeon.ops.mixture import moe, moe_backward, moe_dense, moe_gathered
+from surgeon.ops.mixture import moe, moe_backward, moe_dense, moe_gathered, moe_grouped
 from surgeon.ops.quantized import dequantize, fake_quantize_dynamic
 
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
@@ -38,4 +38,5 @@ __all__ = [
     "moe_backward",
     "moe_dense",
     "moe_gathered",
+    "moe_grouped",
 ]

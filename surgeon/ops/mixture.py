@@ -35,7 +35,7 @@ class _Groups(NamedTuple):
     bounds: list[tuple[int, int, int]] | None
 
 
-def _has_grouped_kernel(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+def has_grouped_kernel(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
     """Whether one fused grouped matmul exists for these tensors.
 
     On the CPU ``torch._grouped_mm`` exists but is itself a loop over the experts (measured no faster than ours at T = 1
@@ -187,7 +187,7 @@ def moe(
         RegistryError: unknown activation.
     """
     _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
-    groups = _sort_by_expert(index, w_in.shape[0], _has_grouped_kernel(x, w_in, w_out))
+    groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, w_in, w_out))
     hidden = _inner(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
     each = _unsort(_grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
     # multiply and sum, rather than index_add_: deterministic on CUDA, and the sum of halves is accumulated in float32
@@ -246,7 +246,7 @@ def moe_backward(
     """
     experts, (tokens, k), inner = w_in.shape[0], index.shape, w_out.shape[2]
     need_x, need_weight, need_w_in, need_w_out, need_b_in, need_b_out = needed
-    groups = _sort_by_expert(index, experts, _has_grouped_kernel(x, w_in, w_out))
+    groups = _sort_by_expert(index, experts, has_grouped_kernel(x, w_in, w_out))
     rows, rows_grad = x[groups.token], grad[groups.token]
     scale = weight.reshape(-1, 1)[groups.order]
     gated = w_in.shape[1] != inner
@@ -375,3 +375,23 @@ def moe_gathered(
     if b_out is not None:
         each = each + b_out[index]
     return (each * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def moe_grouped(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``surgeon::moe`` in ATen on the device's grouped matmul; only where :func:`has_grouped_kernel`.
+
+    Args and Returns: as :func:`moe`.
+    """
+    groups = _sort_by_expert(index, w_in.shape[0], True)
+    hidden = _inner(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+    rows = _grouped_linear(hidden, w_out, b_out, groups)[torch.argsort(groups.order)]
+    return (rows.view(*index.shape, -1) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)

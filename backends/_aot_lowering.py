@@ -1,0 +1,223 @@
+"""From the rewritten graph to one that a package can hold: no operator of ours, low-bit weights in torch's kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgeon.graph import Graph
+from surgeon.numerics.quantization import unpack_codes
+from surgeon.ops import DECOMPOSITIONS, moe_dense, moe_gathered, moe_grouped
+from surgeon.ops.mixture import has_grouped_kernel
+from surgeon.rewrite import Editor
+
+aten = torch.ops.aten
+Experts = Literal["auto", "grouped", "gathered", "dense"]
+LowBit = Literal["kernels", "dequantize", "refuse"]
+
+KERNEL_GROUPS = (32, 64, 128, 256)
+"""Group sizes of torch's 4-bit linear on the CPU."""
+
+
+class _Codes(NamedTuple):
+    """Arguments of ``surgeon::dequantize``."""
+
+    packed: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node | None
+    bits: int
+    group: int
+    in_features: int
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Codes:
+        return cls(*cast("Any", node.args))
+
+
+@dataclass
+class LowBitLinears:
+    """What became of the low-bit weights.
+
+    Attributes:
+        graph: the graph with kernels in place of dequantize and linear.
+        kernels: number of linears by kernel.
+        left: low-bit weights that are dequantized at run time: node, and why no kernel takes it.
+    """
+
+    graph: Graph
+    kernels: Counter[str] = field(default_factory=Counter)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def low_bit_kernels(graph: Graph, device: str, convert: bool) -> LowBitLinears:
+    """Replace linears over low-bit weights by torch's kernels for them, and gather rows of tables before dequantizing.
+
+    torch has ``_weight_int4pack_mm_for_cpu`` (4 bits, groups of 32 to 256, x [T, K]) and ``_weight_int8pack_mm`` (8 bits,
+    symmetric, one scale per row).
+
+    Args:
+        graph: stays as it is.
+        device: ``cpu`` or ``cuda``.
+        convert: False only says what would be done to the linears.
+    """
+    editor = Editor(graph.clone())
+    result = LowBitLinears(editor.graph)
+    for node in list(editor.graph.module.graph.nodes):
+        if node.target is not torch.ops.surgeon.dequantize.default:
+            continue
+        for user in list(node.users):
+            if user.target is aten.embedding.default and user.args[0] is node:
+                _gather_before(editor, node, user)
+                continue
+            reason = _no_kernel(editor, node, user, device)
+            if reason is not None:
+                result.left[node.name] = reason
+            else:
+                kernel = "_weight_int4pack_mm_for_cpu" if node.args[3] == 4 else "_weight_int8pack_mm"
+                result.kernels[kernel] += 1
+                if convert:
+                    _use_kernel(editor, node, user)
+    result.graph = editor.finish()
+    return result
+
+
+def _no_kernel(editor: Editor, node: fx.Node, user: fx.Node, device: str) -> str | None:
+    """Why no kernel computes ``user`` from these codes, or None."""
+    packed, _, zero_point, bits, group, in_features = _Codes.of(node)
+    if device != "cpu":
+        return f"torch's low-bit linears for {device} are not used by this backend"
+    if user.target is not aten.linear.default or user.args[1] is not node:
+        return f"it is read by {user.target}, and torch has low-bit kernels for linears only"
+    if user.meta["val"].dtype != torch.float32:
+        return f"its product is {user.meta['val'].dtype}, and the kernels are used in float32"
+    if packed.op != "get_attr":
+        return "its codes are not constants"
+    rows, groups = editor.tensor(str(packed.target)).shape[:2]
+    if bits == 4:
+        if group not in KERNEL_GROUPS or in_features != groups * group:
+            return f"groups of {group} over {in_features} columns; the 4-bit kernel takes whole groups of {KERNEL_GROUPS}"
+        return None if rows % 16 == 0 else f"{rows} rows; the 4-bit kernel takes multiples of 16"
+    if bits == 8 and zero_point is None and groups == 1 and group == in_features:
+        return None
+    if bits == 8:
+        return "the 8-bit kernel takes symmetric codes with one scale per row, as int8_dynamic stores them"
+    return f"torch has no kernel for {bits} bits"
+
+
+def _use_kernel(editor: Editor, node: fx.Node, user: fx.Node) -> None:
+    packed, scale, zero_point, bits, group, in_features = _Codes.of(node)
+    codes = unpack_codes(editor.tensor(str(packed.target)).flatten(-2), bits)
+    steps = editor.tensor(str(scale.target)).detach()
+    x = user.args[0]
+    assert isinstance(x, fx.Node)
+    bias = user.args[2] if len(user.args) > 2 else None
+    name = str(packed.target)
+    with editor.before(user):
+        rows = editor.call(aten.reshape.default, editor.current(x), [-1, in_features])
+        if bits == 4:
+            # the kernel computes (code - 8) * scale + offset
+            zero = 8.0 if zero_point is None else editor.tensor(str(zero_point.target)).to(steps.dtype)
+            offset = (8.0 - zero) * steps
+            weight = aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+            scales = torch.stack([steps, offset], dim=-1).transpose(0, 1).contiguous()  # [groups, rows, 2]
+            out = editor.call(
+                aten._weight_int4pack_mm_for_cpu.default,
+                rows, editor.add_tensor(f"{name}_packed", weight), group, editor.add_tensor(f"{name}_scales", scales),
+            )  # fmt: skip
+        else:
+            weight = (codes.to(torch.int16) - 128).to(torch.int8)
+            out = editor.call(
+                aten._weight_int8pack_mm.default,
+                rows, editor.add_tensor(f"{name}_int8", weight), editor.add_tensor(f"{name}_scales", steps.flatten()),
+            )  # fmt: skip
+        out = editor.call(aten.reshape.default, out, editor.sizes(user))
+        if bias is not None:
+            out = editor.call(aten.add.Tensor, out, bias)
+    editor.replace(user, out)
+
+
+def _gather_before(editor: Editor, node: fx.Node, user: fx.Node) -> None:
+    """Rows of a low-bit table: gather their codes and dequantize those, not the whole table."""
+    packed, scale, zero_point, *rest = node.args
+    ids = user.args[1]
+    with editor.before(user):
+        picked = [
+            None if table is None else editor.call(aten.index.Tensor, table, [ids]) for table in (packed, scale, zero_point)
+        ]
+        rows = editor.call(torch.ops.surgeon.dequantize.default, *picked, *rest)
+    editor.replace(user, rows)
+
+
+class Decomposed(nn.Module):
+    """The graph with every operator of ours spelt in ATen: what ``torch.export`` traces for a package.
+
+    Experts are computed by ``torch._grouped_mm`` where the device has it.  Elsewhere a few tokens gather the weights of
+    their experts (T k <= E: at most as many bytes as all experts have), and more compute every expert; the package holds
+    both and decides at run time.
+    """
+
+    def __init__(self, graph: Graph, experts: Experts) -> None:
+        super().__init__()
+        self.module = graph.module
+        self.experts = experts
+        self.used: Counter[str] = Counter()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the graph."""
+        return _Interpreter(self).run(*inputs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, owner: Decomposed) -> None:
+        super().__init__(owner.module)
+        self.owner = owner
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Ours in ATen, ATen as it is."""
+        if target is torch.ops.surgeon.moe.default:
+            return _experts(self.owner, *args, **kwargs)
+        if target in DECOMPOSITIONS:
+            return DECOMPOSITIONS[target](*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _experts(
+    owner: Decomposed,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    activation: str = "identity",
+) -> Tensor:
+    form = owner.experts
+    if form == "auto" and has_grouped_kernel(x, w_in, w_out):
+        form = "grouped"
+    owner.used[f"experts {form}"] += 1
+    tensors = [tensor for tensor in (x, index, weight, w_in, w_out, b_in, b_out) if tensor is not None]
+    given = [tensor is not None for tensor in (x, index, weight, w_in, w_out, b_in, b_out)]
+
+    def spelt(function: Any) -> Any:
+        def branch(*present: Tensor) -> Tensor:
+            values = iter(present)
+            result: Tensor = function(*(next(values) if there else None for there in given), activation)
+            return result
+
+        return branch
+
+    result: Tensor
+    if form != "auto":
+        result = spelt({"grouped": moe_grouped, "gathered": moe_gathered, "dense": moe_dense}[form])(*tensors)
+        return result
+    few: Any = index.shape[0] * index.shape[1] <= w_in.shape[0]  # a torch.SymBool where the number of tokens is dynamic
+    if few is True or few is False:
+        result = spelt(moe_gathered if few else moe_dense)(*tensors)
+    else:
+        result = torch.cond(few, spelt(moe_gathered), spelt(moe_dense), tuple(tensors))
+    return result

@@ -1,0 +1,194 @@
+"""Lowering to AOTInductor: one ``model.pt2`` that torch loads and runs without surgeon, transformers or Python models.
+
+Every semantic operator is spelt in ATen first, because a package cannot call operators that Python registered.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
+from surgeon.errors import LowerError
+from surgeon.graph import Graph
+from surgeon.latency import pinned_threads
+from surgeon.ports import check_inputs, port_of
+
+FILE = "model.pt2"
+
+
+class AotInductor(Backend):
+    """Ahead-of-time compiled torch: a ``.pt2`` package for the CPU or a CUDA device."""
+
+    name: ClassVar[str] = "aotinductor"
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs; the package is compiled for this kind of device, and on one."""
+    experts: Literal["auto", "grouped", "gathered", "dense"] = "auto"
+    """Mixtures of experts: ``grouped`` matrix multiplication (CUDA in bfloat16), ``gathered`` expert weights per token,
+    ``dense`` computation of every expert; auto takes grouped where it exists, else gathered for few tokens and dense for
+    many, decided at run time."""
+    low_bit: Literal["kernels", "dequantize", "refuse"] = "kernels"
+    """Low-bit weights: torch's low-bit linears where they exist and dequantized at run time elsewhere (``kernels``),
+    dequantized everywhere, or refused where no kernel exists."""
+
+    @classmethod
+    def requirements(cls) -> tuple[str, ...]:
+        """Import names of the libraries it needs."""
+        return ("torch",)
+
+    @classmethod
+    def install(cls) -> str:
+        """The line that installs them."""
+        return "pip install torch; and a C++ compiler, such as g++"
+
+    def refuses(self, graph: Graph) -> list[Refusal]:
+        """A device that is not here, no compiler, and low-bit weights without kernels where they are to be refused."""
+        found = []
+        if self.device == "cuda" and not torch.cuda.is_available():
+            found.append(Refusal("device", "a package for CUDA is compiled on a machine with a CUDA device; none is here"))
+        if _compiler() is None:
+            found.append(Refusal("compiler", "AOTInductor needs a C++ compiler (g++ or clang++, or the one CXX names)"))
+        if self.experts == "grouped" and self.device == "cpu" and _has_experts(graph):
+            found.append(Refusal("experts", "torch has no grouped matrix multiplication to compile for the CPU; use auto"))
+        if self.low_bit == "refuse":
+            from surgeon.backends._aot_lowering import low_bit_kernels
+
+            left = low_bit_kernels(graph, self.device, convert=False).left
+            found += [Refusal(node, f"no low-bit kernel: {reason}") for node, reason in left.items()]
+        return found
+
+    def lower(self, graph: Graph, folder: Path) -> AotInductorArtifact:
+        """Write ``model.pt2``.
+
+        Args:
+            graph: stays as it is.
+            folder: exists, empty.
+
+        Raises:
+            LowerError: the graph is refused (every reason is listed), or torch cannot export or compile it.
+        """
+        refusals = self.refuses(graph)
+        if refusals:
+            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
+            raise LowerError(f"aotinductor cannot express this graph:\n{listed}")
+        from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
+
+        lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
+        module = Decomposed(lowered.graph, self.experts).eval()
+        example = tuple(graph.example[port.name] for port in graph.inputs)
+        shapes = tuple(
+            {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
+            for port in graph.inputs
+        )
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
+                program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
+                program = program.run_decompositions({})
+                nodes = len(program.graph.nodes)
+                if self.device == "cuda":
+                    from torch.export.passes import move_to_device_pass
+
+                    program = move_to_device_pass(program, "cuda")
+                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE))
+        except Exception as error:  # export, inductor and the compiler raise many unrelated classes
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise LowerError(f"aotinductor: torch cannot compile the graph: {reason}") from error
+        used = sum(lowered.kernels.values()) if self.low_bit != "dequantize" else 0
+        details = {
+            "nodes": nodes,
+            "torch": torch.__version__,
+            "device": self.device,
+            "fused": dict(lowered.kernels) if used else {},
+            "experts": dict(module.used),
+            "dequantized_at_run_time": lowered.left,
+        }
+        files = (ArtifactFile.of(folder, FILE),)
+        return AotInductorArtifact(
+            folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details
+        )
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> AotInductorArtifact:
+        """Open a package.
+
+        Raises:
+            LowerError: it was compiled by another torch, or for a device that is not here.
+        """
+        options = cls.model_validate(manifest["options"])
+        built = manifest.get("details", {}).get("torch")
+        if built != torch.__version__:
+            raise LowerError(
+                f"{folder / FILE} was compiled by torch {built} and runs with that version only; this is torch "
+                f"{torch.__version__}: install that one, or build the artefact again"
+            )
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise LowerError(f"{folder / FILE} was compiled for CUDA, and no CUDA device is here")
+        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
+        return AotInductorArtifact(
+            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))
+        )
+
+
+@dataclass
+class AotInductorArtifact(Artifact):
+    """``model.pt2``, loaded on first use."""
+
+    _package: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The package."""
+        return self.folder / FILE
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on keyword inputs, on the package's device.
+
+        Args:
+            inputs: every input by name, of the type and rank recorded.
+
+        Returns:
+            Tensors by output name.
+
+        Raises:
+            LowerError: an input does not fit, or the package fails.
+        """
+        check_inputs(self.path, self.inputs, inputs)
+        if self._package is None:
+            self._package = torch._inductor.aoti_load_package(str(self.path))
+        device = str(self.options.get("device", "cpu"))
+        try:
+            with torch.no_grad():
+                results = self._package(*(inputs[port.name].to(device) for port in self.inputs))
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
+        return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """Run on ``count`` threads within the context."""
+        with pinned_threads(count):
+            yield
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that inductor would use, if it is there."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def _has_experts(graph: Graph) -> bool:
+    return any(node.target is torch.ops.surgeon.moe.default for node in graph.module.graph.nodes)

@@ -1,0 +1,64 @@
+"""Inputs and outputs of artefacts: as plain data in the manifest, and checked before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import LowerError
+from surgeon.graph import Port
+
+
+def port_data(port: Port) -> dict[str, Any]:
+    """A port as the manifest holds it."""
+    return {"name": port.name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}
+
+
+def port_of(entry: Mapping[str, Any]) -> Port:
+    """Undo :func:`port_data`.
+
+    Raises:
+        LowerError: the manifest names a type that torch does not have.
+    """
+    dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, unknown to torch")
+    return Port(str(entry["name"]), dtype, tuple(entry["shape"]))
+
+
+def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs that do not fit the ports.
+
+    Args:
+        where: what refuses, for the message: the artefact's file.
+        ports: the artefact's inputs.
+        inputs: what it is to be run on, by name.
+
+    Raises:
+        LowerError: an input is missing, unknown, or of another type or shape; dynamic dimensions of one name must agree.
+    """
+    names = [port.name for port in ports]
+    missing, unknown = [n for n in names if n not in inputs], sorted(set(inputs) - set(names))
+    if missing or unknown:
+        found = [f"missing: {', '.join(missing)}"] if missing else []
+        found += [f"unknown: {', '.join(unknown)}"] if unknown else []
+        raise LowerError(f"{where}: the model's inputs are {', '.join(names)}; {'; '.join(found)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for port in ports:
+        value = inputs[port.name]
+        if not isinstance(value, Tensor):
+            raise LowerError(f"input {port.name!r} must be a torch.Tensor, found {type(value).__name__}")
+        if value.dtype != port.dtype:
+            raise LowerError(f"input {port.name!r} must be {port.dtype}, found {value.dtype}")
+        fits = value.dim() == len(port.shape) and all(
+            isinstance(want, str) or want == have for want, have in zip(port.shape, value.shape, strict=True)
+        )
+        if not fits:
+            raise LowerError(f"input {port.name!r} must have shape {list(port.shape)}, found {list(value.shape)}")
+        for want, have in zip(port.shape, value.shape, strict=True):
+            if isinstance(want, str) and want != "?" and sizes.setdefault(want, (have, port.name))[0] != have:
+                first, other = sizes[want]
+                raise LowerError(f"inputs {other!r} and {port.name!r} must have the same {want}, found {first} and {have}")

@@ -1,0 +1,141 @@
+"""The AOTInductor backend: the package equals the graph, at other shapes, in a process without surgeon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgeon
+from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
+from surgeon.errors import LowerError, RecipeError
+from surgeon.ops import moe_dense, moe_grouped
+from surgeon.registry import make_backend
+from tests.models import inputs_for, tiny
+
+ALONE = """
+import importlib.abc, json, sys
+class Forbidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("surgeon", "transformers"):
+            raise ImportError(f"{name} is not to be imported")
+sys.meta_path.insert(0, Forbidden())
+import torch
+package = torch._inductor.aoti_load_package(sys.argv[1])
+inputs, expected = torch.load(sys.argv[2], weights_only=True)
+(found,) = package(*inputs)
+print(json.dumps(float((found - expected).norm() / expected.norm())))
+"""
+
+
+def alone(path: Path, inputs: list[torch.Tensor], expected: torch.Tensor) -> float:
+    """Relative error of a package in a fresh process that can import neither surgeon nor transformers."""
+    torch.save((inputs, expected), path.with_suffix(".pt"))
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path), str(path.with_suffix(".pt"))], capture_output=True, text=True, cwd=path.parent
+    )
+    assert run.returncode == 0, run.stderr
+    return float(json.loads(run.stdout.splitlines()[-1]))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "passes", "fused", "tolerance"),
+    [
+        ("mixtral", [], set(), 1e-5),
+        ("llama", [{"quantize": {"scheme": "int4", "group": 32, "embeddings": True}}], {"_weight_int4pack_mm_for_cpu"}, 1e-4),
+        ("llama", [{"quantize": {"scheme": "int8_dynamic"}}], {"_weight_int8pack_mm"}, 0.25),
+        ("gpt2", [{"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid"}}, {"quantize": {"scheme": "int8"}}], set(), 1e-4),
+    ],
+    ids=["experts", "int4", "int8_dynamic", "moefied int8"],
+)
+def test_the_package_equals_the_graph(
+    name: str, passes: list[dict[str, Any]], fused: set[str], tolerance: float, tmp_path: Path
+) -> None:
+    module, inputs = tiny(name)
+    compiled = surgeon.compile(
+        module, passes, inputs=inputs, backend="aotinductor", output=tmp_path / "out", progress=False
+    )
+    assert compiled.artifact is not None
+    assert set(compiled.artifact.details["fused"]) == fused
+    loaded = surgeon.load(tmp_path / "out")
+    assert compiled.graph is not None
+    for batch, length in ((1, 1), (3, 5), (2, 20)):
+        call = inputs_for(name, batch, length, padded=False, seed=batch)
+        expected = compiled.graph(**call)["logits"].detach()
+        assert relative(loaded(**call)["logits"], expected) < tolerance
+    ordered = [call[port.name] for port in compiled.graph.inputs]
+    assert alone(tmp_path / "out" / "model.pt2", ordered, expected) < tolerance
+    with pytest.raises(LowerError, match="missing"):
+        loaded(input_ids=call["input_ids"])
+
+    manifest = json.loads((tmp_path / "out" / "surgeon.json").read_text())
+    manifest["details"]["torch"] = "2.0.0"
+    (tmp_path / "out" / "surgeon.json").write_text(json.dumps(manifest))
+    with pytest.raises(LowerError, match=r"compiled by torch 2\.0\.0"):
+        surgeon.load(tmp_path / "out")
+
+
+def test_low_bit_kernels_compute_what_the_graph_says() -> None:
+    module, inputs = tiny("llama")
+    steps = [{"quantize": {"scheme": "int4", "group": 32, "symmetric": False, "embeddings": True}}]
+    compiled = surgeon.compile(module, steps, inputs=inputs, backend=None, progress=False)
+    assert compiled.graph is not None
+    lowered = low_bit_kernels(compiled.graph, "cpu", convert=True)
+    assert lowered.kernels["_weight_int4pack_mm_for_cpu"] > 0
+    with torch.no_grad():
+        expected = compiled.graph(**inputs)["logits"]
+        found = Decomposed(lowered.graph, "auto")(*lowered.graph.bind(inputs))[0]
+    assert relative(found, expected) < 1e-5
+    # no table is dequantized whole: what embeds reads gathered rows
+    for node in lowered.graph.module.graph.nodes:
+        assert node.target is not torch.ops.aten.embedding.default or node.args[0].op == "get_attr"
+
+
+@pytest.mark.parametrize("form", ["auto", "gathered", "dense"])
+def test_decomposed_experts_equal_the_operator(form: Any) -> None:
+    module, inputs = tiny("mixtral")
+    graph = surgeon.trace(module, inputs)
+    with torch.no_grad():
+        found = Decomposed(graph, form)(*graph.bind(inputs))[0]
+        expected = graph(**inputs)["logits"]
+    assert relative(found, expected) < 1e-5
+
+
+def test_grouped_experts_equal_dense_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w_in, w_out = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((9, 16), (4, 48, 16), (4, 16, 24))
+    )
+    index, weight = torch.randint(0, 4, (9, 2), generator=generator), torch.rand(9, 2, generator=generator).bfloat16()
+    found, expected = (f(x, index, weight, w_in, w_out, None, None, "silu").float() for f in (moe_grouped, moe_dense))
+    assert relative(found, expected) < 2e-2  # bfloat16 has 8 bits
+
+
+def test_refusals_are_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, inputs = tiny("mixtral")
+    graph = surgeon.trace(module, inputs)
+    refused = {r.node: r.reason for r in make_backend({"aotinductor": {"experts": "grouped"}}).refuses(graph)}
+    assert "no grouped matrix multiplication" in refused["experts"]
+    if not torch.cuda.is_available():
+        assert make_backend({"aotinductor": {"device": "cuda"}}).refuses(graph)[0].node == "device"
+    steps = [{"quantize": {"scheme": "int8"}}]
+    with pytest.raises(LowerError, match="no low-bit kernel"):
+        surgeon.compile(
+            module, steps, inputs=inputs, backend={"aotinductor": {"low_bit": "refuse"}}, output=tmp_path / "x", progress=False
+        )
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(LowerError, match="C\\+\\+ compiler"):
+        surgeon.compile(module, [], inputs=inputs, backend="aotinductor", progress=False)
+    with pytest.raises(RecipeError, match="dequantize"):
+        make_backend({"aotinductor": {"low_bit": "maybe"}})
