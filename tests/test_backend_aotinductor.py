@@ -18,6 +18,7 @@ from surgeon.ops import moe_dense, moe_grouped
 from surgeon.registry import make_backend
 from tests.models import inputs_for, tiny
 
+MOEFIED = {"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid"}}
 ALONE = """
 import importlib.abc, json, sys
 class Forbidden(importlib.abc.MetaPathFinder):
@@ -54,7 +55,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
         ("mixtral", [], set(), 1e-5),
         ("llama", [{"quantize": {"scheme": "int4", "group": 32, "embeddings": True}}], {"_weight_int4pack_mm_for_cpu"}, 1e-4),
         ("llama", [{"quantize": {"scheme": "int8_dynamic"}}], {"_weight_int8pack_mm"}, 0.25),
-        ("gpt2", [{"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid"}}, {"quantize": {}}], set(), 1e-4),
+        ("gpt2", [MOEFIED, {"quantize": {"scheme": "int8"}}], set(), 1e-4),
     ],
     ids=["experts", "int4", "int8_dynamic", "moefied int8"],
 )
