@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
@@ -160,10 +161,12 @@ class Decomposed(nn.Module):
     both and decides at run time.
     """
 
-    def __init__(self, graph: Graph, experts: Experts) -> None:
+    def __init__(self, graph: Graph, experts: Experts, spelt: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+        """Args: the graph; how experts are computed; spellings of operators that replace ``surgeon.ops.DECOMPOSITIONS``."""
         super().__init__()
         self.module = graph.module
         self.experts = experts
+        self.spelt = {**DECOMPOSITIONS, **(spelt or {})}
         self.used: Counter[str] = Counter()
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -180,8 +183,8 @@ class _Interpreter(fx.Interpreter):
         """Ours in ATen, ATen as it is."""
         if target is torch.ops.surgeon.moe.default:
             return _experts(self.owner, *args, **kwargs)
-        if target in DECOMPOSITIONS:
-            return DECOMPOSITIONS[target](*args, **kwargs)
+        if target in self.owner.spelt:
+            return self.owner.spelt[target](*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 

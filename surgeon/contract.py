@@ -260,6 +260,11 @@ class Artifact(abc.ABC):
         """Bytes of all files."""
         return sum(file.bytes for file in self.files)
 
+    @property
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None where it can."""
+        return None
+
     @abc.abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs (torch tensors), returning torch tensors by output name."""

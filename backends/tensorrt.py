@@ -1,0 +1,360 @@
+"""Lowering to TensorRT: one ``model.engine``, built by TensorRT or by TensorRT for RTX from the same ONNX.
+
+TensorRT builds on the GPU that is to run the engine; TensorRT for RTX builds anywhere, for named compute capabilities, and
+compiles its kernels on the target.  Networks are strongly typed: the types are those of the graph, so ``model: {dtype:
+float16}`` gives a half-precision engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from surgeon.backends import _trt_dialect as onnx_dialect
+from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
+from surgeon.errors import LowerError
+from surgeon.graph import Graph
+from surgeon.ports import check_inputs, port_of
+from surgeon.verify import relative_error
+
+FILE = "model.engine"
+FLAVOURS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+DEFAULT_SHAPES = {"batch": (1, 1, 8), "sequence": (1, 128, 512), "past": (0, 128, 1024)}
+
+Sizes = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class TensorRT(Backend):
+    """TensorRT or TensorRT for RTX: an engine for NVIDIA GPUs."""
+
+    name: ClassVar[str] = "tensorrt"
+    # kernels choose their own order of summation, in half precision too
+    tolerance: ClassVar[float] = 2e-2
+
+    flavour: Literal["auto", "tensorrt", "rtx"] = "auto"
+    """``tensorrt`` builds for the GPU of this machine, ``rtx`` (TensorRT for RTX) on any machine for the compute capabilities
+    named; auto takes the first of the two that is installed and can build here."""
+    shapes: dict[str, Sizes] = Field(default_factory=dict)
+    """Smallest, most frequent and largest size of each dynamic dimension, e.g. {batch: [1, 4, 16], sequence: [1, 128, 2048]};
+    batch [1, 1, 8], sequence [1, 128, 512] and past [0, 128, 1024] by default."""
+    compute_capability: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """GPUs that an rtx engine is for, e.g. [8.6, 8.9, 12.0]; 8.9 by default."""
+    experts: Literal["auto", "gathered", "dense"] = "auto"
+    """Mixtures of experts: ``gathered`` reads the weights of each token's experts, ``dense`` computes every expert for every
+    token; auto gathers where the most frequent shape has at most as many token-expert pairs as there are experts."""
+    weight_streaming: bool = False
+    """Let the engine keep weights in host memory and stream them."""
+
+    @field_validator("shapes")
+    @classmethod
+    def _ordered(cls, value: dict[str, Sizes]) -> dict[str, Sizes]:
+        for name, (low, best, high) in value.items():
+            if not low <= best <= high:
+                raise ValueError(f"{name}: needed [smallest, most frequent, largest], found {[low, best, high]}")
+        return value
+
+    @classmethod
+    def requirements(cls) -> tuple[str, ...]:
+        """Import names of the libraries it needs: whichever TensorRT is installed, or the one for RTX."""
+        return ("onnx", "onnxscript", next(filter(_installed, FLAVOURS.values()), "tensorrt_rtx"))
+
+    @classmethod
+    def install(cls) -> str:
+        """The lines that install them."""
+        return "pip install 'surgeon[tensorrt-rtx]' (builds anywhere), or 'surgeon[tensorrt]' on a machine with the GPU"
+
+    def refuses(self, graph: Graph) -> list[Refusal]:
+        """A flavour that is not installed or cannot build here, low-bit forms and dimensions it has no sizes for."""
+        found = onnx_dialect.refusals(graph)
+        chosen = self._flavour()
+        if self.flavour != "auto" and not _installed(FLAVOURS[self.flavour]):
+            found.append(Refusal("flavour", f"{FLAVOURS[self.flavour]} is not installed: {self.install()}"))
+        elif chosen == "tensorrt" and not torch.cuda.is_available():
+            found.append(Refusal("flavour", "TensorRT builds on a GPU and none is here; flavour: rtx builds anywhere"))
+        if chosen == "tensorrt" and self.compute_capability:
+            found.append(Refusal("compute_capability", "TensorRT builds for the GPU it runs on; only flavour: rtx takes these"))
+        known = {size for port in graph.inputs for size in port.shape if isinstance(size, str)}
+        for name in sorted(set(self.shapes) - known):
+            listed = ", ".join(sorted(known))
+            found.append(Refusal("shapes", f"the model has no dimension {name!r}; its dynamic ones are {listed}"))
+        for name in sorted(known):
+            sizes = self._sizes(name)
+            if sizes is None:
+                found.append(Refusal("shapes", f"no sizes for the dimension {name!r}; give shapes: {{{name}: [1, 8, 64]}}"))
+            elif name in graph.dims and graph.dims[name].max is not None and sizes[2] > (graph.dims[name].max or 0):
+                if name in self.shapes:
+                    found.append(Refusal("shapes", f"{name} up to {sizes[2]}; the model takes at most {graph.dims[name].max}"))
+        return found
+
+    def lower(self, graph: Graph, folder: Path) -> TensorRTArtifact:
+        """Write ``model.engine``.
+
+        The ONNX form that TensorRT parses is run on ONNX Runtime, where that is installed, and compared with the graph.
+
+        Args:
+            graph: stays as it is.
+            folder: exists, empty.
+
+        Raises:
+            LowerError: the graph is refused, or the parser or the builder refuse a node; names nodes and reasons.
+        """
+        refusals = self.refuses(graph)
+        if refusals:
+            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
+            raise LowerError(f"tensorrt cannot express this graph:\n{listed}")
+        flavour = self._flavour()
+        library = importlib.import_module(FLAVOURS[flavour])
+        experts = self._experts(graph)
+        profile = {name: self._profile(graph, name) for port in graph.inputs for name in port.shape if isinstance(name, str)}
+        with tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
+            path = Path(scratch) / "model.onnx"
+            model = onnx_dialect.write(graph, experts, path)
+            checked = _check_onnx(graph, path, self.accepted_error(graph))
+            engine, layers = self._build(library, flavour, graph, path, profile)
+            (folder / FILE).write_bytes(engine)
+            nodes = len(model.graph)
+        details = {
+            "flavour": flavour,
+            "version": library.__version__,
+            "compute_capability": [f"{value:.1f}" for value in self._capabilities(flavour)],
+            "profile": {name: list(sizes) for name, sizes in profile.items()},
+            "nodes": nodes,
+            "layers": layers,
+            "experts": experts if _has_experts(graph) else None,
+            "onnx_relative_error": checked,
+        }
+        files = (ArtifactFile.of(folder, FILE),)
+        return TensorRTArtifact(folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details)
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> TensorRTArtifact:
+        """Open an engine; it is deserialised when it first runs.
+
+        Raises:
+            LowerError: the flavour it was built by is not installed, or is another version.
+        """
+        details = dict(manifest.get("details", {}))
+        name = FLAVOURS[details["flavour"]]
+        if not _installed(name):
+            raise LowerError(f"{folder / FILE} needs {name}, which is not installed: {cls.install()}")
+        version = importlib.import_module(name).__version__
+        if version != details["version"]:
+            raise LowerError(
+                f"{folder / FILE} was built by {name} {details['version']} and runs with that version only; this is {version}: "
+                "install that one, or build the artefact again"
+            )
+        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
+        return TensorRTArtifact(folder, cls.name, dict(manifest["options"]), files, inputs, outputs, details)
+
+    # -- building -------------------------------------------------------------------------------------------------------
+
+    def _flavour(self) -> str:
+        if self.flavour != "auto":
+            return self.flavour
+        return "tensorrt" if _installed("tensorrt") and torch.cuda.is_available() else "rtx"
+
+    def _capabilities(self, flavour: str) -> tuple[float, ...]:
+        if flavour == "tensorrt":
+            major, minor = torch.cuda.get_device_capability()
+            return (major + minor / 10,)
+        return self.compute_capability or (8.9,)
+
+    def _sizes(self, name: str) -> Sizes | None:
+        if name == "total" and name not in self.shapes:  # past and new tokens together, see surgeon.caches
+            past, new = self._sizes("past"), self._sizes("sequence")
+            return None if past is None or new is None else (past[0] + new[0], past[1] + new[1], past[2] + new[2])
+        return self.shapes.get(name, DEFAULT_SHAPES.get(name))
+
+    def _profile(self, graph: Graph, name: str) -> Sizes:
+        """Sizes of a dimension, the default ones within what the graph accepts."""
+        sizes = self._sizes(name)
+        assert sizes is not None
+        limit = graph.dims[name].max if name in graph.dims else None
+        low, best, high = (size if limit is None else min(size, limit) for size in sizes)
+        return (low, best, high)
+
+    def _experts(self, graph: Graph) -> Literal["gathered", "dense"]:
+        if self.experts != "auto":
+            return self.experts
+        best = 1
+        for name in {size for port in graph.inputs[:1] for size in port.shape if isinstance(size, str)}:
+            best *= self._profile(graph, name)[1]
+        pairs = [
+            (best * node.args[1].meta["val"].shape[1], node.args[3].meta["val"].shape[0])
+            for node in graph.module.graph.nodes
+            if node.target is torch.ops.surgeon.moe.default
+        ]
+        return "gathered" if all(count <= experts for count, experts in pairs) else "dense"
+
+    def _build(
+        self, library: Any, flavour: str, graph: Graph, path: Path, profile: Mapping[str, Sizes]
+    ) -> tuple[bytes, int]:
+        logger = _logger(library)
+        builder = library.Builder(logger)
+        flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        network = builder.create_network(0 if flag is None else 1 << int(flag))
+        parser = library.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(path)):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            listed = "\n".join(f"  {e.node_name() or 'node'} ({e.node_operator()}): {e.desc()}" for e in errors)
+            raise LowerError(f"tensorrt: the parser refuses the model:\n{listed}")
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.type == getattr(library.LayerType, "ATTENTION_INPUT", None):
+                layer.__class__ = library.IAttentionInputLayer
+                layer.attention.decomposable = True  # where no fused kernel takes its type or shape
+        config = builder.create_builder_config()
+        sizes = builder.create_optimization_profile()
+        for port in graph.inputs:
+            low, best, high = (
+                [size if isinstance(size, int) else profile[size][which] for size in port.shape] for which in range(3)
+            )
+            sizes.set_shape(port.name, low, best, high)
+        config.add_optimization_profile(sizes)
+        if flavour == "rtx":
+            wanted = self._capabilities(flavour)
+            known = {
+                int(name[2:]): value for name, value in library.ComputeCapability.__members__.items() if name[2:].isdecimal()
+            }
+            config.num_compute_capabilities = len(wanted)
+            for index, value in enumerate(wanted):
+                number = round(10 * value)
+                if number not in known:
+                    offered = ", ".join(f"{n / 10:.1f}" for n in sorted(known))
+                    raise LowerError(
+                        f"tensorrt: compute capability {value} is not offered by TensorRT for RTX {library.__version__}; "
+                        f"it has {offered}"
+                    )
+                config.set_compute_capability(known[number], index)
+        if self.weight_streaming:
+            config.set_flag(library.BuilderFlag.WEIGHT_STREAMING)
+        engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            said = "; ".join(logger.said[-3:]) or "it gives no reason"
+            raise LowerError(f"tensorrt: the builder refuses the model: {said}")
+        return bytes(engine), int(network.num_layers)
+
+
+@dataclass
+class TensorRTArtifact(Artifact):
+    """``model.engine``, deserialised on first use, run on the current CUDA device and stream."""
+
+    _held: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The engine."""
+        return self.folder / FILE
+
+    @property
+    def unavailable(self) -> str | None:
+        """Engines run on NVIDIA GPUs."""
+        return None if torch.cuda.is_available() else "a TensorRT engine runs on an NVIDIA GPU, and none is here"
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on keyword inputs, by address: nothing passes through host memory when they are on the GPU.
+
+        Args:
+            inputs: every input by name, of the type and rank recorded.
+
+        Returns:
+            CUDA tensors by output name.
+
+        Raises:
+            LowerError: there is no GPU, an input does not fit, or is outside the engine's profile.
+        """
+        if self.unavailable:
+            raise LowerError(f"{self.path}: {self.unavailable}")
+        check_inputs(self.path, self.inputs, inputs)
+        engine, context = self._open()
+        held = {}
+        for port in self.inputs:
+            value = inputs[port.name].detach().to("cuda").contiguous()
+            held[port.name] = value
+            if not context.set_input_shape(port.name, tuple(value.shape)):
+                allowed = engine.get_tensor_profile_shape(port.name, 0)
+                raise LowerError(
+                    f"{self.path}: input {port.name!r} of shape {list(value.shape)} is outside the engine's profile "
+                    f"{[list(shape) for shape in allowed]}; build it with other shapes"
+                )
+        for port in self.outputs:
+            held[port.name] = torch.empty(tuple(context.get_tensor_shape(port.name)), dtype=port.dtype, device="cuda")
+        spare = torch.empty(1, dtype=torch.uint8, device="cuda")  # empty tensors have no address, and one is needed
+        for name, value in held.items():
+            context.set_tensor_address(name, value.data_ptr() or spare.data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise LowerError(f"{self.path}: TensorRT failed on inputs {({n: list(v.shape) for n, v in held.items()})}")
+        return {port.name: held[port.name] for port in self.outputs}
+
+    def _open(self) -> tuple[Any, Any]:
+        if self._held is None:
+            library = importlib.import_module(FLAVOURS[self.details["flavour"]])
+            runtime = library.Runtime(_logger(library))
+            engine = runtime.deserialize_cuda_engine(self.path.read_bytes())
+            if engine is None:
+                name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+                raise LowerError(
+                    f"{self.path} cannot be opened on {name} (compute capability {capability[0]}.{capability[1]}); "
+                    f"it was built for {', '.join(self.details['compute_capability'])}"
+                )
+            self._held = engine, engine.create_execution_context()
+        return self._held
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """An engine uses no threads of the host."""
+        yield
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _has_experts(graph: Graph) -> bool:
+    return any(node.target is torch.ops.surgeon.moe.default for node in graph.module.graph.nodes)
+
+
+def _logger(library: Any) -> Any:
+    """A logger that keeps errors and prints nothing."""
+
+    class Logger(library.ILogger):  # type: ignore[misc]  # a class of a library without types
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.said: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR):
+                self.said.append(message)
+
+    return Logger()
+
+
+def _check_onnx(graph: Graph, path: Path, tolerance: float) -> float | None:
+    """Largest relative error of the ONNX form on ONNX Runtime against the graph; None where that is not installed.
+
+    Raises:
+        LowerError: it computes something else.
+    """
+    if not _installed("onnxruntime"):
+        return None
+    from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
+
+    artifact = OnnxRuntimeArtifact(path.parent, "onnxruntime", {}, (), graph.inputs, graph.outputs)
+    with torch.no_grad():
+        expected = graph(**graph.example)
+    found = artifact.run(graph.example)
+    worst = max(relative_error(found[name], value) for name, value in expected.items())
+    if not worst <= tolerance:
+        raise LowerError(f"tensorrt: the ONNX form differs from the graph by {worst:.2e} (relative), accepted {tolerance:.0e}")
+    return worst
