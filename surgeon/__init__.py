@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgeon.compiled import load as load
     from surgeon.discovery import discover as discover
     from surgeon.errors import SurgeonError as SurgeonError
+    from surgeon.fake import fake_weights as fake_weights
     from surgeon.graph import Graph as Graph
     from surgeon.pipeline import compile as compile
     from surgeon.plans import SavedPlan as SavedPlan
@@ -32,11 +33,23 @@ _HOMES = {
     "SurgeonError": "errors",
     "compile": "pipeline",
     "discover": "discovery",
+    "fake_weights": "fake",
     "load": "compiled",
     "trace": "tracing",
 }
 
-__all__ = ["Compiled", "Graph", "SavedPlan", "Structure", "SurgeonError", "compile", "discover", "load", "trace"]
+__all__ = [
+    "Compiled",
+    "Graph",
+    "SavedPlan",
+    "Structure",
+    "SurgeonError",
+    "compile",
+    "discover",
+    "fake_weights",
+    "load",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

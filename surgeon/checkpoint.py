@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import TraceError
+from surgeon.fake import fake_weights
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -33,30 +36,67 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code:
     config = _config(path)
     check_weights(path)
     cls = _class(config, path, trust_remote_code)
+    with _quiet():  # missing weights are reported by the caller, as an error
+        try:
+            model, info = cls.from_pretrained(
+                str(path),
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                **({"trust_remote_code": True} if trust_remote_code else {}),
+            )
+        except Exception as error:  # configuration, shapes and code of a checkpoint can fail in any way
+            raise TraceError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
+    missing = sorted({*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))})
+    module: nn.Module = model
+    return module, tuple(missing)
+
+
+def build_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    """Build the model of a checkpoint directory with fake weights, from its configuration alone.
+
+    Args:
+        path: the directory; only its config.json is read.
+        dtype: type of the weights, None for the one that the configuration names (float32 where it names none).
+        trust_remote_code: allow the checkpoint's own Python code.
+
+    Raises:
+        TraceError: no directory, no configuration, or a class that cannot be built.
+    """
+    if not path.is_dir():
+        raise TraceError(f"{path} is a file; give the directory that holds config.json")
+    plain = _config(path)
+    cls = _class(plain, path, trust_remote_code)
+    from transformers import AutoConfig
+
+    code = {"trust_remote_code": True} if trust_remote_code else {}
+    with _quiet(), fake_weights():
+        try:
+            config: Any = getattr(cls, "config_class", None) or AutoConfig
+            config = config.from_pretrained(str(path), local_files_only=True, **code)
+            build = getattr(cls, "_from_config", None) or (lambda *a, **k: cls.from_config(*a, **k, **code))
+            model: nn.Module = build(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+        except Exception as error:  # configuration and code of a checkpoint can fail in any way
+            raise TraceError(f"{path} could not be built from its config.json: {type(error).__name__}: {error}") from error
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from writing to the terminal."""
     from transformers.utils import logging
 
     report: Any = logging
     bars, verbosity = report.is_progress_bar_enabled(), report.get_verbosity()
     report.disable_progress_bar()
-    report.set_verbosity_error()  # missing weights are reported by the caller, as an error
+    report.set_verbosity_error()
     try:
-        model, info = cls.from_pretrained(
-            str(path),
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"trust_remote_code": True} if trust_remote_code else {}),
-        )
-    except Exception as error:  # configuration, shapes and code of a checkpoint can fail in any way
-        raise TraceError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
+        yield
     finally:
         report.set_verbosity(verbosity)
         if bars:
             report.enable_progress_bar()
-    missing = sorted({*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))})
-    module: nn.Module = model
-    return module, tuple(missing)
 
 
 def check_weights(path: Path) -> list[Path]:
@@ -87,7 +127,10 @@ def check_weights(path: Path) -> list[Path]:
         pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
         if pickles:
             raise TraceError(f"{path} holds no safetensors{_advice(pickles[0])}")
-        raise TraceError(f"{path} holds no weights: neither {single.name} nor {index.name} is there")
+        raise TraceError(
+            f"{path} holds no weights: neither {single.name} nor {index.name} is there; what the model is made of can be "
+            "seen without them: trace it with weights='fake' (surgeon inspect --fake-weights)"
+        )
     for file, expected in files.items():
         held = _names(file)
         absent = sorted(expected - held)

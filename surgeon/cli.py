@@ -210,6 +210,7 @@ Examples:
   surgeon inspect ./my-model
   surgeon inspect my_package.models:build --html model.html
   surgeon inspect org/name --json > structure.json
+  surgeon inspect ./config-only --fake-weights
 """,
 )
 def inspect(
@@ -222,6 +223,9 @@ def inspect(
     ] = None,
     task: Annotated[str | None, typer.Option(help="What to trace, as model.task of a recipe.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    fake_weights: Annotated[
+        bool, typer.Option("--fake-weights", help="Read no weights, only config.json: any size, no proof by numbers.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Show a model's structure."""
@@ -239,7 +243,7 @@ def inspect(
 
     with Progress(not quiet) as bars:
         with bars.step("tracing"):
-            graph = trace(spec.path, task=spec.task, dtype=spec.dtype)
+            graph = trace(spec.path, task=spec.task, dtype=spec.dtype, weights="fake" if fake_weights else "real")
         with bars.step("discovering the structure"):
             structure = discover(graph)
     found = inspection(graph, structure)

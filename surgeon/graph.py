@@ -60,6 +60,7 @@ class Source:
         config: the model's configuration as plain data, when it has one.
         task: ``forward`` (the model as it is called) or ``text-generation``.
         output_class: name of the class the source model returns, informational.
+        weights: ``real``, or ``fake`` where the graph was traced without their values (see ``surgeon.fake_weights``).
     """
 
     description: str = "nn.Module"
@@ -67,6 +68,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     task: str = "forward"
     output_class: str | None = None
+    weights: str = "real"
 
 
 class Graph:
@@ -144,11 +146,31 @@ class Graph:
 
         Returns:
             Output tensors by the model's own output names.
+
+        Raises:
+            TraceError: the inputs do not fit, or the graph was traced without the values of its weights.
         """
+        self.require_weights("running it")
         results = self.module(*self.bind(inputs))
         return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
 
     # -- weights ------------------------------------------------------------------------------------------------
+
+    def require_weights(self, purpose: str) -> None:
+        """Refuse what cannot be done without the values of the weights.
+
+        Args:
+            purpose: what needs them, as the subject of "needs the values of its weights".
+
+        Raises:
+            TraceError: the graph was traced over fake weights.
+        """
+        if self.source.weights == "fake":
+            raise TraceError(
+                f"the graph of {self.source.description} was traced over fake weights, which have shapes and types but no "
+                f"values, and {purpose} needs the values; what works without them is discover and inspect. Trace the "
+                "model with its weights (weights='real')"
+            )
 
     def parameters(self) -> dict[str, Tensor]:
         """Every tensor that the graph reads, parameters and buffers alike, by the name it is read under."""
@@ -213,6 +235,8 @@ class Graph:
         Returns:
             64 hexadecimal digits.
         """
+        if weights:
+            self.require_weights("a fingerprint of its weights")
         order: dict[fx.Node, int] = {}
         digest = hashlib.sha256()
         for index, node in enumerate(self.module.graph.nodes):

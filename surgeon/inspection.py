@@ -57,7 +57,12 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
     total = parameter_count(graph)
     source = graph.source
     return Inspection(
-        model={"description": source.description, "task": source.task, "output_class": source.output_class},
+        model={
+            "description": source.description,
+            "task": source.task,
+            "output_class": source.output_class,
+            "weights": source.weights,
+        },
         inputs=[_port(port) for port in graph.inputs],
         outputs=[_port(port) for port in graph.outputs],
         sizes=look.sizes,

@@ -62,6 +62,7 @@ class Execution:
     """
 
     def __init__(self, graph: Graph, batch: Batch) -> None:
+        graph.require_weights("observing it")
         self.graph = graph
         self.values: dict[fx.Node, Any] = {}
         placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]

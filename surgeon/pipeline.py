@@ -21,7 +21,7 @@ from surgeon.compiled import Compiled, write_outputs
 from surgeon.contract import Backend, Pass, Plan
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
-from surgeon.errors import LowerError, RecipeError, SurgeonError
+from surgeon.errors import LowerError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, compare, is_language_model
 from surgeon.final_check import evaluate_section
 from surgeon.graph import Graph
@@ -106,6 +106,11 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 task=request.task,
                 dtype=request.dtype,
                 trust_remote_code=request.trust_remote_code,
+            )
+        if source.source.weights == "fake":
+            raise TraceError(
+                f"{source.source.description} has fake weights: a pass reads weights, and its result is compared with the "
+                "model by running both; give the model with its weights"
             )
         with bars.step("tracing"), clock.phase("trace"):
             graph = trace_source(source)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.checkpoint import load_checkpoint, resolve_hub_id
+from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
 from surgeon.errors import TraceError, nearest
+from surgeon.fake import fake_weights, with_fake_weights, without_values
 from surgeon.graph import Source
 
 TASKS = ("forward",)
+WEIGHTS = ("real", "fake")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 7
 
@@ -63,6 +65,7 @@ def load_source(
     *,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
+    weights: str = "real",
     trust_remote_code: bool = False,
 ) -> LoadedSource:
     """Load a source model and find example inputs for it.
@@ -73,6 +76,7 @@ def load_source(
         inputs: example keyword inputs, each a tensor; None to let surgeon make them (models of transformers only).
         task: ``"forward"`` or None.
         dtype: floating-point type, e.g. ``"bfloat16"``; None keeps the model's own.  A module is copied, not changed.
+        weights: ``"real"``, or ``"fake"`` for a model without the values of its weights: they are not loaded.
         trust_remote_code: allow a checkpoint to bring its own Python code.
 
     Raises:
@@ -80,31 +84,41 @@ def load_source(
     """
     if task not in (None, *TASKS):
         raise TraceError(f"unknown task {task!r}: {nearest(str(task), TASKS)}")
-    wanted = _dtype(dtype)
+    if weights not in WEIGHTS:
+        raise TraceError(f"unknown weights {weights!r}: {nearest(str(weights), WEIGHTS)}")
+    wanted, fake = _dtype(dtype), weights == "fake"
     path: Path | None = None
     missing: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
         module, description = model, type(model).__name__
     elif isinstance(model, str) and _CALLABLE.fullmatch(model) and not Path(model).exists():
         description = model
-        module, own = _call(model)
+        with fake_weights() if fake else nullcontext():
+            module, own = _call(model)
         inputs = inputs if inputs is not None else own
     elif isinstance(model, str | Path):
         description = str(model)
         path = Path(model).expanduser()
         if not path.exists():
             path = resolve_hub_id(str(model))
-        module, missing = load_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
+        if fake:
+            module = build_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
+        else:
+            module, missing = load_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
     else:
         raise TraceError(
             f"a model is a directory, a hub id, 'package.module:callable' or an nn.Module, found {type(model).__name__}"
         )
-    if wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
+    fake = fake or without_values(module)
+    if fake:
+        module = with_fake_weights(module, wanted)
+    elif wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
         module = _converted(module, wanted)
     example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
     config: Any = getattr(module, "config", None)
     plain = json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
-    source = Source(description, str(path.resolve()) if path else None, plain, task or "forward")
+    where = str(path.resolve()) if path else None
+    source = Source(description, where, plain, task or "forward", weights="fake" if fake else "real")
     return LoadedSource(module, example, source, _tokenizer(path), missing)
 
 

@@ -76,6 +76,8 @@ def render_inspection(view: Inspection, console: Console) -> None:
         for port in ports:
             shape = ", ".join(str(dim) for dim in port.shape)
             console.print(Text.assemble((f"{direction} ", "dim"), port.name, (f" {port.dtype}[{shape}]", "dim")))
+    if view.caution:
+        console.print(Text(view.caution, "yellow"))
     console.print()
     table = _table()
     table.add_column("where", no_wrap=True)

@@ -44,6 +44,7 @@ def trace(
     *,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
+    weights: str = "real",
     dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
     trust_remote_code: bool = False,
 ) -> Graph:
@@ -54,13 +55,18 @@ def trace(
         inputs: example keyword inputs; optional for models of the transformers library.
         task: ``"forward"`` (also None): the model as it is called, without caches.
         dtype: type of the floating-point weights, ``None`` for the model's own.
+        weights: ``"fake"`` traces without the values of the weights, in the memory of the graph alone: a checkpoint is
+            built from its config.json.  The graph can be discovered and inspected, not run, and is not compared with the
+            source.
         dynamic: for each input named here, which of its dimensions vary and under which name (dimensions of one name
             have one size), or None where all are fixed.  By default the first dimension of every input is ``batch`` and
             the second of two-dimensional integer inputs is ``sequence``.
         trust_remote_code: allow a checkpoint to bring its own Python code.
 
     Returns:
-        The canonical graph: equal to the model within 1e-5 relative (float32), over the same weight tensors.
+        The canonical graph: equal to the model within 1e-5 relative (float32), over the same weight tensors.  Over fake
+        weights (also of a module that was built under ``surgeon.fake_weights`` or on the meta device) equality is not
+        proven; ``graph.source.weights`` says so.
 
     Raises:
         TraceError: the model could not be loaded, run, exported or reproduced, or a dynamic dimension cannot vary.
@@ -69,7 +75,9 @@ def trace(
         >>> graph = trace("my-model")
         >>> graph(input_ids=ids, attention_mask=mask)["logits"]
     """
-    loaded = load_source(model, inputs, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = load_source(
+        model, inputs, task=task, dtype=dtype, weights=weights, trust_remote_code=trust_remote_code
+    )
     return trace_source(loaded, dynamic=dynamic)
 
 
@@ -78,14 +86,17 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
     dims = _dims(loaded.inputs, dynamic)
     example = _at_least_two(loaded.inputs, dims)
     with calling(loaded.module):
-        result = _call(loaded, example, "its example inputs")
-        expected = flatten_outputs(result)
-        loaded.source = replace(loaded.source, output_class=type(result).__name__)
+        fake = loaded.source.weights == "fake"
+        expected = {} if fake else flatten_outputs(_call(loaded, example, "its example inputs"))
+        returned: list[Any] = []
         with _exportable(loaded.module):
-            program = _export(loaded.module, example, dims)
+            program = _export(loaded.module, example, dims, returned)
+        loaded.source = replace(loaded.source, output_class=type(returned[-1]).__name__)
         module = canonicalise(program.module(check_guards=False), list(example), _tensors(loaded.module))
-        graph = _graph(module, program, example, dims, list(expected), loaded)
+        graph = _graph(module, program, example, dims, list(flatten_outputs(returned.pop())), loaded)
         _refuse_missing(graph, loaded)
+        if fake:  # no numbers to compare
+            return graph
         _compare(graph, expected, example, "the example")
         for sizes in _other_sizes(graph, example, dims):
             other = resized(example, dims, sizes, pad=True)
@@ -150,10 +161,10 @@ def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: _Dims) -> li
 # -- export -----------------------------------------------------------------------------------------------------------
 
 
-def _export(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims) -> ExportedProgram:
-    """Export in functional ATen, every named dimension symbolic."""
+def _export(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]) -> ExportedProgram:
+    """Export in functional ATen, every named dimension symbolic; what the model returns is appended to ``returned``."""
     try:
-        program = _export_with(module, example, dims, ExportDim.DYNAMIC)
+        program = _export_with(module, example, dims, ExportDim.DYNAMIC, returned)
     except TraceError:
         raise
     except Exception as error:  # torch.export raises many unrelated classes
@@ -163,9 +174,11 @@ def _export(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims) -> Ex
     return program
 
 
-def _export_with(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, hint: Any) -> ExportedProgram:
+def _export_with(
+    module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, hint: Any, returned: list[Any]
+) -> ExportedProgram:
     shapes = {name: dict.fromkeys(chosen, hint) for name, chosen in dims.items()}
-    with torch.no_grad(), _flat_forward(module, example, dims), warnings.catch_warnings():
+    with torch.no_grad(), _flat_forward(module, example, dims, returned), warnings.catch_warnings():
         # torch copies its own deprecated tree leaves while it decomposes
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         program = torch.export.export(module, (), dict(example), strict=False, dynamic_shapes=shapes)
@@ -176,7 +189,7 @@ def _export_with(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, 
 def _explain_specialised(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, error: Exception) -> None:
     """Find out, by an export that may choose, which dimensions the model fixes; raises where there are any."""
     try:
-        program = _export_with(module, example, dims, ExportDim.AUTO)
+        program = _export_with(module, example, dims, ExportDim.AUTO, [])
     except Exception as second:
         raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(second)}") from second
     _refuse_specialised(_placeholders(program.module(check_guards=False)), dims, error)
@@ -199,7 +212,9 @@ def _refuse_specialised(values: Mapping[str, Tensor], dims: _Dims, error: Except
 
 
 @contextmanager
-def _flat_forward(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims) -> Iterator[None]:
+def _flat_forward(
+    module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]
+) -> Iterator[None]:
     """Give the module a forward with exactly these inputs that returns a flat tuple of tensors."""
     original = module.forward
     groups: dict[str, list[tuple[str, int]]] = {}
@@ -211,7 +226,8 @@ def _flat_forward(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims)
         for (name, dim), *others in groups.values():
             for other, position in others:  # one name, one symbol
                 torch._check(inputs[name].shape[dim] == inputs[other].shape[position])  # type: ignore[no-untyped-call]
-        return tuple(flatten_outputs(original(**inputs)).values())
+        returned.append(original(**inputs))
+        return tuple(flatten_outputs(returned[-1]).values())
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(name, kind) for name in example])

@@ -167,7 +167,7 @@ class Inspection(_View):
     """Everything that ``surgeon inspect`` shows."""
 
     model: dict[str, Any]
-    """``description``, ``task`` and ``output_class`` of the source."""
+    """``description``, ``task``, ``output_class`` and ``weights`` of the source."""
     inputs: list[PortView]
     outputs: list[PortView]
     sizes: dict[str, int]
@@ -193,6 +193,13 @@ class Inspection(_View):
     """Weights that several of these parts read, counted in each of them but once in ``parameters``."""
     unrecognised: dict[str, str]
     """What has no role, with the reason."""
+
+    @property
+    def caution(self) -> str:
+        """What the figures do not rest on, where they rest on less than usual."""
+        if self.model.get("weights") != "fake":
+            return ""
+        return "traced over fake weights: not compared with the source model"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
