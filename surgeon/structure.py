@@ -2,9 +2,10 @@
 
 ``surgeon.discover`` makes it; it is never stored in the graph and is recomputed after every pass.
 
-Vocabulary: the *residual stream* is the chain of tensors that every path from the first hidden state to the output passes
-through.  A *cut* is one tensor of that chain.  A *region* lies between two consecutive cuts (one sublayer: attention, FFN,
-MoE ..., with its norm and its residual addition).  A *block* is the repeated group of regions, a layer in common speech.
+Vocabulary: a *residual stream* is a chain of tensors that every path from a hidden state to an output passes through; a model
+has one, or several (encoder and decoder, towers).  A *cut* is one tensor of that chain.  A *region* lies between two
+consecutive cuts (one sublayer: attention, FFN, MoE ..., with its norm and its residual addition).  A *block* is the repeated
+group of regions, a layer in common speech.
 """
 
 from __future__ import annotations
@@ -181,12 +182,13 @@ class Block:
     """One layer: the repeated group of regions.
 
     Attributes:
-        index: position among the blocks, from 0.
+        index: position among the blocks of all streams, from 0.
         entry: hidden state that enters, [batch, sequence, hidden].
         exit: hidden state that leaves.
         regions: its sublayers in order.
         nodes: its nodes in graph order, without entry, with exit.
         weights: names of the tensors that only this block reads.
+        stream: position of its stream in ``Structure.streams``.
     """
 
     index: int
@@ -195,6 +197,7 @@ class Block:
     regions: tuple[Region, ...]
     nodes: tuple[fx.Node, ...]
     weights: tuple[str, ...]
+    stream: int = 0
 
     @property
     def name(self) -> str:
@@ -205,6 +208,28 @@ class Block:
     def kind(self) -> str:
         """Kinds of the regions joined by ``+``, e.g. ``attention+ffn``."""
         return "+".join(region.kind for region in self.regions)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One residual stream and what hangs on it.
+
+    Attributes:
+        label: ``stream`` where the model has one.  Of several, ``encoder`` (``encoder.0`` ...) is read by another stream and
+            ``decoder`` reads another one, through cross-attention or as its input; ``tower.0`` ... do neither.
+        cuts: the tensors that every path along it passes through, from the entry of its first block on.
+        blocks: its layers in order.
+        prefix: nodes that the first block's entry is computed from, in graph order.
+        suffix: nodes behind its last block, in graph order.
+        transitions: what stands between blocks, such as a change of resolution.
+    """
+
+    label: str
+    cuts: tuple[fx.Node, ...]
+    blocks: tuple[Block, ...]
+    prefix: tuple[fx.Node, ...]
+    suffix: tuple[fx.Node, ...]
+    transitions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -256,27 +281,37 @@ class Structure:
     """The discovered structure of one graph, and the part of it that a pass may act on.
 
     Attributes:
-        stream: the cuts from the first hidden state to the output.
-        prefix: nodes before the first block.
-        blocks: the layers in order.
-        suffix: nodes after the last block.
+        streams: the residual streams, in the order in which they are computed.  A node is in the prefix, suffix,
+            transitions or blocks of one of them at most.
         embeddings: look-up tables.
         linears: every linear of the graph by site name, in graph order, including those inside attention and FFNs,
-            experts excluded; ``head`` is the last one on the stream.
+            experts excluded; ``head`` is the last one on a stream behind its blocks (numbered where several have one).
         roles: role of every tensor the graph reads: ``blocks.0.ffn.up.weight`` ... by tensor name.
         unrecognised: what has no role, with the reason.
         selection: what the running pass may touch.
     """
 
-    stream: tuple[fx.Node, ...]
-    prefix: tuple[fx.Node, ...]
-    blocks: tuple[Block, ...]
-    suffix: tuple[fx.Node, ...]
+    streams: tuple[Stream, ...]
     embeddings: tuple[Site[Embedding], ...]
     linears: tuple[Site[Linear], ...]
     roles: dict[str, str]
     unrecognised: dict[str, str]
     selection: Selection = field(default_factory=Selection)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of all streams, by index."""
+        return tuple(block for stream in self.streams for block in stream.blocks)
+
+    @property
+    def prefix(self) -> tuple[fx.Node, ...]:
+        """Nodes before the first block of a stream."""
+        return tuple(node for stream in self.streams for node in stream.prefix)
+
+    @property
+    def suffix(self) -> tuple[fx.Node, ...]:
+        """Nodes behind the last block of a stream."""
+        return tuple(node for stream in self.streams for node in stream.suffix)
 
     def select(self, selection: Selection) -> Structure:
         """The same structure with another selection."""

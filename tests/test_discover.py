@@ -250,7 +250,7 @@ def test_regions_and_blocks_join_up(found: Any, name: str) -> None:
         assert block.exit in block.nodes
         assert set(structure.prefix).isdisjoint(block.nodes)
         assert set(structure.suffix).isdisjoint(block.nodes)
-    assert structure.stream[0] is structure.blocks[0].entry
+    assert structure.streams[0].cuts[0] is structure.blocks[0].entry
 
 
 # -- deleting a block ---------------------------------------------------------------------------------------------

@@ -1,62 +1,95 @@
-"""From sublayers to blocks: the layers of the model.
+"""From sublayers to blocks: the layers of a stream.
 
-1. Between two residual sublayers, the stream may carry nodes of its own: norms (after a sublayer), reshapes, scales.
-   Reshapes belong to the sublayer before them.
-2. The kinds of the sublayers, M (mixes positions), X (reads from outside of the stream) and F (position by position), repeat
-   with a period that holds an M; a block is one period.  Where nothing repeats, a block starts at each M.
-3. What stands between the last sublayer of one block and the first of the next belongs to the block before, as far as it is
+1. Between two residual sublayers, the stream may carry nodes of its own: norms (after a sublayer), reshapes, scales, a
+   change of resolution.  Reshapes belong to the sublayer before them.  A sum of two branches that both start at one cut, with
+   attention in it, is a sublayer whose shortcut is not the identity.
+2. Sublayers are M (mix positions), X (read from outside of the stream) or F (position by position, or by convolution right
+   behind an attention).  Where M, X and F repeat
+   with a period, a block is one period; it ends earlier where an F is followed by an M or X, unless it starts with an F.
+   Where nothing repeats, a block starts at each M, and at an X behind an F.  A block never crosses a change of the hidden
+   state's size.
+3. A single convolution before blocks that have attention, and an F behind repeated blocks, stand outside of the blocks;
+   so do Fs after a change of size at the end.
+4. What stands between the last sublayer of one block and the first of the next belongs to the block before, as far as it is
    the same between all blocks; the last block takes as much.  So the norm after the last layer of a pre-norm model is outside,
-   and that of a post-norm model inside.
+   and that of a post-norm model inside.  The rest is a *transition*.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from torch import fx
+from math import prod
 
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.regions import Classifier
+from surgeon.discovery.residuals import is_sum
 from surgeon.discovery.stream import Chain, Span
 from surgeon.structure import Block, Region
+
+Group = tuple[int, int]
+"""Start and stop of the sublayers of a block."""
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A residual sublayer and the spans that follow it on the stream before the next one."""
+    """A sublayer and the spans that follow it on the stream before the next one."""
 
     region: Region
     gap: tuple[Span, ...]
 
 
-def find_blocks(flow: Flow, classifier: Classifier, chain: Chain) -> tuple[Block, ...]:
+@dataclass(frozen=True)
+class Layers:
+    """The blocks of a stream, numbered from 0, and what stands between them."""
+
+    blocks: tuple[Block, ...]
+    transitions: tuple[Region, ...]
+
+
+def find_blocks(flow: Flow, classifier: Classifier, chain: Chain) -> Layers:
     """Blocks of a stream, in order."""
     sublayers = _sublayers(flow, classifier, chain)
-    groups = _periods([_letter(sublayer.region) for sublayer in sublayers])
+    groups = group(sublayers, _letters(classifier, sublayers))
     layers = [sublayers[start:stop] for start, stop in groups]
-    trail = _trail(layers)
-    blocks = []
+    trail = _trail(layers, sublayers[groups[-1][1] :])
+    blocks: list[Block] = []
+    transitions: list[Region] = []
     for position, layer in enumerate(layers):
-        last = position == len(layers) - 1
-        blocks.append(_block(flow, classifier, position, layer, trail, last))
-    return tuple(blocks)
+        block, rest = _block(flow, classifier, position, layer, trail)
+        blocks.append(block)
+        if rest and position < len(layers) - 1:
+            transitions.extend(_between(classifier, rest))
+    return Layers(tuple(blocks), tuple(transitions))
+
+
+# -- Case 1 -------------------------------------------------------------------------------------------------------
 
 
 def _sublayers(flow: Flow, classifier: Classifier, chain: Chain) -> list[Sublayer]:
-    """Case 1."""
-    starts = [i for i, span in enumerate(chain.spans) if span.residual]
+    spans = list(chain.spans)
+    last = max(i for i, span in enumerate(spans) if span.residual)
+    regions = {
+        i: region
+        for i, span in enumerate(spans)
+        if (region := _region(flow, classifier, span, i < last)) is not None
+    }
     found = []
-    for start, stop in zip(starts, [*starts[1:], len(chain.spans)], strict=True):
-        span, gap = chain.spans[start], chain.spans[start + 1 : stop]
-        region = classifier.sublayer(span.entry, span.exit, span.path)
-        while gap and _is_reshape(gap[0]) and not operators.same_shape(region.exit, region.entry):
+    for start, stop in zip(regions, [*list(regions)[1:], len(spans)], strict=True):
+        region, gap = regions[start], tuple(spans[start + 1 : stop])
+        while gap and _is_reshape(gap[0]) and (stop != len(spans) or not operators.same_shape(region.exit, region.entry)):
             region, gap = _extended(region, gap[0]), gap[1:]
-        if stop != len(chain.spans):
-            while gap and _is_reshape(gap[0]):
-                region, gap = _extended(region, gap[0]), gap[1:]
         found.append(Sublayer(region, gap))
     return found
+
+
+def _region(flow: Flow, classifier: Classifier, span: Span, between: bool) -> Region | None:
+    if span.residual:
+        return classifier.sublayer(span.entry, span.exit, span.path)
+    if not between or not is_sum(flow, span.exit) or not all(n in span.path for n in flow.inputs(span.exit)):
+        return None
+    region = classifier.sublayer(span.entry, span.exit, span.path)
+    return region if region.attention else None
 
 
 def _is_reshape(span: Span) -> bool:
@@ -67,32 +100,99 @@ def _extended(region: Region, span: Span) -> Region:
     return replace(region, exit=span.exit, nodes=(*region.nodes, span.exit))
 
 
-def _letter(region: Region) -> str:
-    if region.attention and all(attention.cross for attention in region.attention):
-        return "X"
-    return "M" if region.kind in ("attention", "parallel", "mixer") else "F"
+# -- Cases 2 and 3 ------------------------------------------------------------------------------------------------
 
 
-def _periods(letters: list[str]) -> list[tuple[int, int]]:
-    """Case 2: (start, stop) of each block's sublayers."""
+def _letters(classifier: Classifier, sublayers: list[Sublayer]) -> list[str]:
+    """``M``, ``X`` or ``F`` for each sublayer."""
+    found: list[str] = []
+    behind_attention = False
+    for region in (sublayer.region for sublayer in sublayers):
+        if region.attention:
+            found.append("X" if all(attention.cross for attention in region.attention) else "M")
+        else:
+            convolves = behind_attention and classifier.only_convolves(region)
+            starts = region.kind == "other" and classifier.starts_without_input(region)
+            found.append("X" if starts else "M" if region.kind == "mixer" and not convolves else "F")
+        behind_attention = bool(region.attention)
+    return found
+
+
+def group(sublayers: list[Sublayer], letters: list[str]) -> list[Group]:
+    """The sublayers of each block."""
+    edges = [0, *(i for i in range(1, len(sublayers)) if _resized(sublayers[i - 1], sublayers[i])), len(sublayers)]
+    stages = list(zip(edges, edges[1:], strict=False))
+    if len(stages) > 1 and letters[stages[-1][0] :].count("F") == len(letters) - stages[-1][0] != len(letters):
+        stages.pop()
+    found: list[Group] = []
+    for start, stop in stages:
+        lead, tail = _irregular(sublayers[start:stop], letters[start:stop]) if len(stages) == 1 else (0, 0)
+        if start and letters[0] != "F":  # what a change of size leaves in front of the next layer
+            ahead = next((i for i in range(start, stop) if letters[i] != "F"), start) - start
+            found.extend([(start, start + ahead)] if ahead else [])
+            lead = ahead
+        inner = letters[start + lead : stop - tail]
+        found.extend((start + lead + a, start + lead + b) for a, b in _groups(inner))
+    return found
+
+
+def _resized(before: Sublayer, after: Sublayer) -> bool:
+    """Whether the hidden state changes its number of elements, or attention without a residual around it lies in between."""
+    sizes = {prod(operators.shape(n)) for n in (before.region.exit, after.region.entry, after.region.exit)}
+    kinds = {operators.kind(node) for span in before.gap for node in span.path}
+    return len(sizes) > 1 or bool(kinds & (operators.ATTENTIONS | operators.SOFTMAXES))
+
+
+def _irregular(sublayers: list[Sublayer], letters: list[str]) -> tuple[int, int]:
+    """Case 3: how many sublayers at either end are no part of a block."""
+    attends = [bool(sublayer.region.attention) for sublayer in sublayers]
+    projects = any(operators.kind(node) in operators.PRODUCTS for node in sublayers[0].region.nodes)
+    leads = [0, 1] if letters[0] == "M" and not attends[0] and not projects and any(attends) else [0]
+    tails = [0, 1] if letters[-1] == "F" else [0]
+    for lead, tail in sorted(((a, b) for a in leads for b in tails), key=sum):
+        inner = letters[lead : len(letters) - tail]
+        period = _period(inner)
+        if period and (period < len(inner) or not tail) and "F" in inner[:period]:
+            return lead, tail
+    return 0, 0
+
+
+def _period(letters: list[str]) -> int:
+    """Smallest period after which the letters repeat, holding an M or X; all of them where there is one M; otherwise 0."""
     count = len(letters)
-    for period in range(1, count + 1):
-        repeats = count % period == 0 and all(letters[i] == letters[i - period] for i in range(period, count))
-        if repeats and (letters[:period].count("M") == 1 or ("M" not in letters and period == 1)):
-            return [(start, start + period) for start in range(0, count, period)]
-    starts = [i for i, letter in enumerate(letters) if letter == "M"] or [0]
-    starts[0] = 0
+    for period in range(1, count // 2 + 1):
+        if count % period == 0 and all(letters[i] == letters[i - period] for i in range(period, count)):
+            return period
+    return count if count and letters.count("M") == 1 and letters[0] == "M" else 0
+
+
+def _groups(letters: list[str]) -> list[Group]:
+    """Case 2."""
+    count, period = len(letters), _period(letters)
+    if period:
+        starts = [s for s in range(count) if s % period == 0 or (letters[0] != "F" and _begins(letters, s))]
+    else:
+        starts = [s for s in range(1, count) if letters[s] == "M" or _begins(letters, s)]
+        first = letters.index("M") if "M" in letters else 0
+        starts = [0, *(s for s in starts if s != first or ("F" in letters[:s] and "X" in letters[:s]))]
     return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def _begins(letters: list[str], position: int) -> bool:
+    return position > 0 and letters[position] != "F" and letters[position - 1] == "F"
+
+
+# -- Case 4 -------------------------------------------------------------------------------------------------------
 
 
 def _signature(gap: tuple[Span, ...]) -> list[str]:
     return [operators.kind(span.exit) for span in gap]
 
 
-def _trail(layers: list[list[Sublayer]]) -> int:
-    """Case 3: how many spans behind its last sublayer belong to a block."""
-    if len(layers) > 1:
-        gaps = [layer[-1].gap for layer in layers[:-1]]
+def _trail(layers: list[list[Sublayer]], behind: list[Sublayer]) -> int:
+    """How many spans behind its last sublayer belong to a block."""
+    if len(layers) > 1 or behind:
+        gaps = [layer[-1].gap for layer in layers[: None if behind else -1]]
     else:  # one block: what stands between its own sublayers tells where its norms are
         gaps = [sublayer.gap for sublayer in layers[0][:-1]]
         if not gaps:
@@ -109,16 +209,18 @@ def _trail(layers: list[list[Sublayer]]) -> int:
 
 
 def _block(
-    flow: Flow, classifier: Classifier, index: int, layer: list[Sublayer], trail: int, last: bool
-) -> Block:
+    flow: Flow, classifier: Classifier, index: int, layer: list[Sublayer], trail: int
+) -> tuple[Block, tuple[Span, ...]]:
+    """A block, and the spans behind it that do not belong to it."""
     entry = layer[0].region.entry
     regions: list[Region] = []
     for sublayer in layer[:-1]:
         regions.append(sublayer.region)
         regions.extend(_between(classifier, sublayer.gap))
     regions.append(layer[-1].region)
+    exit = layer[-1].region.exit
     gap = layer[-1].gap[:trail]
-    while gap and not operators.same_shape(gap[-1].exit, entry):
+    while gap and not operators.same_shape(gap[-1].exit, exit):
         gap = gap[:-1]
     regions.extend(_between(classifier, gap))
     exit = regions[-1].exit
@@ -127,7 +229,7 @@ def _block(
     inside = set(nodes)
     read = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
     weights = tuple(name for name in read if all(reader in inside for reader in flow.readers[name]))
-    return Block(index, entry, exit, tuple(regions), nodes, weights)
+    return Block(index, entry, exit, tuple(regions), nodes, weights), layer[-1].gap[len(gap) :]
 
 
 def _between(classifier: Classifier, gap: tuple[Span, ...]) -> list[Region]:
@@ -135,9 +237,3 @@ def _between(classifier: Classifier, gap: tuple[Span, ...]) -> list[Region]:
         return []
     path = frozenset(node for span in gap for node in span.path)
     return [classifier.on_stream(gap[0].entry, gap[-1].exit, path)]
-
-
-def tail(chain: Chain, exit: fx.Node) -> tuple[fx.Node, ...]:
-    """Cuts of the stream behind a node."""
-    cuts = [span.exit for span in chain.spans]
-    return tuple(cuts[cuts.index(exit) + 1 :])

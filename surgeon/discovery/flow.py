@@ -26,6 +26,7 @@ class Flow:
         constant: nodes that depend on no input tensor (weights, tables, and what is computed from them).
         weights: names of the tensors that a constant node is computed from.
         outputs: nodes that the graph returns, in order.
+        cuts: tensors of the streams, once these are known; no part takes them in because it alone reads them.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -38,6 +39,7 @@ class Flow:
         self._ancestors: dict[fx.Node, int] = {}
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
         self.outputs: list[fx.Node] = []
+        self.cuts: set[fx.Node] = set()
         for node in self.nodes:
             self._add(node)
 
@@ -76,6 +78,10 @@ class Flow:
         """Whether ``node`` is ``source`` or is computed from it."""
         return node is source or bool(self._ancestors.get(node, 0) >> self.index[source] & 1)
 
+    def ancestors(self, node: fx.Node) -> int:
+        """The node and the floating-point tensors that it is computed from, as bits at their positions."""
+        return self._ancestors.get(node, 0) | 1 << self.index[node]
+
     def active(self, node: fx.Node) -> list[fx.Node]:
         """Tensors the node reads that depend on an input of the graph, integers included."""
         return [n for n in node.all_input_nodes if n not in self.constant and isinstance(operators.value(n), Tensor)]
@@ -97,12 +103,12 @@ class Flow:
         return found
 
     def close(self, nodes: Iterable[fx.Node], entry: fx.Node) -> set[fx.Node]:
-        """The nodes, and every other node (``entry`` excepted) that only they use: weights, constants, index arithmetic."""
+        """The nodes, and every other node (``entry`` and cuts excepted) that only they use: weights, constants, indices."""
         found = set(nodes)
         stack = [source for node in found for source in node.all_input_nodes]
         while stack:
             node = stack.pop()
-            if node is entry or node in found or node.op in ("placeholder", "output"):
+            if node is entry or node in found or node in self.cuts or node.op in ("placeholder", "output"):
                 continue
             if all(user in found for user in node.users):
                 found.add(node)

@@ -26,6 +26,9 @@ NARROWINGS = frozenset(
 )
 """Some of the elements."""
 
+PADDINGS = frozenset({"aten::constant_pad_nd", "aten::pad"})
+"""The same elements among others that are constant."""
+
 REPETITIONS = frozenset(f"aten::{name}" for name in "expand expand_as repeat repeat_interleave tile broadcast_to".split())
 """The same elements several times."""
 
@@ -53,6 +56,14 @@ NORMS = frozenset(
     ).split()
 )
 """Normalisation in one node."""
+
+NORMS_OVER_POSITIONS = frozenset({"aten::group_norm", "aten::instance_norm"})
+"""Those whose statistics run over positions too."""
+
+SCANS = frozenset(
+    f"aten::{name}" for name in "cumsum cumprod logcumsumexp cummax flip select fft_fft fft_rfft _fft_r2c _fft_c2c".split()
+)
+"""What recurrences and spectral mixers are written with."""
 
 REDUCTIONS = frozenset(
     f"aten::{name}" for name in "mean sum var std var_mean std_mean amax amin norm linalg_vector_norm prod".split()

@@ -30,7 +30,7 @@ def evaluate(flow: Flow, targets: Sequence[fx.Node], given: Mapping[fx.Node, Any
     Raises:
         RuntimeError: an operator does not accept the given values.
     """
-    return _run(flow, targets, given, elementwise=False)
+    return _run(flow, targets, given)
 
 
 def elementwise(flow: Flow, target: fx.Node, given: Mapping[fx.Node, Tensor]) -> Tensor:
@@ -52,11 +52,21 @@ def elementwise(flow: Flow, target: fx.Node, given: Mapping[fx.Node, Tensor]) ->
     return found
 
 
-def _run(flow: Flow, targets: Sequence[fx.Node], given: Mapping[fx.Node, Any], *, elementwise: bool) -> list[Any]:
+def _run(
+    flow: Flow,
+    targets: Sequence[fx.Node],
+    given: Mapping[fx.Node, Any],
+    *,
+    elementwise: bool = False,
+    plain_norms: bool = False,
+) -> list[Any]:
     values: dict[fx.Node, Any] = dict(given)
     with torch.no_grad():
         for node in flow.ordered(_needed(targets, values)):
-            values[node] = _value(flow, node, values, elementwise)
+            if plain_norms and operators.kind(node) in operators.NORMS_OVER_POSITIONS:
+                values[node] = values[node.args[0]]  # type: ignore[index]  # the input of a normalisation
+            else:
+                values[node] = _value(flow, node, values, elementwise)
     return [values[target] for target in targets]
 
 
@@ -107,16 +117,21 @@ def _tensor(tensor: Tensor, seed: int) -> Tensor:
     return noise.to(tensor.dtype)
 
 
-def mixes(flow: Flow, entry: fx.Node, exit: fx.Node) -> bool:
+def _noise(node: fx.Node, generator: torch.Generator) -> Tensor:
+    return torch.randn(operators.shape(node), generator=generator).to(operators.value(node).dtype)
+
+
+def mixes(flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None = None) -> bool:
     """Whether the value at one position depends on other positions, found by changing the input at one of them.
 
     The hidden state is [batch, positions ..., features] or [batch, features, positions ...]; a region mixes positions when
-    a change leaks out of its place under both readings.
+    a change leaks out of its place under both readings.  Statistics that a normalisation takes over positions do not count.
 
     Args:
         flow: the graph's data flow.
         entry: node where the region starts.
         exit: node where it ends; of the same shape.
+        beside: a node in front of ``entry`` that keeps its value while ``entry`` changes.
 
     Returns:
         True where a change at one position of ``entry`` changes ``exit`` at another.
@@ -124,14 +139,15 @@ def mixes(flow: Flow, entry: fx.Node, exit: fx.Node) -> bool:
     value = operators.value(entry)
     shape = operators.shape(entry)
     generator = torch.Generator().manual_seed(0)
-    before = torch.randn(shape, generator=generator).to(value.dtype)
+    before = _noise(entry, generator)
     candidates = [len(shape) - 1] if len(shape) < 4 else [len(shape) - 1, 1]
-    (reference,) = evaluate(flow, [exit], {entry: before})
+    given = {} if beside is None else {beside: _noise(beside, generator)}
+    (reference,) = _run(flow, [exit], {**given, entry: before}, plain_norms=True)
     for features in candidates:
         place = [slice(None) if d == features else 0 for d in range(len(shape))]
         changed = before.clone()
         changed[tuple(place)] += torch.randn(changed[tuple(place)].shape, generator=generator).to(value.dtype)
-        (found,) = evaluate(flow, [exit], {entry: changed})
+        (found,) = _run(flow, [exit], {**given, entry: changed}, plain_norms=True)
         difference = (found - reference).abs()
         if difference.shape != before.shape:
             return True

@@ -14,7 +14,8 @@ from surgeon.discovery.ffn import find_ffns
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
-from surgeon.structure import Region, RegionKind
+from surgeon.discovery.residuals import reads_weights, works
+from surgeon.structure import FFN, Attention, Region, RegionKind
 
 
 class Classifier:
@@ -43,9 +44,13 @@ class Classifier:
         kind: RegionKind
         if attentions:
             kind = "parallel" if ffns or mixtures else "attention"
+            reasons.extend(self._beside(path, attentions))
         else:
             mixing = self._mixes(entry, exit, path)
-            if mixing is True:
+            if mixing is True and ffns and all(self._shifts(entry, exit, ffn) for ffn in ffns):
+                kind = "ffn"
+                reasons.append("reads other positions too, moved to its own place")
+            elif mixing is True:
                 kind = "mixer"
                 reasons.append("positions are mixed without softmax attention")
             elif mixtures or ffns:
@@ -68,11 +73,39 @@ class Classifier:
 
     def on_stream(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> Region:
         """A part of the stream itself, without a residual around it: a norm, or something else."""
-        if any(is_normalisation(self.flow, node) for node in path) and not any(n in self.linears.whole for n in path):
+        if any(is_normalisation(self.flow, node) for node in path) and not any(reads_weights(self.flow, n) for n in path):
             return Region("norm", entry, exit, self._nodes(entry, path))
         names = ", ".join(dict.fromkeys(operators.kind(node) for node in self.flow.ordered(path)))
         reason = f"stands on the stream without a residual around it: {names}"
         return Region("other", entry, exit, self._nodes(entry, path), reason=reason)
+
+    def only_convolves(self, region: Region) -> bool:
+        """Whether convolutions are all that mixes positions: nothing multiplies activations with each other, or scans."""
+        kinds = {operators.kind(node) for node in region.nodes}
+        if not kinds & operators.CONVOLUTIONS or kinds & operators.SCANS:
+            return False
+        return all(node in self._products for node in region.nodes if operators.kind(node) in operators.PRODUCTS)
+
+    def starts_without_input(self, region: Region) -> bool:
+        """Whether a region's entry is computed from weights alone, such as latents or queries that are learned."""
+        return region.entry in self.flow.constant
+
+    def _beside(self, path: frozenset[fx.Node], attentions: list[Attention]) -> list[str]:
+        """What else mixes positions in a region with attention: convolutions that lead to none of them."""
+        ends = [attention.node for attention in attentions]
+        found = [n for n in self.flow.ordered(path) if operators.kind(n) in operators.CONVOLUTIONS | operators.SCANS]
+        found = [n for n in found if not any(self.flow.depends(end, n) for end in ends)]
+        names = ", ".join(f"{n.name} = {operators.kind(n)}" for n in found[:3])
+        return [f"beside the attention another mixer was found, and not what it is made of: {names}"] if found else []
+
+    def _shifts(self, entry: fx.Node, exit: fx.Node, ffn: FFN) -> bool:
+        """Whether positions are mixed by moving values in front of an FFN only."""
+        if not self.flow.depends(ffn.input, entry) or works(self.flow, self.flow.between(entry, ffn.input)):
+            return False
+        try:
+            return not probe.mixes(self.flow, ffn.input, exit, beside=entry)
+        except RuntimeError:
+            return False
 
     def _nodes(self, entry: fx.Node, path: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
         return self.flow.ordered(self.flow.close(path, entry))

@@ -5,6 +5,8 @@
     position_embedding.J                added to the hidden state before the first block
     token.J                             concatenated to it there: learned tokens
     patch_embedding.J, convolution.J    kernels, before the blocks and elsewhere
+    blocks.I.mixer.J, blocks.I.other.J  matrices of a sublayer that no rule takes apart
+    blocks.I.attention.position.J       further matrices that the scores of an attention are computed with
     constant.J                          what is no trained weight: tables, masks, positions; and trained scalars
 
 A trained matrix that fits nowhere is *unrecognised*, with the operator that reads it.
@@ -13,6 +15,7 @@ A trained matrix that fits nowhere is *unrecognised*, with the operator that rea
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -21,25 +24,41 @@ from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.regions import is_normalisation
 from surgeon.discovery.sites import Naming
-from surgeon.structure import Block
+from surgeon.structure import Stream
 
 
 class Places:
-    """Where in the model a node stands: a block, before the blocks, behind them, or beside (context)."""
+    """Where in the model a node stands: a block, before the blocks of a stream, behind them, or beside (context)."""
 
-    def __init__(self, flow: Flow, blocks: tuple[Block, ...], prefix: set[fx.Node], suffix: set[fx.Node]) -> None:
+    def __init__(self, flow: Flow, streams: Sequence[Stream]) -> None:
         self._flow = flow
-        self._blocks = {node: block for block in blocks for node in block.nodes}
-        self._prefix = prefix
-        self._suffix = suffix
+        self._blocks = {node: block for stream in streams for block in stream.blocks for node in block.nodes}
+        self._prefix = {node for stream in streams for node in stream.prefix}
+        self._prefix |= {node for stream in streams for region in stream.transitions for node in region.nodes}
+        regions = [region for stream in streams for block in stream.blocks for region in block.regions]
+        self._regions = {node: region for region in regions for node in region.nodes}
+        self._suffix = {node for stream in streams for node in stream.suffix}
 
     def prefix(self, node: fx.Node) -> bool:
-        """Whether the node stands before the first block."""
+        """Whether the node stands before the first block of a stream, or in a transition between blocks."""
         return node in self._prefix
 
     def suffix(self, node: fx.Node) -> bool:
         """Whether the node stands behind the last block."""
         return node in self._suffix
+
+    def part(self, node: fx.Node) -> str | None:
+        """What a further weight of the region is part of: a mixer whose parts are not known, or a complete attention."""
+        region = self._regions.get(node)
+        if region is None:
+            return None
+        if region.kind in ("mixer", "other"):
+            return region.kind
+        complete = all(a.q and a.k and a.v and a.o for a in region.attention)
+        before = any(self._flow.depends(attention.node, node) for attention in region.attention)
+        if not region.attention or not complete:
+            return None
+        return "attention.position" if before else "other"
 
     def name(self, node: fx.Node) -> str:
         """``blocks.3.`` inside of a block, otherwise nothing."""
@@ -69,6 +88,7 @@ class Remaining:
         tensor = self.flow.graph.tensor(name)
         place = self.places.name(node)
         kind = operators.kind(reader)
+        part = self.places.part(reader)
         trained = isinstance(tensor, torch.nn.Parameter)
         sizes = [size for size in operators.shape(operand) if size != 1]
         norm = self._norm(reader)
@@ -88,6 +108,8 @@ class Remaining:
             role = self._next(f"{place}{'scale' if kind == 'aten::mul' else 'bias'}")
         elif tensor.dim() <= 1:
             role = self._next(f"{place}constant")
+        elif part is not None:
+            role = self._next(f"{place}{part}")
         else:
             where = f"in {place[:-1]}" if place else "outside of the blocks"
             shape = list(operators.shape(node))

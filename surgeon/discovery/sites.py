@@ -4,7 +4,7 @@
     blocks.I.ffn.{up,gate,down}     gate_up where one linear is both
     blocks.I.moe.router, blocks.I.moe.shared.{up,gate,down}
     blocks.I.linear.J, linear.J     linears that no rule gave a part
-    head                            the last linear on the stream behind the last block
+    head                            the last linear on a stream behind its last block (head.0 ... where several have one)
     embedding.J                     look-up tables
 
 A projection that was factored has two sites, ``.0`` (applied first) and ``.1``.  A tensor's role is the site's name with
@@ -13,7 +13,7 @@ A projection that was factored has two sites, ``.0`` (applied first) and ``.1``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from torch import fx
@@ -85,15 +85,20 @@ class Naming:
         for number, node in enumerate(rest):
             self._linear(f"{block.name}.linear.{number}", block.index, node)
 
-    def outside(self, stream: Iterable[fx.Node]) -> None:
-        """Name the linears outside of the blocks, given the cuts behind the last block."""
-        ends = [self.flow.plain(node) for node in stream]
-        heads = [node for node in ends if node in self.linears.whole and node not in self._sites]
-        if heads:
-            self._linear("head", None, heads[-1])
+    def outside(self, behind: Sequence[Sequence[fx.Node]]) -> None:
+        """Name the linears outside of the blocks, given the cuts of each stream behind its last block."""
+        heads: list[fx.Node] = []
+        for cuts in behind:
+            ends = [self.flow.plain(node) for node in cuts]
+            heads.extend(next(([n] for n in reversed(ends) if self._is_free(n) and n not in heads), []))
+        for name, node in numbered("head", self.flow.ordered(heads)):
+            self._linear(name, None, node)
         rest = (node for node in self.linears.whole if node not in self._sites)
         for number, node in enumerate(rest):
             self._linear(f"linear.{number}", None, node)
+
+    def _is_free(self, node: fx.Node) -> bool:
+        return node in self.linears.whole and node not in self._sites
 
     def sites(self) -> tuple[Site[Linear], ...]:
         """Every linear by name, in graph order."""
@@ -137,7 +142,7 @@ class Naming:
             self.claim(linear.bias, f"{name}.bias")
 
 
-def numbered(name: str, parts: list[T]) -> Iterator[tuple[str, T]]:
+def numbered(name: str, parts: Sequence[T]) -> Iterator[tuple[str, T]]:
     """Names for the parts of one kind in a block: bare where there is one, numbered where there are several."""
     for index, part in enumerate(parts):
         yield (name if len(parts) == 1 else f"{name}.{index}"), part

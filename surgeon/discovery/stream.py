@@ -1,20 +1,32 @@
-"""The residual stream: the chain of dominators with the most residual additions.
+"""Residual streams: chains of residual sublayers, one behind the other.
 
-A tensor *dominates* the output when every path from the source to the output passes through it; the dominators form a
-chain, the cuts.  Between two consecutive cuts a and b lies a residual sublayer when b is a sum that holds a itself as one
-of its terms, b = a + f(a).  Of all pairs of a source and an output, the stream is the chain with most of them.
+1. The sublayer before a sublayer is the last one that its entry is computed from.  Every other one that the entry is
+   computed from must be in front of that (a skip within the stream); where none is the last, streams join, and a new one
+   starts.
+2. What stands between the two, the *gap* (norms, reshapes, a change of resolution), may read context: tensors with fewer
+   elements (masks, conditioning) in element-wise work.  Where it reads another tensor of full size, such as the embeddings of
+   tokens among which image features are put, a new stream starts.
+3. Where several sublayers follow one, the chain goes on with one that has no weights in the gap, the longest of these, and
+   the others start streams of their own.
+
+The *cuts* of a stream are the tensors that every path along it passes through.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import networkx
 from torch import fx
 
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
+from surgeon.discovery.residuals import Residual, is_sum, works
 from surgeon.errors import DiscoverError
+
+_SINKS = 8
+"""Largest number of outputs that a stream is followed to."""
 
 
 @dataclass(frozen=True)
@@ -26,70 +38,110 @@ class Span:
         exit: second cut.
         path: nodes on paths from entry (without it) to exit (with it).
         residual: exit = entry + f(entry).
-        broke: why it is no residual sublayer, with the node.
     """
 
     entry: fx.Node
     exit: fx.Node
     path: frozenset[fx.Node]
-    residual: bool
-    broke: str = ""
+    residual: bool = False
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain of cuts from a source to an output."""
+    """One stream: its sublayers, and the gaps between them and behind the last one."""
 
-    source: fx.Node
-    sink: fx.Node
     spans: tuple[Span, ...]
 
     @property
-    def residuals(self) -> int:
-        """Number of residual sublayers."""
-        return sum(span.residual for span in self.spans)
+    def cuts(self) -> tuple[fx.Node, ...]:
+        """Every cut in order, from the entry of the first sublayer on."""
+        return (self.spans[0].entry, *(span.exit for span in self.spans))
+
+    @property
+    def exit(self) -> fx.Node:
+        """Exit of the last sublayer."""
+        return [span.exit for span in self.spans if span.residual][-1]
 
 
-def find_stream(flow: Flow) -> Chain:
-    """The chain with the most residual sublayers.
+def find_chains(flow: Flow, residuals: list[Residual]) -> list[Chain]:
+    """The streams, in the order in which their first sublayers are computed.
 
-    An addition whose one operand is computed from the other is the only kind of node that can end a residual sublayer, so
-    the number of those between a source and an output bounds what the pair can have, and most pairs need not be tried.
+    Args:
+        flow: the graph's data flow.
+        residuals: the residual sublayers, by the position of their exits.
 
     Raises:
-        DiscoverError: no chain has a residual sublayer; says how far the best one came.
+        DiscoverError: there is no residual sublayer; says how far the best part came.
     """
-    additions = [node for node in flow.nodes if _is_residual_addition(flow, node)]
-    sinks = [node for node in flow.outputs if node in flow]
-    before = [sum(flow.depends(sink, a) << i for i, a in enumerate(additions)) for sink in sinks]
-    pairs = []
-    for source in flow.sources():
-        after = sum(flow.depends(a, source) << i for i, a in enumerate(additions))
-        for rank, sink in enumerate(sinks):
-            if flow.depends(sink, source):
-                bound = (after & before[rank]).bit_count()
-                pairs.append((-bound, rank, flow.index[source], source, sink))
-    best: Chain | None = None
-    for bound, _, _, source, sink in sorted(pairs, key=lambda pair: pair[:3]):
-        if best is not None and best.residuals and best.residuals >= -bound:
-            break
-        chain = trace_chain(flow, source, sink)
-        if best is None or chain.residuals > best.residuals:
-            best = chain
-        elif not best.residuals and len(chain.spans) > len(best.spans):  # for the error
-            best = chain
-    if best is None:
-        raise DiscoverError(
-            "no residual stream: no floating-point output depends on a floating-point tensor; found outputs "
-            f"{', '.join(node.name for node in flow.outputs) or '(none)'}; needed an output that is computed from the inputs"
-        )
-    if not best.residuals:
-        raise DiscoverError(_nearest(best, len(additions)))
-    return best
+    if not residuals:
+        raise DiscoverError(_nearest(flow))
+    followers: dict[fx.Node, list[Residual]] = {}
+    starts: list[Residual] = []
+    by_exit = {residual.exit: residual for residual in residuals}
+    exits = sum(1 << flow.index[exit] for exit in by_exit)
+    for residual in residuals:
+        before = _before(flow, residual.entry, exits)
+        if before is None or _joins(flow, before, residual.entry):
+            starts.append(residual)
+        else:
+            followers.setdefault(before, []).append(residual)
+    length: dict[fx.Node, int] = {}
+    for residual in reversed(residuals):
+        length[residual.exit] = 1 + max((length[f.exit] for f in followers.get(residual.exit, ())), default=0)
+    chains: list[Chain] = []
+    while starts:  # Case 3
+        members = [starts.pop(0)]
+        while behind := followers.get(members[-1].exit):
+            exit = members[-1].exit
+            following = max(behind, key=lambda r: (not works(flow, flow.between(exit, r.entry) - {exit}), length[r.exit]))
+            starts.extend(r for r in behind if r is not following)
+            members.append(following)
+        chains.append(_chain(flow, members))
+    return sorted(chains, key=lambda chain: flow.index[chain.spans[0].exit])
 
 
-def trace_chain(flow: Flow, source: fx.Node, sink: fx.Node) -> Chain:
-    """The cuts between a source and an output."""
+def _before(flow: Flow, entry: fx.Node, exits: int) -> fx.Node | None:
+    """Case 1."""
+    found = flow.ancestors(entry) & exits
+    if not found:
+        return None
+    last = flow.nodes[found.bit_length() - 1]
+    return None if found & ~flow.ancestors(last) else last
+
+
+def _joins(flow: Flow, before: fx.Node, entry: fx.Node) -> bool:
+    """Case 2: whether the gap reads a tensor of full size from elsewhere."""
+    if before is entry:
+        return False
+    gap = flow.between(before, entry)
+    for node in gap:
+        for source in flow.inputs(node):
+            inside = source in gap or source is before or source in flow.constant or flow.depends(before, source)
+            if not inside:
+                smaller = prod(operators.shape(source)) < prod(operators.shape(node))
+                if not (smaller and operators.is_pointwise(node)):
+                    return True
+    return False
+
+
+def _chain(flow: Flow, members: list[Residual]) -> Chain:
+    spans: list[Span] = []
+    for residual in members:
+        if spans and spans[-1].exit is not residual.entry:
+            spans.extend(trace_cuts(flow, spans[-1].exit, residual.entry))
+        spans.append(Span(residual.entry, residual.exit, residual.path, True))
+    return Chain((*spans, *_tail(flow, spans[-1].exit)))
+
+
+def _tail(flow: Flow, exit: fx.Node) -> tuple[Span, ...]:
+    """The longest chain of cuts from the last sublayer to an output."""
+    sinks = [node for node in flow.outputs if node in flow and node is not exit and flow.depends(node, exit)]
+    sinks = sorted(sinks, key=flow.index.__getitem__)[-_SINKS:]
+    return max((trace_cuts(flow, exit, sink) for sink in sinks), key=len, default=())
+
+
+def trace_cuts(flow: Flow, source: fx.Node, sink: fx.Node) -> tuple[Span, ...]:
+    """What lies between consecutive cuts on the way from one tensor to another: dominators of the second."""
     inside = flow.between(source, sink)
     paths: networkx.DiGraph = networkx.DiGraph()
     paths.add_node(source)
@@ -100,75 +152,40 @@ def trace_chain(flow: Flow, source: fx.Node, sink: fx.Node) -> Chain:
     while cuts[-1] is not source:
         cuts.append(dominators[cuts[-1]])
     cuts.reverse()
-    return Chain(source, sink, tuple(_span(flow, a, b) for a, b in zip(cuts, cuts[1:], strict=False)))
+    pairs = zip(cuts, cuts[1:], strict=False)
+    return tuple(Span(a, b, frozenset(flow.between(a, b))) for a, b in pairs)
 
 
-def _span(flow: Flow, entry: fx.Node, exit: fx.Node) -> Span:
-    path = frozenset(flow.between(entry, exit))
-    broke = _why_not_residual(flow, entry, exit, path)
-    return Span(entry, exit, path, not broke, broke)
+# -- the error ----------------------------------------------------------------------------------------------------
 
 
-def _why_not_residual(flow: Flow, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> str:
-    if operators.kind(exit) != operators.ADD:
-        return f"it ends in {exit.name} = {operators.kind(exit)}, needed an addition"
-    terms = _terms(flow, exit, entry)
-    if entry not in {_unscaled(flow, term, entry) for term in terms}:
-        names = ", ".join(term.name for term in terms)
-        return f"the terms of the addition {exit.name} are {names}, needed {entry.name} among them"
-    if len(terms) < 2 or not any(_works(flow, node) for node in path):
-        return f"nothing between {entry.name} and {exit.name} reads a weight matrix or mixes positions"
-    return ""
-
-
-def _terms(flow: Flow, addition: fx.Node, entry: fx.Node) -> list[fx.Node]:
-    """Leaves of the tree of additions that ends in ``addition``; the tree does not reach past ``entry``."""
-    leaves: list[fx.Node] = []
-    stack = [addition]
-    while stack:
-        node = stack.pop()
-        inner = flow.strip(node, lambda n: n is not entry and operators.is_reshape(n))
-        if inner is not entry and operators.kind(inner) == operators.ADD and (inner is addition or len(inner.users) == 1):
-            stack.extend(flow.inputs(inner))
-        else:
-            leaves.append(node)
-    return leaves
-
-
-def _unscaled(flow: Flow, term: fx.Node, entry: fx.Node) -> fx.Node:
-    """A term without reshapes, casts and multiplication by constants, but not past ``entry``."""
-
-    def through(node: fx.Node) -> bool:
-        if node is entry:
-            return False
-        return operators.is_reshape(node) or operators.kind(node) in ("aten::mul", "aten::div")
-
-    return flow.strip(term, through)
-
-
-def _works(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node does more than element-wise work, movement or normalisation."""
-    if any(
-        n in flow.constant and len(operators.shape(n)) > 1 and n in flow.weights and flow.weights[n]
-        for n in node.all_input_nodes
-    ):
-        return operators.kind(node) in operators.PRODUCTS | operators.CONVOLUTIONS | {operators.MOE}
-    name = operators.kind(node)
-    if operators.is_pointwise(node) or operators.is_movement(node) or name in operators.NORMS | operators.REDUCTIONS:
-        return False
-    return node.op == "call_function" and name not in (operators.CONCATENATE, operators.FAKE_QUANTIZE)
-
-
-def _is_residual_addition(flow: Flow, node: fx.Node) -> bool:
-    return operators.kind(node) == operators.ADD and len(flow.inputs(node)) == 2
-
-
-def _nearest(chain: Chain, additions: int) -> str:
-    busy = [span for span in chain.spans if len(span.path) > 1] or list(chain.spans)
+def _nearest(flow: Flow) -> str:
+    """Why there is no stream: how far the longest chain of cuts came."""
+    best: tuple[Span, ...] = ()
+    for sink in [node for node in flow.outputs if node in flow]:
+        for source in flow.sources():
+            if flow.depends(sink, source) and source is not sink and source not in flow.constant:
+                best = max(best, trace_cuts(flow, source, sink), key=len)
+    if not best:
+        return (
+            "no residual stream: no floating-point output depends on a floating-point tensor; found outputs "
+            f"{', '.join(node.name for node in flow.outputs) or '(none)'}; needed an output that is computed from the inputs"
+        )
+    additions = sum(is_sum(flow, node) for node in flow.nodes)
+    busy = [span for span in best if len(span.path) > 1] or list(best)
     nearest = max(busy, key=lambda span: (operators.kind(span.exit) == operators.ADD, len(span.path)))
     return (
-        f"no residual stream: the longest chain of tensors that every path passes through runs from {chain.source.name} to "
-        f"{chain.sink.name} ({len(chain.spans) + 1} tensors), and no part of it is of the form y = x + f(x). "
-        f"Nearest: the part from {nearest.entry.name} to {nearest.exit.name} ({len(nearest.path)} nodes), but {nearest.broke}. "
-        f"The graph has {additions} additions of computed tensors."
+        f"no residual stream: the longest chain of tensors that every path passes through runs from {best[0].entry.name} to "
+        f"{best[-1].exit.name} ({len(best) + 1} tensors), and no part of it is of the form y = x + f(x). "
+        f"Nearest: the part from {nearest.entry.name} to {nearest.exit.name} ({len(nearest.path)} nodes), but "
+        f"{_broke(flow, nearest)}. The graph has {additions} additions of computed tensors."
     )
+
+
+def _broke(flow: Flow, span: Span) -> str:
+    if not is_sum(flow, span.exit):
+        return f"it ends in {span.exit.name} = {operators.kind(span.exit)}, needed an addition"
+    names = ", ".join(node.name for node in flow.inputs(span.exit))
+    if span.entry not in flow.inputs(span.exit):
+        return f"the terms of the addition {span.exit.name} are {names}, needed {span.entry.name} among them"
+    return f"nothing between {span.entry.name} and {span.exit.name} reads a weight matrix or mixes positions"
