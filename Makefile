@@ -39,12 +39,14 @@ bench: $(READY)
 		test -f "$$script" || { echo "benchmarks/ holds no script"; exit 1; }; \
 		echo "== $$script"; $(BIN)/python "$$script"; done
 
+# timm for the tests' models, without torchvision: its wheels need the very build of torch that they were made for.
 # A virtual environment without a working pip (an interrupted first run) is made afresh.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "surgeon needs Python 3.11 or later; say which with make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps 'timm>=1.0.20,<2'
 	@touch $@
 
 clean:

@@ -19,7 +19,7 @@ from surgeon.accounting import (
     weights,
 )
 from surgeon.graph import Graph, Port
-from surgeon.structure import FFN, Attention, Block, Linear, MoE, Region, Structure
+from surgeon.structure import FFN, Attention, Block, Linear, MoE, Region, Stream, Structure
 from surgeon.views import (
     AttentionView,
     BlockView,
@@ -31,6 +31,7 @@ from surgeon.views import (
     PortView,
     ProjectionView,
     RegionView,
+    StreamView,
 )
 
 __all__ = ["Inspection", "inspection"]
@@ -48,10 +49,12 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
         RecipeError: ``sizes`` names a dimension that the graph does not have.
     """
     look = _Look(graph, sizes)
-    placed = {*structure.prefix, *structure.suffix}.union(*(block.nodes for block in structure.blocks))
+    transitions = [node for stream in structure.streams for region in stream.transitions for node in region.nodes]
+    placed = {*structure.prefix, *structure.suffix, *transitions}.union(*(block.nodes for block in structure.blocks))
     beside = [node for node in graph.module.graph.nodes if node not in placed and node.op == "call_function"]
     prefix = look.outside("prefix", structure.prefix)
-    blocks = [look.block(block) for block in structure.blocks]
+    blocks = [look.block(block, stream.label) for stream in structure.streams for block in stream.blocks]
+    between = look.outside("between", transitions)
     suffix = look.outside("suffix", structure.suffix)
     context = look.outside("context", beside)
     total = parameter_count(graph)
@@ -84,11 +87,14 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
         ],
         prefix=prefix,
         blocks=blocks,
+        between=between,
         suffix=suffix,
+        streams=[look.stream(stream) for stream in structure.streams],
         linears=[look.projection(site.name, site.part) for site in structure.linears if site.block is None],
         context=context,
         shared_parameters=prefix.parameters
         + sum(block.parameters for block in blocks)
+        + between.parameters
         + suffix.parameters
         + context.parameters
         - total,
@@ -133,11 +139,21 @@ class _Look:
             operators=sum(node.op == "call_function" for node in nodes),
         )
 
-    def block(self, block: Block) -> BlockView:
+    def stream(self, stream: Stream) -> StreamView:
+        return StreamView(
+            label=stream.label,
+            blocks=[block.index for block in stream.blocks],
+            prefix=self.outside("prefix", stream.prefix),
+            between=self.outside("between", [node for region in stream.transitions for node in region.nodes]),
+            suffix=self.outside("suffix", stream.suffix),
+        )
+
+    def block(self, block: Block, stream: str) -> BlockView:
         whole = self.outside(block.kind, block.nodes)
         return BlockView(
             index=block.index,
             kind=block.kind,
+            stream=stream,
             parameters=whole.parameters,
             active_parameters=whole.active_parameters,
             bytes=whole.bytes,

@@ -174,21 +174,34 @@ def _badge(x: float, y: float, radius: float, index: int, sites: str) -> Markup:
 
 
 def model_picture(view: Inspection) -> Markup:
-    """The residual stream as a vertical line, sublayers hanging off it; widths are parameters.
+    """Each residual stream as a vertical line, sublayers hanging off it; widths are parameters.
 
     Runs of equal blocks are drawn once.  Of a mixture of experts the part that one token uses is in full colour.
     """
-    folded = view.folded()
-    regions = [region for block, _ in folded for region in block.regions]
-    longest = max([region.parameters for region in (*regions, view.prefix, view.suffix)], default=0) or 1
+    regions = [region for block in view.blocks for region in block.regions]
+    ends = [region for stream in view.streams for region in (stream.prefix, stream.between, stream.suffix)]
+    longest = max([region.parameters for region in (*regions, *ends)], default=0) or 1
     drawing = _Stream(_BAR_ROOM / longest)
-    drawing.terminal("in: " + ", ".join(port.name for port in view.inputs))
     tables = ", ".join(f"{table.rows} x {table.width}" for table in view.embeddings)
-    if tables:
-        drawing.sublayer(view.prefix, "embedding", "embedding", tables, branch=False)
-    else:
-        drawing.sublayer(view.prefix, "before", "other", view.prefix.describe(), branch=False)
-    for block, count in folded:
+    linears = ", ".join(f"{linear.name} {linear.in_features} > {linear.out_features}" for linear in view.linears)
+    lone = len(view.streams) == 1
+    for stream in view.streams:
+        drawing.terminal("in: " + ", ".join(port.name for port in view.inputs) if lone else f"{stream.label} in")
+        if tables and stream is view.streams[0]:
+            drawing.sublayer(stream.prefix, "embedding", "embedding", tables, branch=False)
+        else:
+            drawing.sublayer(stream.prefix, "before", "other", stream.prefix.describe(), branch=False)
+        _draw_blocks(drawing, view, stream.label)
+        if stream.between.operators:
+            drawing.sublayer(stream.between, "between", "other", stream.between.describe(), branch=False)
+        text = linears if linears and stream is view.streams[-1] else stream.suffix.describe()
+        drawing.sublayer(stream.suffix, "after", "head", text, branch=False)
+        drawing.terminal("out: " + ", ".join(port.name for port in view.outputs) if lone else f"{stream.label} out")
+    return drawing.svg("the model along its residual stream" + ("" if lone else "s"))
+
+
+def _draw_blocks(drawing: _Stream, view: Inspection, stream: str) -> None:
+    for block, count in view.folded(stream):
         name = f"block {block.index}" if count == 1 else f"blocks {block.index}-{block.index + count - 1}"
         drawing.open_frame()
         for region in block.regions:
@@ -196,10 +209,6 @@ def model_picture(view: Inspection) -> Markup:
             branch = region.kind != "norm"
             drawing.sublayer(region, region.kind, _tone(region.kind), region.describe(), branch=branch)
         drawing.close_frame(name, f"{number(block.parameters)} each" if count > 1 else number(block.parameters))
-    linears = ", ".join(f"{linear.name} {linear.in_features} > {linear.out_features}" for linear in view.linears)
-    drawing.sublayer(view.suffix, "after", "head", linears or view.suffix.describe(), branch=False)
-    drawing.terminal("out: " + ", ".join(port.name for port in view.outputs))
-    return drawing.svg("the model along its residual stream")
 
 
 _BAR_ROOM = 330.0  # the longest bar; its figures stand to its right
@@ -224,7 +233,7 @@ class _Stream:
         self._opened = 0.0
 
     def terminal(self, text: str) -> None:
-        """An end of the stream: inputs or outputs."""
+        """An end of a stream: inputs or outputs."""
         self._front.append(
             Markup('<circle cx="{}" cy="{}" r="6" class="port"/><text x="{}" y="{}" class="value">{}</text>').format(
                 _f(self._line), _f(self.y + 8), _f(self._line + 18), _f(self.y + 12.5), _short(text)
@@ -283,10 +292,11 @@ class _Stream:
 
     def svg(self, description: str) -> Markup:
         """The drawing."""
-        line = Markup('<line x1="{0}" y1="{1}" x2="{0}" y2="{2}" class="stream"/>').format(
-            _f(self._line), _f(self._ends[0]), _f(self._ends[-1])
-        )
-        return _svg([*self._frames, line, *self._front], _WIDTH, self.y, description)
+        lines = [
+            Markup('<line x1="{0}" y1="{1}" x2="{0}" y2="{2}" class="stream"/>').format(_f(self._line), _f(start), _f(stop))
+            for start, stop in zip(self._ends[::2], self._ends[1::2], strict=True)
+        ]
+        return _svg([*self._frames, *lines, *self._front], _WIDTH, self.y, description)
 
     def _branch(self, middle: float) -> Markup:
         return Markup(

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
 from surgeon.errors import TraceError, nearest
+from surgeon.example_inputs import default_inputs
 from surgeon.fake import fake_weights, with_fake_weights, without_values
 from surgeon.graph import Source
 
 TASKS = ("forward",)
 WEIGHTS = ("real", "fake")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 7
 
 
 @dataclass
@@ -194,48 +194,15 @@ def flatten_outputs(result: Any) -> dict[str, Tensor]:
 
 
 def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
-    """The dimensions of an input that vary by default: batch, and the sequence of two-dimensional integers."""
+    """The dimensions of an input that vary by default: batch, and the sequence of two-dimensional integers.
+
+    The sequence of a decoder's inputs has a name of its own, ``target``.
+    """
     if tensor.dim() == 0:
         return {}
     if tensor.dim() == 2 and not tensor.is_floating_point():
-        return {0: "batch", 1: "sequence"}
+        return {0: "batch", 1: "target" if name.startswith("decoder_") else "sequence"}
     return {0: "batch"}
-
-
-def default_inputs(module: nn.Module, path: Path | None = None) -> dict[str, Tensor]:
-    """Example inputs of a transformers model, read from its forward signature and configuration.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and, where the model tells segments apart, ``token_type_ids``
-        [batch, sequence] int64; or ``pixel_values`` [batch, channels, height, width] in the model's type.
-
-    Raises:
-        TraceError: the model is not of that library, or takes something else first.
-    """
-    config, main = getattr(module, "config", None), getattr(module, "main_input_name", None)
-    if config is None or main is None:
-        raise TraceError(
-            f"{type(module).__name__} is not a transformers model, so its inputs are not known: pass inputs={{name: tensor}}"
-        )
-    accepted = inspect.signature(module.forward).parameters
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    if main == "pixel_values":
-        return {main: _image(module, generator).to(device)}
-    if main != "input_ids" or getattr(config, "is_encoder_decoder", False):
-        needed = ", ".join(n for n, p in accepted.items() if p.default is inspect.Parameter.empty) or main
-        raise TraceError(
-            f"{type(module).__name__} starts from {needed}; surgeon makes example inputs for input_ids of one stack "
-            "and pixel_values only: pass inputs={name: tensor}"
-        )
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = (_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE)
-    found = {main: torch.randint(0, int(text.vocab_size), size, generator=generator)}
-    if "attention_mask" in accepted:
-        found["attention_mask"] = torch.ones(size, dtype=torch.int64)
-    if "token_type_ids" in accepted and int(getattr(text, "type_vocab_size", 0) or 0) > 1 and _segments(path):
-        found["token_type_ids"] = torch.randint(0, int(text.type_vocab_size), size, generator=generator)
-    return {name: tensor.to(device) for name, tensor in found.items()}
 
 
 def resized(
@@ -262,29 +229,6 @@ def resized(
             tensor = (torch.arange(length, device=tensor.device) < kept[:, None]).to(tensor.dtype)
         found[name] = tensor
     return found
-
-
-def _image(module: nn.Module, generator: torch.Generator) -> Tensor:
-    config: Any = module.config
-    vision = getattr(config, "vision_config", None) or config
-    size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", None)
-    if size is None or channels is None:
-        raise TraceError(
-            f"{type(module).__name__} takes pixel_values, but its configuration lacks image_size or num_channels: pass "
-            "inputs={'pixel_values': tensor}"
-        )
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return torch.randn(_EXAMPLE_BATCH, channels, height, width, generator=generator).to(dtype)
-
-
-def _segments(path: Path | None) -> bool:
-    """Whether the tokenizer may emit segment ids; only one that lists its outputs without them says no."""
-    file = path / "tokenizer_config.json" if path else None
-    if file is None or not file.is_file():
-        return True
-    listed = json.loads(file.read_text(encoding="utf-8")).get("model_input_names")
-    return listed is None or "token_type_ids" in listed
 
 
 def _check_inputs(inputs: Mapping[str, Tensor], module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 Each block is observed on the activations that the already-changed model produces, so errors of earlier blocks are seen by
 the later ones.  At any moment one set of hidden states per calibration batch is held: the values alive at the block's entry.
+Several streams are swept in the order in which the graph computes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from surgeon.errors import ObserveError
 from surgeon.observe import Batch, Execution, Stretch, observe
 from surgeon.progress import Progress
 from surgeon.rewrite import Editor
-from surgeon.structure import Structure
+from surgeon.structure import Block, Structure
 
 Batches = Callable[[], Sequence[Batch]]
 
@@ -76,7 +77,11 @@ def _sweep(
     tokens = 0
     previous: fx.Node | None = None
     executions = [Execution(editor.graph, batch) for batch in batches]
-    for block in progress.track(structure.blocks, f"{step.name}: blocks", len(structure.blocks)):
+    blocks = _in_order(editor.graph.module.graph, structure)
+    for block, interleaved in progress.track(blocks, f"{step.name}: blocks", len(blocks)):
+        if interleaved:
+            executions = [Execution(editor.graph, batch) for batch in batches]
+            previous = None
         view = structure.select(replace(structure.selection, blocks=_only(structure, block.index)))
         observers = step.observers(view)
         after = block.exit.next  # stays in place: a block-scoped pass edits nothing behind the block's exit
@@ -109,6 +114,21 @@ def _sweep(
         step.apply(editor, outside, plan, observers)
     plans.append(plan)
     return (saved if saved is not None else plans[0].joined(plans[1:])), tokens
+
+
+def _in_order(graph: fx.Graph, structure: Structure) -> list[tuple[Block, bool]]:
+    """The blocks of all streams by the position of their exits, and whether a part of one is computed before the last exit.
+
+    Such a block (of streams that run side by side) is reached by running from the start once more.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    found: list[tuple[Block, bool]] = []
+    reached = -1
+    for block in sorted(structure.blocks, key=lambda block: position[block.exit]):
+        reads = [node for node in block.nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
+        found.append((block, any(position[node] <= reached for node in reads)))
+        reached = position[block.exit]
+    return found
 
 
 def _only(structure: Structure, block: int | None) -> frozenset[int | None]:

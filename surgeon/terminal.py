@@ -88,17 +88,18 @@ def render_inspection(view: Inspection, console: Console) -> None:
         text = f"{embedding.rows} x {embedding.width}" + (f", int{embedding.bits}" if embedding.bits < 16 else "")
         table.add_row(embedding.name, text, number(embedding.parameters), "-")
     listed = sum(embedding.parameters for embedding in view.embeddings)
-    _outside(table, "before", view.prefix, max(0, view.prefix.parameters - listed))
+    if len(view.streams) == 1:
+        _outside(table, "before", view.prefix, max(0, view.prefix.parameters - listed))
     table.add_section()
-    for block, count in view.folded():
-        where = f"block {block.index}" if count == 1 else f"blocks {block.index}-{block.index + count - 1}"
-        each = "" if count == 1 else "each of them" if len(view.folded()) == 1 else f"{count} alike, each"
-        flops = number(block.flops) if block.flops else "-"
-        table.add_row(f"[bold]{where}[/]", f"[dim]{each}[/]", f"[bold]{number(block.parameters)}[/]", f"[bold]{flops}[/]")
-        for region in block.regions:
-            table.add_row(f"  {region.kind}", escape(region.describe()), *_counts(region))
-        table.add_section()
-    _outside(table, "after", view.suffix, view.suffix.parameters)
+    for stream in view.streams:
+        if len(view.streams) > 1:
+            table.add_row(f"[bold cyan]{escape(stream.label)}[/]", "", "", "")
+            _outside(table, "before", stream.prefix, stream.prefix.parameters)
+        _blocks(table, view, stream.label)
+        _outside(table, "between", stream.between, stream.between.parameters)
+        _outside(table, "after", stream.suffix, stream.suffix.parameters)
+        if len(view.streams) > 1:
+            table.add_section()
     for linear in view.linears:
         text = f"{linear.in_features} > {linear.out_features}" + (f", int{linear.bits}" if linear.bits < 16 else "")
         table.add_row(f"  {escape(linear.name)}", text, "", "")
@@ -121,6 +122,18 @@ def render_inspection(view: Inspection, console: Console) -> None:
     reasons = {f"block {b.index} {r.kind}": r.reason for b, _ in view.folded() for r in b.regions if r.reason}
     for name, reason in reasons.items():
         console.print(Text.assemble((f"  {name}: ", "yellow"), (reason, "dim")))
+
+
+def _blocks(table: Table, view: Inspection, stream: str) -> None:
+    folded = view.folded(stream)
+    for block, count in folded:
+        where = f"block {block.index}" if count == 1 else f"blocks {block.index}-{block.index + count - 1}"
+        each = "" if count == 1 else "each of them" if len(folded) == 1 else f"{count} alike, each"
+        flops = number(block.flops) if block.flops else "-"
+        table.add_row(f"[bold]{where}[/]", f"[dim]{each}[/]", f"[bold]{number(block.parameters)}[/]", f"[bold]{flops}[/]")
+        for region in block.regions:
+            table.add_row(f"  {region.kind}", escape(region.describe()), *_counts(region))
+        table.add_section()
 
 
 def _outside(table: Table, where: str, region: RegionView, parameters: int) -> None:

@@ -137,11 +137,28 @@ class BlockView(_View):
 
     index: int
     kind: str
+    stream: str = "stream"
+    """Label of its stream."""
     parameters: int
     active_parameters: int
     bytes: int
     flops: int
     regions: list[RegionView]
+
+
+class StreamView(_View):
+    """One residual stream: what stands before, between and behind its blocks."""
+
+    label: str
+    """``stream`` where the model has one; ``encoder``, ``decoder``, ``tower.0`` ... otherwise."""
+    blocks: list[int]
+    """Indices of its blocks."""
+    prefix: RegionView
+    """Before its first block."""
+    between: RegionView
+    """Between its blocks, such as a change of resolution."""
+    suffix: RegionView
+    """After its last block."""
 
 
 class EmbeddingView(_View):
@@ -183,8 +200,12 @@ class Inspection(_View):
     prefix: RegionView
     """Before the first block, embeddings included."""
     blocks: list[BlockView]
+    between: RegionView
+    """Between blocks, such as a change of resolution."""
     suffix: RegionView
     """After the last block, head included."""
+    streams: list[StreamView]
+    """The streams; ``prefix``, ``between`` and ``suffix`` hold those of all of them."""
     linears: list[ProjectionView]
     """Linears outside of the blocks."""
     context: RegionView
@@ -205,10 +226,16 @@ class Inspection(_View):
         """Plain data for JSON."""
         return self.model_dump(mode="json")
 
-    def folded(self) -> list[tuple[BlockView, int]]:
-        """Runs of consecutive blocks that differ in index and names only: the first of each, and how many they are."""
+    def folded(self, stream: str | None = None) -> list[tuple[BlockView, int]]:
+        """Runs of consecutive blocks that differ in index and names only: the first of each, and how many they are.
+
+        Args:
+            stream: label of the stream whose blocks are wanted, None for all.
+        """
         runs: list[tuple[BlockView, int]] = []
         for block in self.blocks:
+            if stream is not None and block.stream != stream:
+                continue
             if runs and _shape(runs[-1][0]) == _shape(block):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
@@ -227,6 +254,7 @@ class Inspection(_View):
             "blocks": [
                 {
                     "index": block.index,
+                    "stream": block.stream,
                     **{key: getattr(block, key) for key in keep},
                     "regions": [
                         {**{key: getattr(region, key) for key in keep}, "text": region.describe()} for region in block.regions
@@ -234,6 +262,7 @@ class Inspection(_View):
                 }
                 for block in self.blocks
             ],
+            "between": {key: getattr(self.between, key) for key in keep},
             "suffix": {key: getattr(self.suffix, key) for key in keep},
             "unrecognised": dict(self.unrecognised),
         }

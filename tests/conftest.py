@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from surgeon.recipe import Calibration
 from surgeon.registry import make_pass
 from surgeon.structure import Structure
 from surgeon.tracing import trace
+
+OPTIONAL = ("timm", "diffusers")
+"""Libraries with a marker of their name: where one is not installed, its tests are deselected."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = [name for name in OPTIONAL if find_spec(name) is None]
+    gone = [item for item in items if any(item.get_closest_marker(name) for name in missing)]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
+
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 
