@@ -169,7 +169,9 @@ class Lowering:
     # -- mixture of experts -------------------------------------------------------------------------------------
 
     def _moe(self, node: fx.Node) -> None:
-        attributes = self._kernel(node) if self.fused_experts else None
+        # A fused kernel runs k experts per token whatever they weigh; where some are masked, sorting leaves them out.
+        fused = self.fused_experts and not routing.may_be_zero(node.args[2])
+        attributes = self._kernel(node) if fused else None
         if attributes is None or not (self._float_moe(node, attributes) or self._quantized_moe(node, attributes)):
             self._sorted_moe(node)
 
@@ -258,7 +260,8 @@ class Lowering:
         experts_out = self._expert_linears(w_out, b_out, False)
         codes = self._codes[x] if integer else None
         inner = w_out.meta["val"].shape[2]
-        arguments = (x, codes, index, weight, experts_in, experts_out, inner, activation)
+        skips = routing.may_be_zero(weight)
+        arguments = (x, codes, index, weight, experts_in, experts_out, inner, activation, skips)
         self._replace(node, emit.sorted_experts, arguments)
 
     def _expert_linears(self, source: fx.Node, bias: fx.Node | None, integer: bool) -> list[emit.Linear]:

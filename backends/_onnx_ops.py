@@ -284,6 +284,7 @@ def sorted_experts(
     experts_out: list[Linear],
     inner: int,
     activation: str,
+    skips: bool = False,
 ) -> Tensor:
     """A sparse mixture in standard operators, for what the fused kernels do not compute.
 
@@ -300,12 +301,15 @@ def sorted_experts(
         experts_out: one linear map I -> G per expert.
         inner: I; O = 2 I means gated, rows [gate | up].
         activation: name of the activation.
+        skips: pairs of weight 0 are sent to one more expert, whose output is zero without computing anything.
 
     Returns:
         [T, G].
     """
-    experts = len(experts_in)
+    experts = len(experts_in) + skips
     tokens, k = index.shape
+    if skips:
+        index = torch.where(weight == 0, torch.full((), len(experts_in), dtype=index.dtype), index)
     flat = index.reshape(1, -1)
     member = flat == torch.arange(experts, dtype=index.dtype).unsqueeze(1)  # [E, S]
     order = onnx_ops.symbolic("NonZero", (member,), dtype=torch.int64, shape=(2, tokens * k), version=13)[1]
@@ -327,7 +331,7 @@ def sorted_experts(
         version=18,
     )
     results = []
-    for piece, how_in, how_out in zip(pieces, experts_in, experts_out, strict=True):
+    for piece, how_in, how_out in zip(pieces, experts_in, experts_out, strict=False):  # the one that skips is left over
         codes = None if quantized is None else (piece, quantized[1], quantized[2])
         pre = _expert(piece, codes, how_in, x.dtype)
         if pre.shape[1] == inner:
@@ -336,5 +340,7 @@ def sorted_experts(
             gate, up = pre[:, :inner], pre[:, inner:]
             hidden = function(gate) * up
         results.append(_expert(hidden, None, how_out, x.dtype))
+    if skips:
+        results.append(torch.zeros((pieces[-1].shape[0], results[0].shape[1]), dtype=x.dtype))
     each = torch.cat(results)[back].reshape(tokens, k, -1)
     return (each * weight.to(x.dtype).unsqueeze(-1)).sum(1)

@@ -83,6 +83,32 @@ def never_negative(graph: Graph, value: Any) -> bool:
     return holds(value)
 
 
+_COMPARES = frozenset(
+    "ge gt le lt eq ne logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not where masked_fill".split()
+)
+"""Operators by which routing leaves experts out after they were selected."""
+
+_SELECTS = frozenset("topk sort gather index_select index".split())
+"""Operators that select experts; what lies before them is no reason to leave a selected one out."""
+
+
+def may_be_zero(weight: Any) -> bool:
+    """Whether the weights of selected experts are masked: some pairs weigh exactly 0 and need not be computed."""
+    seen: set[fx.Node] = set()
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        name = _name(node)
+        if name in _COMPARES:
+            return True
+        if name not in _SELECTS:
+            stack.extend(node.all_input_nodes)
+    return False
+
+
 def distinct_in_row(value: Any, k: int) -> bool:
     """Whether the k entries of each row of an index [T, k] are certainly different: they come from one top-k of k."""
     node = value

@@ -1,32 +1,52 @@
 """Turn a dense feed-forward network into a mixture of experts by splitting its neurons.
 
 Paper:
-    MoEfication (Zhang et al. 2021, arXiv:2110.01786): balanced k-means on the rows of the input matrix; LLaMA-MoE
-    (Zhu et al. 2024, arXiv:2406.16554) for gated FFNs.
+    MoEfication (Zhang et al. 2021, arXiv:2110.01786): splits ``kmeans`` and ``coactivation``, router ``similarity``.
+    LLaMA-MoE (Zhu et al. 2024, arXiv:2406.16554): gated FFNs, splits ``random`` and ``importance``, softmax weights.
+    LLaMA-MoE v2 (Qu et al. 2024, arXiv:2411.15708): shared experts.  D2DMoE (Szatkowski et al. 2024, arXiv:2310.04361):
+    routers that predict the norm of an expert's output, ``dynamic_k``.
 Formula:
-    The I neurons are split into E sets of I/E by balanced k-means on their L2-normalised input rows (gate rows where
-    the FFN is gated).  ``y = sum_{e in top-k(r(x))} E_e(x) + b``: chosen experts are summed without weights, so that
-    k = E is the dense FFN exactly.
-    router ``centroid``: ``r_e(x) = <x, c_e>``, c_e = mean normalised row of set e.
-    router ``linear``: ridge regression of the captured activation mass ``s_e(x) = sum_{i in e} |h_i(x)|`` on x.
+    The I neurons are cut into E parts of I/E; ``shared`` of the parts are dense, the other R are routed experts:
+    ``y = shared(x) + sum_{e chosen} w_e E_e(x) + b``.
+    split ``kmeans``: balanced k-means on L2-normalised input rows (gate rows where the FFN is gated).
+    ``coactivation``: balanced partition of the graph with ``A_ij = cos over tokens (|h_i|, |h_j|)``.
+    ``importance``: tokens are clustered into R clusters by the FFN's input; expert c takes the neurons of largest
+    ``v_ci = mean over tokens of c of |h_i dL/dh_i|`` (``|h_i|`` where the model has no loss), each neuron once so that
+    the sum is greatest, or with ``overlap`` whatever the others take.  ``random``: shuffled.
+    shared neurons: those that most clusters (``importance``) or most tokens count among their I/E most important ones.
+    router ``centroid``: ``r_e = <x, c_e>``, c_e the mean normalised row of expert e (for ``importance`` the nearest of
+    the clusters' centroids, ``<x, c_e> - |c_e|^2 / 2``).  ``similarity``: ``r_e = -|x / |x| - c_e|^2``.
+    ``linear`` (ridge regression) and ``mlp`` (one hidden layer, relu, mean squared error) predict the target: ``mass``,
+    ``sum_{i in e} |h_i|``, or ``norm``, ``|E_e(x)|_2``.
+    select ``top_k``: the k largest.  ``dynamic_k``: those with ``r_e >= threshold max_j r_j`` (the paper's tau is
+    1 - threshold).  ``threshold``: those with ``r_e >= threshold sum_j r_j``; the largest always; at most ``top_k``.
+    scaling ``sum``: w = 1, preserves what each neuron contributes, and the dense FFN where all run.
+    ``expectation``: w = R / (number that run), preserves the expected output if experts were chosen by lot.
+    ``softmax``: w = R softmax(r over the chosen), the same for equal scores, and lets gradients reach the router.
+    ``norm``: one w per layer, preserves the root mean square of the routed output on calibration data.
+    ``least_squares``: one w per layer, least squared error there (preserves the part that lies along the output).
+    ``mean_output``: w = 1, an expert that does not run is replaced by its mean output over the calibration tokens that
+    skipped it: preserves the mean output there, and the dense FFN where all run.
 Shapes:
-    up (and gate) [I, H], down [H, I] -> w_in [E, I/E or 2 I/E, H], w_out [E, H, I/E], router [E, H].
+    up (and gate) [I, H], down [G, I] -> w_in [R, I/E or 2 I/E, H], w_out [R, G, I/E], router [R, H].
 Units:
-    s_e has the units of the intermediate activation h.
+    mass has the units of the intermediate activation h, norm those of the output, importance those of the loss.
 Reads:
-    With router ``linear``: the FFN's input and intermediate activation, on the already-changed model.
+    The FFN's input, and for ``mass`` with ``linear`` its intermediate activation, on the already-changed model; for
+    ``importance`` also the derivative of the loss at its output, on the model before the pass.
 Changes:
-    The FFN becomes a router, top-k and one ``surgeon::moe``; the down bias stays outside.
+    The FFN becomes a router, a selection and one ``surgeon::moe`` (and a dense FFN for shared neurons); the down bias
+    stays outside.  Experts that are not chosen have weight exactly 0.
 Errors:
-    PlanError where experts do not divide the width, top_k exceeds experts, the activation was not recognised, or the
-    weights are packed.
+    PlanError where experts do not divide the width, top_k exceeds the routed experts, the activation was not recognised,
+    the weights are packed or factored, or calibration data never reaches the FFN.
 Example:
-    ``- moefy_ffn: {experts: 8, top_k: 2, blocks: "4:"}``
+    ``- moefy_ffn: {experts: 8, top_k: 2, blocks: "4:"}`` or
+    ``- moefy_ffn: {experts: 16, router: mlp, target: norm, select: dynamic_k, threshold: 0.4}``
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -34,17 +54,29 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
-from surgeon.accounting import freed_parameter_count
+from surgeon import splits
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
-from surgeon.numerics import balanced_kmeans, centroid_router, members, ridge_regression
+from surgeon.mixtures import (
+    Experts,
+    Neurons,
+    add_ffn,
+    add_mixture,
+    ffn_name,
+    flattened,
+    freed_parameters,
+    put_in_place,
+    refuse_ffn,
+)
+from surgeon.numerics import NumericsError, centroid_router, ridge_regression, train_linear_router, train_mlp_router
 from surgeon.observe import AbsoluteRegression
 from surgeon.rewrite import Editor
-from surgeon.structure import FFN, Linear, Selection, Structure
+from surgeon.routers import Choice, Router
+from surgeon.samples import GradientSample, Sample
+from surgeon.structure import FFN, Selection, Site, Structure
 
-aten = torch.ops.aten
+_EXACT_SCALING = ("sum", "expectation", "norm", "least_squares", "mean_output")
 
 
 class SplitFFN(Decision):
@@ -52,12 +84,19 @@ class SplitFFN(Decision):
 
     Attributes:
         site: ``blocks.I.ffn``.
-        experts: neurons of each expert, all of one size.
-        top_k: experts per token.
+        experts: neurons of each routed expert, all of one size.
+        top_k: experts that a token uses at most.
+        shared: neurons that stay dense.
     """
 
     experts: tuple[tuple[int, ...], ...]
     top_k: Annotated[int, Field(ge=1)]
+    shared: tuple[int, ...] = ()
+
+    def partitions(self, width: int) -> bool:
+        """Whether every neuron is in exactly one place."""
+        placed = [neuron for part in (*self.experts, self.shared) for neuron in part]
+        return sorted(placed) == list(range(width))
 
 
 class MoefyFFNPlan(Plan[SplitFFN]):
@@ -73,179 +112,350 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
     apply_reads_statistics = True
 
     experts: Annotated[int, Field(ge=2)]
-    """Number of experts; must divide the FFN's width."""
-    top_k: Annotated[int, Field(ge=1)]
-    """Experts that each token uses."""
-    split: Literal["kmeans"] = "kmeans"
-    """How neurons are grouped: balanced k-means on their normalised input rows."""
-    router: Literal["linear", "centroid"] = "linear"
-    """linear: regression of each expert's activation mass on calibration data; centroid: the cluster centres, no data."""
+    """Number of parts; must divide the FFN's width. The shared ones are among them."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Routed experts that each token uses; with select dynamic_k or threshold the most it may use, all by default."""
+    shared: Annotated[int, Field(ge=0)] = 0
+    """How many of the parts stay dense, made of the neurons that most experts want."""
+    split: Literal["kmeans", "coactivation", "importance", "random"] = "kmeans"
+    """How neurons are grouped: by their input rows, by being active together, by importance for clusters of data, by lot."""
+    overlap: bool = False
+    """With split importance: experts may take the same neuron. Neurons that none takes are lost."""
+    importance: Literal["gradient", "activation"] | None = None
+    """Importance of a neuron: |h dL/dh| or |h|; by default the first for models that predict next tokens."""
+    router: Literal["linear", "mlp", "centroid", "similarity"] = "linear"
+    """linear, mlp: predict the target, fitted on calibration data; centroid, similarity: nearness to the centres."""
+    target: Literal["mass", "norm"] = "mass"
+    """What linear and mlp routers predict of an expert: its sum of |h|, or the norm of its output."""
+    select: Literal["top_k", "dynamic_k", "threshold"] = "top_k"
+    """Which experts run: the top_k largest, or those whose prediction reaches a share of the largest, or of the sum."""
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The share for select dynamic_k or threshold; 0 runs every expert."""
+    scaling: Literal["sum", "expectation", "softmax", "norm", "least_squares", "mean_output"] = "sum"
+    """Weights of the chosen experts, by what they preserve: each neuron's contribution, the expected output (two ways),
+    the output's size, least error, or the mean output."""
+    router_width: Annotated[int, Field(ge=1)] = 128
+    """Hidden width of an mlp router."""
+    router_steps: Annotated[int, Field(ge=1)] = 600
+    """Training steps of an mlp router."""
+    tokens: Annotated[int, Field(ge=32)] = 8192
+    """Calibration tokens that are kept where sums over all of them are not enough."""
     seed: int = 0
-    """Seed of the k-means initialisation."""
+    """Seed of clusterings, samples and router training."""
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> MoefyFFN:
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k {self.top_k} exceeds experts {self.experts}")
+    def _fields_fit(self) -> MoefyFFN:
+        routed = self.experts - self.shared
+        if routed < 2:
+            raise ValueError(f"shared {self.shared} of experts {self.experts} leaves fewer than 2 to route to")
+        if self.top_k is not None and self.top_k > routed:
+            kind = "routed experts" if self.shared else "experts"
+            raise ValueError(f"top_k {self.top_k} exceeds {kind} {routed}")
+        if self.select == "top_k":
+            if self.top_k is None:
+                raise ValueError("select top_k needs top_k")
+            if self.threshold is not None:
+                raise ValueError("threshold is for select dynamic_k or threshold; select is top_k")
+        elif self.threshold is None:
+            raise ValueError(f"select {self.select} needs threshold")
+        elif self.router not in ("linear", "mlp"):
+            raise ValueError(f"select {self.select} compares predictions: router linear or mlp, not {self.router}")
+        if self.split != "importance" and (self.overlap or self.importance is not None):
+            raise ValueError(f"overlap and importance are for split importance; split is {self.split}")
+        if self.overlap and self.scaling in ("expectation", "softmax", "mean_output"):
+            raise ValueError(f"scaling {self.scaling} needs experts that share no neuron; overlap has sum, norm, least_squares")
         return self
 
+    # -- observing ----------------------------------------------------------------------------------------------
+
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
-        """Moments of input and activation magnitude."""
-        if self.router != "linear":
-            return {}
-        return {site.name: AbsoluteRegression(site.part.input, site.part.hidden) for site in structure.ffns()}
+        """Sums for a linear router towards mass, and tokens for everything that is not a sum."""
+        found: dict[str, Observer] = {}
+        kept = (
+            self.split == "coactivation"
+            or (self.shared > 0 and self.split == "kmeans")
+            or self.router == "mlp"
+            or (self.router == "linear" and self.target == "norm")
+            or self.scaling in ("norm", "least_squares", "mean_output")
+        )
+        for site in structure.ffns():
+            if self.router == "linear" and self.target == "mass":
+                found[f"{site.name}.sums"] = AbsoluteRegression(site.part.input, site.part.hidden)
+            if kept:
+                found[f"{site.name}.sample"] = Sample(site.part.input, limit=self.tokens, seed=self.seed)
+            if self.split == "importance" and self.importance == "activation":
+                found[f"{site.name}.clusters"] = Sample(site.part.input, limit=self.tokens, seed=self.seed)
+            elif self.split == "importance":
+                nodes = (site.part.input, site.part.down.node)
+                found[f"{site.name}.clusters"] = GradientSample(*nodes, limit=self.tokens, seed=self.seed)
+        return found
+
+    # -- planning -----------------------------------------------------------------------------------------------
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> MoefyFFNPlan:
-        """Cluster the neurons of every selected FFN."""
+        """Cut the neurons of every selected FFN."""
         decisions = []
         for site in structure.ffns():
-            ffn = site.part
-            _refuse(graph, site.name, ffn)
-            if ffn.width % self.experts:
+            refuse_ffn(self.name, graph, site.name, site.part)
+            width = site.part.width
+            if width % self.experts:
                 raise PlanError(
-                    f"{site.name}: {self.experts} experts do not divide its width {ffn.width}; "
-                    f"these do: {', '.join(map(str, _divisors(ffn.width)))}"
+                    f"{site.name}: {self.experts} experts do not divide its width {width}; "
+                    f"these do: {', '.join(map(str, _divisors(width)))}"
                 )
-            rows = torch.nn.functional.normalize(_rows(graph, ffn.gate or ffn.up).float(), dim=1)
-            clustering = balanced_kmeans(rows, self.experts, seed=self.seed)
-            sets = members(clustering.labels, self.experts).tolist()
-            decisions.append(SplitFFN(site=site.name, experts=tuple(map(tuple, sets)), top_k=self.top_k))
+            _refuse_unreached(site, statistics)
+            try:
+                experts, shared = self._split(graph, site, statistics)
+            except NumericsError as error:
+                raise PlanError(f"{site.name}: {error}") from error
+            decisions.append(
+                SplitFFN(
+                    site=site.name,
+                    experts=tuple(map(tuple, experts.tolist())),
+                    top_k=self.top_k or self.experts - self.shared,
+                    shared=tuple(shared.tolist()),
+                )
+            )
         return MoefyFFNPlan(decisions=tuple(decisions))
 
+    def _split(self, graph: Graph, site: Site[FFN], statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Neurons of the routed experts [R, m] and of the shared ones [shared m]."""
+        neurons, width = Neurons.of(graph, site.part), site.part.width
+        size, routed = width // self.experts, self.experts - self.shared
+        if self.split == "random":
+            parts = splits.split_random(width, self.experts, self.seed)
+            return parts[self.shared :], parts[: self.shared].flatten().sort().values
+        if self.split == "importance":
+            importance = self._importance(neurons, site, statistics)
+            shared = splits.widely_important(importance, size, self.shared * size)
+            left = _without(width, shared)
+            return left[splits.split_importance(importance[:, left], size, overlap=self.overlap)], shared
+        shared = torch.empty(0, dtype=torch.int64)
+        hidden = None
+        if f"{site.name}.sample" in statistics:
+            hidden = neurons.hidden(_sampled(statistics, site.name)[0])
+            shared = splits.widely_active(hidden, size, self.shared * size)
+        left = _without(width, shared)
+        if self.split == "kmeans":
+            return left[splits.split_kmeans(neurons.keys[left], routed, self.seed)], shared
+        assert hidden is not None
+        return left[splits.split_coactivation(hidden[:, left], routed, self.seed)], shared
+
+    def _importance(self, neurons: Neurons, site: Site[FFN], statistics: Statistics) -> Tensor:
+        """[R, I]."""
+        observer = statistics[f"{site.name}.clusters"]
+        x, *rest = _sampled(statistics, site.name, "clusters")
+        gradient = rest[-1] if isinstance(observer, GradientSample) and observer.has_gradient else None
+        if self.importance == "gradient" and gradient is None:
+            raise PlanError(
+                f"{site.name}: importance gradient needs a loss, and this model predicts no next token; use activation"
+            )
+        routed = self.experts - self.shared
+        return splits.importance_by_cluster(x, neurons.hidden(x), neurons.down, gradient, routed, self.seed)
+
     def check(self, graph: Graph, structure: Structure, plan: MoefyFFNPlan) -> None:
-        """FFNs exist, and every neuron is in exactly one expert."""
+        """FFNs exist, and every neuron is in exactly one place (with overlap: experts name existing neurons once)."""
         sites = {site.name: site.part for site in structure.select(Selection()).ffns()}
         for decision in plan.decisions:
             if decision.site not in sites:
                 raise PlanError(f"the plan splits {decision.site}, which is not an FFN of this model")
             ffn = sites[decision.site]
-            _refuse(graph, decision.site, ffn)
+            refuse_ffn(self.name, graph, decision.site, ffn)
             sizes = {len(expert) for expert in decision.experts}
-            neurons = sorted(neuron for expert in decision.experts for neuron in expert)
-            if len(sizes) != 1 or neurons != list(range(ffn.width)):
+            named = [neuron for part in (*decision.experts, decision.shared) for neuron in part]
+            twice = any(len(set(part)) < len(part) for part in (*decision.experts, decision.shared))
+            outside = any(not 0 <= neuron < ffn.width for neuron in named)
+            if len(sizes) != 1 or twice or outside or not (self.overlap or decision.partitions(ffn.width)):
                 raise PlanError(
                     f"{decision.site}: its {ffn.width} neurons must be in exactly one expert each, "
-                    f"and experts of one size; the plan has sizes {sorted(sizes)} and {len(neurons)} neurons"
+                    f"and experts of one size; the plan has sizes {sorted(sizes)} and {len(named)} neurons"
                 )
             if decision.top_k > len(decision.experts):
                 raise PlanError(f"{decision.site}: top_k {decision.top_k} exceeds its {len(decision.experts)} experts")
 
+    # -- applying -----------------------------------------------------------------------------------------------
+
     def apply(self, editor: Editor, structure: Structure, plan: MoefyFFNPlan, statistics: Statistics) -> None:
         """Replace each FFN by a router and a mixture."""
-        sites = {site.name: site.part for site in structure.select(Selection()).ffns()}
+        sites = {site.name: site for site in structure.select(Selection()).ffns()}
         for decision in plan.decisions:
-            ffn = sites[decision.site]
-            router, router_bias = self._router(editor.graph, ffn, decision, statistics)
-            _replace(editor, ffn, decision, router, router_bias)
+            site = sites[decision.site]
+            _refuse_unreached(site, statistics)
+            neurons, experts = Neurons.of(editor.graph, site.part), torch.tensor(decision.experts)
+            try:
+                router = self._router(neurons, experts, decision.site, statistics)
+                choice, means = self._choice(neurons, experts, decision, router, statistics)
+            except NumericsError as error:
+                raise PlanError(f"{decision.site}: {error}") from error
+            _replace(editor, site.part, neurons, decision, router, choice, means)
 
-    def _router(
-        self, graph: Graph, ffn: FFN, decision: SplitFFN, statistics: Statistics
-    ) -> tuple[Tensor, Tensor | None]:
-        """Weight [E, H] and bias [E] of the router's linear."""
-        order, count = torch.tensor(decision.experts).flatten(), len(decision.experts)
-        labels = torch.empty_like(order)
-        labels[order] = torch.arange(count).repeat_interleave(ffn.width // count)
-        rows = _rows(graph, ffn.gate or ffn.up)
-        if self.router == "centroid":
-            return centroid_router(torch.nn.functional.normalize(rows.float(), dim=1), labels, count).to(rows.dtype), None
-        observer = statistics[decision.site]
-        assert isinstance(observer, AbsoluteRegression)
-        assert observer.second_moment is not None
-        assert observer.cross_moment is not None
-        mass = observer.cross_moment.new_zeros(observer.cross_moment.shape[0], count)
-        mass.index_add_(1, labels, observer.cross_moment)
-        solution = ridge_regression(observer.second_moment, mass).to(rows.dtype)
-        return solution[:-1].T.contiguous(), solution[-1].contiguous()
+    def _router(self, neurons: Neurons, experts: Tensor, site: str, statistics: Statistics) -> Router:
+        dtype = neurons.up.dtype
+        if self.router in ("centroid", "similarity"):
+            if self.router == "centroid" and self.split == "importance":
+                x = _sampled(statistics, site, "clusters")[0]
+                centroids = splits.token_clusters(x, experts.shape[0], self.seed)
+                return Router({"weight": centroids.to(dtype), "bias": (-centroids.square().sum(1) / 2).to(dtype)})
+            labels = torch.arange(experts.shape[0]).repeat_interleave(experts.shape[1])
+            centres = centroid_router(neurons.keys[experts.flatten()].float(), labels, experts.shape[0])
+            if self.router == "centroid":
+                return Router({"weight": centres.to(dtype)})
+            # -|u - c|^2 = 2 <u, c> - |c|^2 - 1 for a unit vector u
+            bias = -centres.square().sum(1) - 1
+            return Router({"weight": 2 * centres.to(dtype), "bias": bias.to(dtype)}, unit=True)
+        if self.router == "linear" and self.target == "mass":
+            observer = statistics[f"{site}.sums"]
+            assert isinstance(observer, AbsoluteRegression)
+            assert observer.second_moment is not None
+            assert observer.cross_moment is not None
+            mass = torch.stack([observer.cross_moment[:, expert].sum(1) for expert in experts], dim=1)
+            solution = ridge_regression(observer.second_moment, mass).to(dtype)
+            return Router({"weight": solution[:-1].T, "bias": solution[-1]})
+        x = _sampled(statistics, site)[0]
+        targets = _targets(neurons, experts, neurons.hidden(x), self.target)
+        if self.router == "linear":
+            weight, bias = train_linear_router(x, targets)
+            return Router({"weight": weight.to(dtype), "bias": bias.to(dtype)})
+        trained = train_mlp_router(x, targets, width=self.router_width, steps=self.router_steps, seed=self.seed)
+        keys = ("hidden.weight", "hidden.bias", "weight", "bias")
+        return Router({key: tensor.to(dtype) for key, tensor in zip(keys, trained, strict=True)})
+
+    def _choice(
+        self, neurons: Neurons, experts: Tensor, decision: SplitFFN, router: Router, statistics: Statistics
+    ) -> tuple[Choice, Tensor | None]:
+        """How experts are chosen and weighed, and for ``mean_output`` the means [R, G] that replace them."""
+        routed = experts.shape[0]
+        weighting: Literal["one", "count", "softmax"] = "one"
+        if self.scaling in ("expectation", "softmax"):
+            weighting = "count" if self.scaling == "expectation" else "softmax"
+        factor = 1.0 if weighting == "one" else float(routed)
+        choice = Choice(self.select, decision.top_k, self.threshold or 0.0, weighting, factor)
+        if self.scaling not in ("norm", "least_squares", "mean_output"):
+            return choice, None
+        x = _sampled(statistics, decision.site)[0]
+        index, weight = choice.choose(router.scores(x))
+        runs = torch.zeros(x.shape[0], routed, dtype=x.dtype, device=x.device).scatter(1, index, weight)
+        hidden = neurons.hidden(x)
+        if self.scaling == "mean_output":
+            return choice, _mean_when_skipped(neurons, experts, hidden, runs)
+        taken = torch.zeros_like(hidden)
+        for number, expert in enumerate(experts):
+            taken[:, expert] += runs[:, number : number + 1] * hidden[:, expert]
+        left = _without(hidden.shape[1], torch.tensor(decision.shared, dtype=torch.int64))
+        found, wanted = taken @ neurons.down.T, hidden[:, left] @ neurons.down[:, left].T
+        energy = float(found.double().square().sum())
+        if energy == 0:
+            raise PlanError(f"{decision.site}: the chosen experts give 0 on all calibration data; scaling cannot be fitted")
+        if self.scaling == "norm":
+            factor = (float(wanted.double().square().sum()) / energy) ** 0.5
+        else:
+            factor = float((wanted.double() * found.double()).sum()) / energy
+        return Choice(self.select, decision.top_k, self.threshold or 0.0, "one", round(factor, 6)), None
+
+    # -- accounting ---------------------------------------------------------------------------------------------
 
     def exact(self, plan: MoefyFFNPlan) -> bool:
-        """With every expert active the mixture is the dense FFN."""
-        return all(decision.top_k == len(decision.experts) for decision in plan.decisions)
+        """With every expert active the mixture is the dense FFN (where no neuron is lost or doubled)."""
+        all_run = self.select == "top_k" or self.threshold == 0.0
+        return (
+            all_run
+            and not self.overlap
+            and self.scaling in _EXACT_SCALING
+            and all(decision.top_k == len(decision.experts) for decision in plan.decisions)
+        )
 
     def parameter_delta(self, graph: Graph, structure: Structure, plan: MoefyFFNPlan) -> int:
-        """The routers come on top; the neurons only move."""
+        """The routers come on top; the neurons only move (or are doubled or lost, with overlap)."""
         sites = {site.name: site.part for site in structure.select(Selection()).ffns()}
-        bias = 1 if self.router == "linear" else 0
         delta = 0
         for decision in plan.decisions:
             ffn = sites[decision.site]
-            linears = [part for part in (ffn.gate, ffn.up, ffn.down) if part is not None]
-            names = {part.weight for part in linears} | {part.bias for part in linears[:-1] if part.bias is not None}
-            moved = sum(
-                part.in_features * part.out_features + (part.out_features if part.bias and part is not ffn.down else 0)
-                for part in linears
-            )
-            freed = freed_parameter_count(graph, [part.node for part in linears], names)
-            delta += len(decision.experts) * (ffn.up.in_features + bias) + moved - freed
+            inputs, outputs, count = ffn.up.in_features, ffn.down.out_features, len(decision.experts)
+            matrices = 2 if ffn.gate is not None else 1
+            biases = sum(part.bias is not None for part in (ffn.gate, ffn.up) if part is not None)
+            routed = sum(map(len, decision.experts))
+            delta += routed * (matrices * inputs + outputs + (matrices if biases else 0))
+            delta += len(decision.shared) * (matrices * inputs + outputs + biases)
+            delta += self._router_size(inputs, count)
+            averaged = self.scaling == "mean_output"
+            delta += (count + 1) * outputs if averaged else 0
+            delta -= freed_parameters(graph, ffn, keep_down_bias=not averaged)
         return delta
+
+    def _router_size(self, inputs: int, experts: int) -> int:
+        if self.router == "mlp":
+            return self.router_width * (inputs + 1) + experts * (self.router_width + 1)
+        bare = self.router == "centroid" and self.split != "importance"
+        return experts * (inputs if bare else inputs + 1)
 
     def summary(self, plan: MoefyFFNPlan) -> str:
         """Number of FFNs and the shape of the mixtures."""
-        shapes = sorted({(d.top_k, len(d.experts)) for d in plan.decisions})
-        return f"{len(plan.decisions)} FFNs split: " + ", ".join(f"top-{k} of {e} experts" for k, e in shapes)
-
-
-def _refuse(graph: Graph, site: str, ffn: FFN) -> None:
-    for part in (ffn.gate, ffn.up, ffn.down):
-        if part is not None and not graph.tensor(part.weight).is_floating_point():
-            raise PlanError(f"{site}: its weights are quantized already; put moefy_ffn before quantize")
-    if ffn.activation is None:
-        raise PlanError(f"{site}: its activation function was not recognised, so its neurons cannot be split")
-
-
-def _rows(graph: Graph, linear: Linear) -> Tensor:
-    """Weight of a linear as [out, in], only the rows that belong to it."""
-    weight = graph.tensor(linear.weight).detach()
-    weight = weight.T if linear.transposed else weight
-    return weight if linear.rows is None else weight[linear.rows[0] : linear.rows[1]]
-
-
-def _biases(graph: Graph, linear: Linear) -> Tensor | None:
-    if linear.bias is None:
-        return None
-    bias = graph.tensor(linear.bias).detach()
-    return bias if linear.rows is None else bias[linear.rows[0] : linear.rows[1]]
-
-
-def _replace(editor: Editor, ffn: FFN, decision: SplitFFN, router: Tensor, router_bias: Tensor | None) -> None:
-    graph, count = editor.graph, len(decision.experts)
-    size = ffn.width // count
-    order = torch.tensor(decision.experts).flatten()
-    inputs = [part for part in (ffn.gate, ffn.up) if part is not None]
-    stacked = [_rows(graph, part)[order].reshape(count, size, -1) for part in inputs]
-    w_in = torch.cat(stacked, dim=1)
-    w_out = _rows(graph, ffn.down)[:, order].reshape(-1, count, size).transpose(0, 1).contiguous()
-    biases = [_biases(graph, part) for part in inputs]
-    b_in = None
-    if any(bias is not None for bias in biases):
-        filled = [bias if bias is not None else w_in.new_zeros(ffn.width) for bias in biases]
-        b_in = torch.cat([bias[order].reshape(count, size) for bias in filled], dim=1)
-    name = ffn.up.weight.rpartition(".")[0] or ffn.up.weight
-    with editor.before(ffn.down.node):
-        x = editor.current(ffn.input)
-        flat = editor.call(aten.reshape.default, x, [-1, ffn.up.in_features])
-        router_args = [editor.add_tensor(f"{name}.router.weight", router)]
-        if router_bias is not None:
-            router_args.append(editor.add_tensor(f"{name}.router.bias", router_bias))
-        logits = editor.call(aten.linear.default, flat, *router_args)
-        top = editor.call(aten.topk.default, logits, decision.top_k)
-        values = editor.call(operator.getitem, top, 0)
-        index = editor.call(operator.getitem, top, 1)
-        weight = editor.call(aten.ones_like.default, values)
-        mixed = editor.call(
-            torch.ops.surgeon.moe.default,
-            flat,
-            index,
-            weight,
-            editor.add_tensor(f"{name}.experts.w_in", w_in),
-            editor.add_tensor(f"{name}.experts.w_out", w_out),
-            None if b_in is None else editor.add_tensor(f"{name}.experts.b_in", b_in),
-            None,
-            ffn.activation,
+        how = "top" if self.select == "top_k" else "at most"
+        shapes = sorted({(d.top_k, len(d.experts), len(d.shared)) for d in plan.decisions})
+        listing = ", ".join(
+            f"{how}{'-' if how == 'top' else ' '}{k} of {e} experts" + (f" beside {s} shared neurons" if s else "")
+            for k, e, s in shapes
         )
-        out = editor.call(aten.reshape.default, mixed, editor.sizes(ffn.down.node))
-        if ffn.down.bias is not None:
-            out = editor.call(aten.add.Tensor, out, editor.read(ffn.down.bias))
-    editor.replace(ffn.down.node, out)
+        return f"{len(plan.decisions)} FFNs split: {listing}"
+
+
+def _refuse_unreached(site: Site[FFN], statistics: Statistics) -> None:
+    for key, observer in statistics.items():
+        if key.startswith(f"{site.name}.") and getattr(observer, "tokens", 1) == 0:
+            raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token), so there is nothing to go by")
+
+
+def _sampled(statistics: Statistics, site: str, kind: str = "sample") -> list[Tensor]:
+    observer = statistics[f"{site}.{kind}"]
+    assert isinstance(observer, Sample)
+    return observer.values()
+
+
+def _without(width: int, neurons: Tensor) -> Tensor:
+    """The other neurons, ascending."""
+    left = torch.ones(width, dtype=torch.bool)
+    left[neurons] = False
+    return left.nonzero().flatten()
+
+
+def _targets(neurons: Neurons, experts: Tensor, hidden: Tensor, target: str) -> Tensor:
+    """What a router is to predict, hidden [T, I] -> [T, R]."""
+    if target == "mass":
+        return torch.stack([hidden[:, expert].abs().sum(1) for expert in experts], dim=1)
+    return torch.stack([(hidden[:, e] @ neurons.down[:, e].T).norm(dim=1) for e in experts], dim=1)
+
+
+def _mean_when_skipped(neurons: Neurons, experts: Tensor, hidden: Tensor, runs: Tensor) -> Tensor:
+    """Mean output of every expert over the tokens that skip it, [R, G]; 0 where none does."""
+    skipped = (runs == 0).to(hidden.dtype)
+    share = skipped / skipped.sum(0).clamp_min(1)
+    return torch.stack([neurons.down[:, e] @ (share[:, n] @ hidden[:, e]) for n, e in enumerate(experts)])
+
+
+def _replace(
+    editor: Editor,
+    ffn: FFN,
+    neurons: Neurons,
+    decision: SplitFFN,
+    router: Router,
+    choice: Choice,
+    means: Tensor | None,
+) -> None:
+    name = ffn_name(ffn)
+    experts = neurons.experts(torch.tensor(decision.experts))
+    offset: Tensor | str | None = ffn.down.bias
+    if means is not None:
+        # a skipped expert e gives means[e]: all of them go into the offset, and a chosen one takes its own out again
+        experts = Experts(experts.w_in, experts.w_out, experts.b_in, -means)
+        offset = means.sum(0) if neurons.down_bias is None else neurons.down_bias + means.sum(0)
+    with editor.before(ffn.down.node):
+        flat = flattened(editor, ffn)
+        index, weight = choice.add(editor, router.add(editor, f"{name}.router", flat))
+        terms = [add_mixture(editor, name, flat, index, weight, experts, neurons.activation)]
+        if decision.shared:
+            dense = neurons.part(torch.tensor(decision.shared))
+            terms.append(add_ffn(editor, f"{name}.shared", editor.current(ffn.input), dense))
+        put_in_place(editor, ffn, terms, offset)
 
 
 def _divisors(number: int) -> Iterator[int]:

@@ -35,10 +35,15 @@ if TYPE_CHECKING:
 class Observer(abc.ABC):
     """A streaming statistic over the values of some nodes.
 
+    Class attributes:
+        gradient: the derivative of the loss with respect to the last node is handed to ``update`` too, after the values.
+            Such observers see the model as it is before the pass, once, also where the pass is driven block by block.
+
     Attributes:
         nodes: the nodes whose values are handed to ``update``, in that order.
     """
 
+    gradient: ClassVar[bool] = False
     nodes: tuple[fx.Node, ...]
 
     @abc.abstractmethod

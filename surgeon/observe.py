@@ -157,6 +157,36 @@ class MeanCosine(Observer):
         return self.total / max(self.tokens, 1)
 
 
+class MeanValue(Observer):
+    """``mean_t x_t`` of one value, in float64.
+
+    Attributes:
+        total: sum over tokens, [D].
+        tokens: number of tokens.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add [tokens, D]."""
+        self.total = self.total + values[0].double().sum(0).cpu()
+        self.tokens += values[0].shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, MeanValue)
+        self.total = self.total + other.total
+        self.tokens += other.tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, [D]."""
+        return self.total / max(self.tokens, 1)
+
+
 class SecondMoment(Observer):
     """``C = sum_t x_t x_t^T`` in float64, D x D: 8 D^2 bytes.
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from surgeon.contract import Observer, Pass, Plan
 from surgeon.errors import ObserveError
+from surgeon.gradients import observe_gradients
 from surgeon.observe import Batch, Execution, Stretch, observe
 from surgeon.progress import Progress
 from surgeon.rewrite import Editor
@@ -49,16 +50,22 @@ def run_pass(
         PlanError: the pass refuses.
     """
     observers = step.observers(structure) if saved is None or step.apply_reads_statistics else {}
+    backward = {key: observer for key, observer in observers.items() if observer.gradient}
+    if backward:
+        observe_gradients(
+            editor.graph, progress.track(batches(), f"{step.name}: gradients", len(batches())), backward
+        )
     if step.scope == "model" or not observers:
-        if observers:
+        forward = {key: observer for key, observer in observers.items() if key not in backward}
+        if forward:
             observe(
-                editor.graph, progress.track(batches(), f"{step.name}: observing", len(batches())), observers
+                editor.graph, progress.track(batches(), f"{step.name}: observing", len(batches())), forward
             )
         plan = saved if saved is not None else step.plan(editor.graph, structure, observers)
         step.check(editor.graph, structure, plan)
         step.apply(editor, structure, plan, observers)
         return plan, _tokens(observers)
-    return _sweep(step, editor, structure, batches(), saved, progress)
+    return _sweep(step, editor, structure, batches(), backward, saved, progress)
 
 
 def _sweep(
@@ -66,6 +73,7 @@ def _sweep(
     editor: Editor,
     structure: Structure,
     batches: Sequence[Batch],
+    backward: Mapping[str, Observer],
     saved: Plan[Any] | None,
     progress: Progress,
 ) -> tuple[Plan[Any], int]:
@@ -83,14 +91,15 @@ def _sweep(
             executions = [Execution(editor.graph, batch) for batch in batches]
             previous = None
         view = structure.select(replace(structure.selection, blocks=_only(structure, block.index)))
-        observers = step.observers(view)
+        observers = _observed(step.observers(view), backward)
+        forward = [observer for observer in observers.values() if not observer.gradient]
         after = block.exit.next  # stays in place: a block-scoped pass edits nothing behind the block's exit
-        if observers:
+        if forward:
             nodes = list(_between(editor.graph.module.graph, previous, after))
-            observing = Stretch(editor.graph.module.graph, nodes, observers.values())
+            observing = Stretch(editor.graph.module.graph, nodes, forward)
             for execution in executions:
                 execution.fork().run(observing)
-            tokens = max(tokens, _tokens(observers))
+        tokens = max(tokens, _tokens(observers))
         plan = _own(saved, block.index) if saved is not None else step.plan(editor.graph, view, observers)
         if plan.decisions:
             step.check(editor.graph, view, plan)
@@ -103,11 +112,12 @@ def _sweep(
             execution.run(propagating)
         previous = after.prev
     outside = structure.select(replace(structure.selection, blocks=_only(structure, None)))
-    observers = step.observers(outside)
+    observers = _observed(step.observers(outside), backward)
     executions.clear()
-    if observers:
-        observe(editor.graph, batches, observers)
-        tokens = max(tokens, _tokens(observers))
+    forward_outside = {key: observer for key, observer in observers.items() if not observer.gradient}
+    if forward_outside:
+        observe(editor.graph, batches, forward_outside)
+    tokens = max(tokens, _tokens(observers))
     plan = _own(saved, None) if saved is not None else step.plan(editor.graph, outside, observers)
     if plan.decisions:
         step.check(editor.graph, outside, plan)
@@ -129,6 +139,11 @@ def _in_order(graph: fx.Graph, structure: Structure) -> list[tuple[Block, bool]]
         found.append((block, any(position[node] <= reached for node in reads)))
         reached = position[block.exit]
     return found
+
+
+def _observed(observers: Mapping[str, Observer], backward: Mapping[str, Observer]) -> dict[str, Observer]:
+    """The observers, those with gradients replaced by the ones that were fed before the sweep."""
+    return {key: backward.get(key, observer) for key, observer in observers.items()}
 
 
 def _only(structure: Structure, block: int | None) -> frozenset[int | None]:

@@ -29,6 +29,9 @@ def tiny(name: str, *, layers: int = LAYERS, seed: int = 0) -> tuple[nn.Module, 
         case "llama":
             shape = {**common, "intermediate_size": 112, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
             module = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, max_position_embeddings=128))
+        case "qwen3":
+            shape = {**common, "intermediate_size": 112, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "head_dim": 16}
+            module = tf.Qwen3ForCausalLM(tf.Qwen3Config(**shape, max_position_embeddings=128))
         case "mixtral":
             shape = {**common, "intermediate_size": 48, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
             module = tf.MixtralForCausalLM(
@@ -52,7 +55,7 @@ def tiny(name: str, *, layers: int = LAYERS, seed: int = 0) -> tuple[nn.Module, 
         case "vit":
             shape = {**common, "intermediate_size": 112, "image_size": 24, "patch_size": 8}
             module = tf.ViTModel(tf.ViTConfig(**shape))
-        case _:
+        case _:  # NAMES are those that every general test runs on
             raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

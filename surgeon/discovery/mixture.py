@@ -83,7 +83,8 @@ def _mixture(
         w_out=names[1],
         b_in=bias_names[0],
         b_out=bias_names[1],
-        shared=shared,
+        # a router with a hidden layer looks like an FFN beside the experts
+        shared=tuple(ffn for ffn in shared if router is None or ffn.down.node is not router.node),
         scale=routing.scale,
     )
     reason = "; ".join(text for text in (reason, routing.reason) if text)

@@ -2,6 +2,10 @@
 
 Letters in shapes: T tokens, k experts per token, E experts, H input width, G output width, I inner width, O rows of
 ``w_in`` (I for a plain expert, 2 I for a gated one), S = T k token-expert pairs.
+
+A pair of weight exactly 0 adds nothing, so any implementation may leave it out, and an operation that runs a changing
+number of experts per token says so with zeros.  The eager forward does leave them out (unless the device's grouped kernel
+runs); the backward does not, since the derivative by a weight needs the expert's output whatever the weight is.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from surgeon.errors import RewriteError
 
 
 class _Groups(NamedTuple):
-    """The S = T k token-expert pairs, sorted by expert.
+    """The S token-expert pairs that are computed (all T k, or those of non-zero weight), sorted by expert.
 
     Attributes:
         order: [S] position of each sorted pair in the row-major flattening of ``index``.
@@ -48,20 +52,30 @@ def has_grouped_kernel(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(width % 8 == 0 for width in widths)
 
 
-def _sort_by_expert(index: Tensor, experts: int, on_device: bool) -> _Groups:
-    """Sort the pairs of ``index`` [T, k] by expert, stably, so that results do not depend on the sort's whims."""
+def _sort_by_expert(index: Tensor, experts: int, on_device: bool, weight: Tensor | None = None) -> _Groups:
+    """Sort the pairs of ``index`` [T, k] by expert, stably, so that results do not depend on the sort's whims.
+
+    With ``weight`` [T, k] pairs of weight 0 are left out (not on the device, which would have to wait for their number).
+    """
     k = index.shape[1]
-    expert, order = index.reshape(-1).sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
-    token = order.div(max(k, 1), rounding_mode="floor")
+    flat = index.reshape(-1)
     if on_device:
-        return _Groups(order, token, expert, ends.to(torch.int32), None)
+        expert, order = flat.sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
+        return _Groups(order, order.div(max(k, 1), rounding_mode="floor"), expert, ends.to(torch.int32), None)
+    if flat.numel():
+        low, high = (int(bound) for bound in flat.aminmax())
+        if low < 0 or high >= experts:
+            raise RewriteError(
+                f"surgeon::moe: index holds experts {low} to {high}, the weights hold {experts} (0 to {experts - 1})"
+            )
+    if weight is not None:
+        flat = torch.where(weight.reshape(-1) == 0, experts, flat)  # behind all experts
+    expert, order = flat.sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
     stops: list[int] = ends.tolist()
-    if expert.numel() and (int(expert[0]) < 0 or stops[-1] != expert.numel()):
-        raise RewriteError(
-            f"surgeon::moe: index holds experts {int(expert[0])} to {int(expert[-1])}, the weights hold {experts} "
-            f"(0 to {experts - 1})"
-        )
+    expert, order = (part[: stops[-1] if stops else 0] for part in (expert, order))
+    token = order.div(max(k, 1), rounding_mode="floor")
     starts = [0, *stops[:-1]]
     bounds = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
     return _Groups(order, token, expert, ends, bounds)
@@ -100,8 +114,9 @@ def _grouped_sum(rows: Tensor, experts: int, groups: _Groups) -> Tensor:
 
 
 def _unsort(rows: Tensor, groups: _Groups, tokens: int, k: int) -> Tensor:
-    """Rows [S, B] in sorted order -> [T, k, B] in the order of ``index``."""
-    out = torch.empty_like(rows)
+    """Rows [S, B] in sorted order -> [T, k, B] in the order of ``index``, zero for pairs that were left out."""
+    every = tokens * k
+    out = (rows.new_empty if rows.shape[0] == every else rows.new_zeros)(every, rows.shape[1])
     out[groups.order] = rows
     return out.view(tokens, k, rows.shape[1])
 
@@ -171,7 +186,8 @@ def moe(
     Args:
         x: [T, H].
         index: [T, k] integers in 0 .. E-1; an expert named twice in a row counts twice; k may equal E, T may be 0.
-        weight: [T, k], any sign; may be wider than x (a float32 router before bfloat16 experts).
+        weight: [T, k], any sign; may be wider than x (a float32 router before bfloat16 experts).  Where it is exactly 0
+            the expert is not run.
         w_in: [E, O, H].
         w_out: [E, G, I].
         b_in: [E, O] or None.
@@ -187,7 +203,7 @@ def moe(
         RegistryError: unknown activation.
     """
     _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
-    groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, w_in, w_out))
+    groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, w_in, w_out), weight)
     hidden = _inner(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
     each = _unsort(_grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
     # multiply and sum, rather than index_add_: deterministic on CUDA, and the sum of halves is accumulated in float32

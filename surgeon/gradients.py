@@ -1,0 +1,89 @@
+"""Derivatives of the loss with respect to values inside a graph, on calibration data.
+
+The loss is the next-token cross entropy of a language model, summed over the tokens that are predicted.  Weights get no
+gradient: differentiation starts at the first value that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.contract import Observer
+from surgeon.errors import ObserveError
+from surgeon.evaluate import is_language_model
+from surgeon.graph import Graph
+from surgeon.observe import Batch, Execution, observe
+
+
+def observe_gradients(graph: Graph, batches: Iterable[Batch], observers: Mapping[str, Observer]) -> None:
+    """Run the graph forward and backward over all batches, feeding observers whose ``gradient`` is set.
+
+    Each gets the values of its nodes and then the derivative of the loss with respect to the last of them.  Models that
+    predict no next token have no loss here; their observers get the values alone.
+
+    Memory: every activation behind the first watched value, for one batch.
+
+    Raises:
+        ObserveError: there is no batch.
+    """
+    if not is_language_model(graph):
+        observe(graph, batches, observers)
+        return
+    watched = {node for observer in observers.values() for node in observer.nodes}
+    count = 0
+    for batch in batches:
+        count += 1
+        run = _Backward(graph, batch, {observer.nodes[-1] for observer in observers.values()}, watched)
+        gradients = run.gradients()
+        for observer in observers.values():
+            values = [run.kept[node].detach() for node in observer.nodes] + [gradients[observer.nodes[-1]]]
+            observer.update(*(run._rows(value) for value in values))
+    if count == 0:
+        raise ObserveError("the calibration data holds no batch")
+
+
+class _Backward(Execution):
+    """One forward run that autograd records from the first of ``wanted`` on.
+
+    Attributes:
+        kept: values of the watched nodes.
+    """
+
+    def __init__(self, graph: Graph, batch: Batch, wanted: set[fx.Node], watched: set[fx.Node]) -> None:
+        super().__init__(graph, batch)
+        self.batch = batch
+        self.wanted = wanted
+        self.kept: dict[fx.Node, Tensor] = {}
+        self.watched = watched
+
+    @torch.enable_grad()
+    def gradients(self) -> dict[fx.Node, Tensor]:
+        """Derivative of the loss with respect to every wanted node."""
+        for node in self.graph.module.graph.nodes:
+            if node.op == "get_attr":
+                self.values[node] = self.graph.tensor(str(node.target)).detach()
+                continue
+            self._evaluate(node)
+            if node in self.wanted and not self.values[node].requires_grad:
+                self.values[node] = self.values[node].detach().requires_grad_()
+            if node in self.watched:
+                self.kept[node] = self.values[node]
+            if node.op == "output":
+                names = [port.name for port in self.graph.outputs]
+                logits = dict(zip(names, self.values[node], strict=True))["logits"]
+        order = list(self.wanted)
+        found = torch.autograd.grad(
+            self._loss(logits), [self.kept[node] for node in order], allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(order, found, strict=True))
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        ids = self.batch["input_ids"]
+        valid = torch.ones_like(ids, dtype=torch.bool) if self.mask is None else self.mask.view_as(ids)
+        predicts = valid[:, :-1] & valid[:, 1:]
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1][predicts].float(), ids[:, 1:][predicts], reduction="sum"
+        )
