@@ -16,6 +16,7 @@ Rules, with x the input and y the output of a node:
    that made the activation alive after the block is dropped.
 9. equal operator, arguments and inputs: one node (common subexpressions); random operators excepted.
 10. small tensors computed from no input and no parameter (slopes, relative positions): a buffer.
+11. glu(x): a sigmoid(b) of its halves [a | b].
 """
 
 from __future__ import annotations

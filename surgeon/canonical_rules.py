@@ -182,6 +182,17 @@ def _concatenate(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     return given["tensors"][0] if len(given["tensors"]) == 1 else None
 
 
+def _gated_half(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    """``glu``: [a | b] -> a sigmoid(b), so that the two halves are seen apart."""
+    x = given["self"]
+    dim, value = given["dim"], x.meta["val"]
+    size = value.shape[dim]
+    if not isinstance(size, int):
+        return None
+    a, b = (build.emit(aten.slice.Tensor, (x, dim % value.dim(), i * size // 2, (i + 1) * size // 2), {}) for i in (0, 1))
+    return build.emit(aten.mul.Tensor, (a, build.emit(aten.sigmoid.default, (b,), {})), {})  # Rule 11
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_IDENTITIES, _identity),
     **dict.fromkeys(_CASTS, _cast),
@@ -194,5 +205,6 @@ RULES: dict[str, Rule] = {
     "aten::permute": _permute,
     "aten::copy": _copy,
     "aten::cat": _concatenate,
+    "aten::glu": _gated_half,
     "aten::as_strided": _strided,
 }

@@ -123,7 +123,7 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
         ffn: the FFN.
 
     Raises:
-        PlanError: its weights are quantized or factored, or its activation was not recognised.
+        PlanError: its weights are quantized or factored, its activation was not recognised, or its neurons are normalised.
     """
     for part in (ffn.gate, ffn.up, ffn.down):
         if part is None:
@@ -134,6 +134,8 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
             raise PlanError(f"{site}: its weights were factored already; put {name} before low_rank")
     if ffn.activation is None:
         raise PlanError(f"{site}: its activation function was not recognised, so its neurons cannot be told apart")
+    if ffn.normed:
+        raise PlanError(f"{site}: a normalisation over all neurons stands in front of down, so they cannot be told apart")
 
 
 def rows(graph: Graph, linear: Linear) -> Tensor:
@@ -148,6 +150,8 @@ def bias(graph: Graph, linear: Linear) -> Tensor | None:
 
 
 def _own(tensor: Tensor, linear: Linear) -> Tensor:
+    if linear.index is not None:
+        return tensor[list(linear.index)]
     if linear.index is not None:
         return tensor[list(linear.index)]
     return tensor if linear.rows is None else tensor[linear.rows[0] : linear.rows[1]]

@@ -65,6 +65,7 @@ class Attention:
         head_dim: size of one query/key head.
         causal: whether the node masks the future by itself; None where a mask tensor decides.
         cross: keys and values come from outside the residual stream.
+        parts: the single heads, where each has projections of its own; q, k or v of the whole are None then.
     """
 
     node: fx.Node
@@ -77,6 +78,7 @@ class Attention:
     head_dim: int
     causal: bool | None
     cross: bool = False
+    parts: tuple[Attention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class FFN:
         width: number of intermediate neurons.
         layout: how gate and up are stored: ``separate``, ``concatenated`` ([gate | up]), ``interleaved``; ``plain``
             without gate.
+        normed: a normalisation stands in front of ``down``, so that its neurons depend on each other.
     """
 
     input: fx.Node
@@ -103,6 +106,7 @@ class FFN:
     activation: str | None
     width: int
     layout: str = "plain"
+    normed: bool = False
 
 
 @dataclass(frozen=True)

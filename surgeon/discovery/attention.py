@@ -1,35 +1,25 @@
-"""Softmax attention, fused or spelled out, and the projections around it.
-
-1. Fused: one scaled-dot-product node; query, key, value are its first three arguments.
-2. Spelled out: ``product(softmax(f(product(q, k))), v)`` where both products are of two activations and f is element-wise
-   work (scale, mask, soft cap), movement, or concatenation (sinks).
+"""Softmax attention: a core (:mod:`surgeon.discovery.cores`) and the projections around it.
 
 Projections are found by walking back from query, key and value to the nearest linears: rotary arithmetic, norms and
 movement lie in between.  A linear that feeds another one found this way (a latent that is expanded) is not counted.
+
+Cores that share one output projection are one attention where they are its heads (a loop over slices of common projections,
+or heads with projections of their own), or where they share query and key and mix parts of the values.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
 from surgeon.discovery import operators
+from surgeon.discovery.cores import Core, find_cores, product
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.structure import Attention, Linear
-
-
-@dataclass(frozen=True)
-class Core:
-    """The part of an attention without weights: ``node`` mixes the values of v by the similarity of q and k."""
-
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    head_dim: int
-    causal: bool | None
 
 
 def find_attentions(
@@ -46,113 +36,23 @@ def find_attentions(
     Returns:
         The attentions in graph order, and for each projection that was not found the reason.
     """
-    found, reasons = [], []
-    for node in flow.ordered(path):
-        core = _fused(flow, node) if operators.kind(node) in operators.ATTENTIONS else _spelled(flow, node)
-        if core is not None:
-            attention, missing = _attention(flow, linears, path, entry, core)
-            found.append(attention)
-            reasons.extend(missing)
+    groups: dict[object, list[tuple[Attention, Core]]] = {}
+    reasons: list[str] = []
+    for core in find_cores(flow, path):
+        attention, missing = _attention(flow, linears, path, entry, core)
+        same = (attention.o.node, attention.cross, attention.head_dim) if attention.o is not None else core.node
+        groups.setdefault(same, []).append((attention, core))
+        reasons.extend(missing)
+    found: list[Attention] = []
+    for group in groups.values():
+        parts = [attention for attention, _ in group]
+        if len(parts) > 1 and len({(core.q, core.k) for _, core in group}) == 1:
+            found.append(replace(parts[0], node=parts[-1].node, v=_union(linears, [part.v for part in parts])))
+        elif _are_heads(flow, parts):
+            found.append(_joined(linears, parts))
+        else:
+            found.extend(parts)
     return found, reasons
-
-
-def _fused(flow: Flow, node: fx.Node) -> Core | None:
-    q, k, v = node.args[:3]
-    if not (isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)):
-        return None
-    position = 5 if operators.kind(node) == "aten::scaled_dot_product_attention" else 4
-    mask = operators.argument(node, 3, "attn_mask")
-    causal: bool | None = bool(operators.argument(node, position, "is_causal", False))
-    if not causal and isinstance(mask, fx.Node):
-        causal = None
-    return Core(node, q, k, v, operators.shape(q)[-1], causal)
-
-
-def _product(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two activations that a node multiplies as matrices."""
-    name = operators.kind(node)
-    if name in ("aten::matmul", "aten::bmm", "aten::mm"):
-        operands = node.args[:2]
-    elif name in ("aten::baddbmm", "aten::addmm"):
-        operands = node.args[1:3]
-    elif name == "aten::einsum" and isinstance(node.args[1], list | tuple) and len(node.args[1]) == 2:
-        operands = tuple(node.args[1])
-    else:
-        return None
-    left, right = operands
-    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left in flow.constant or right in flow.constant:
-        return None
-    return left, right
-
-
-def _spelled(flow: Flow, node: fx.Node) -> Core | None:
-    """Case 2, from the second product back."""
-    operands = _product(flow, node)
-    if operands is None:
-        return None
-    for weights, v in (operands, operands[::-1]):
-        softmax = flow.strip(weights, lambda n: operators.is_movement(n) or _is_scaling(n))
-        if operators.kind(softmax) not in operators.SOFTMAXES:
-            continue
-        scores, masked = _scores(flow, softmax)
-        if scores is None:
-            continue
-        left, right = _product(flow, scores) or (scores, scores)
-        q, k = (left, right) if _rows_are_queries(flow, scores, softmax) else (right, left)
-        return Core(node, q, k, v, _contracted(scores, q), None if masked else False)
-    return None
-
-
-def _is_scaling(node: fx.Node) -> bool:
-    return operators.kind(node) in ("aten::mul", "aten::div", "aten::where", "aten::masked_fill")
-
-
-def _scores(flow: Flow, softmax: fx.Node) -> tuple[fx.Node | None, bool]:
-    """The product behind a softmax, and whether a mask or bias was added on the way."""
-    masked = False
-    seen: set[fx.Node] = set()
-    stack = [n for n in softmax.all_input_nodes if n in flow]
-    products: list[fx.Node] = []
-    while stack:
-        node = stack.pop()
-        if node in seen or node in flow.constant:
-            continue
-        seen.add(node)
-        if _product(flow, node) is not None:
-            masked |= operators.kind(node) in ("aten::baddbmm", "aten::addmm") and bool(node.kwargs.get("beta", 1))
-            products.append(node)
-        elif operators.is_pointwise(node) or operators.is_movement(node) or operators.kind(node) == operators.CONCATENATE:
-            name = operators.kind(node)
-            masked |= name in ("aten::where", "aten::masked_fill", operators.ADD) and len(node.all_input_nodes) > 1
-            stack.extend(flow.inputs(node))
-    return (products[0] if len(products) == 1 else None), masked
-
-
-def _rows_are_queries(flow: Flow, scores: fx.Node, softmax: fx.Node) -> bool:
-    """Whether the first operand of the scores is the query: the softmax runs over the keys, the last dimension then.
-
-    In an einsum the query is the operand that carries the last letter of the output no more than the other does.
-    """
-    if operators.kind(scores) != "aten::einsum":
-        return True
-    equation = str(scores.args[0]).replace(" ", "")
-    inputs, _, output = equation.partition("->")
-    first, _, _ = inputs.partition(",")
-    axis = int(operators.argument(softmax, 1, "dim", -1))
-    return output[axis] not in first if abs(axis) <= len(output) else True
-
-
-def _contracted(scores: fx.Node, q: fx.Node) -> int:
-    """Size of the dimension that a product of queries and keys sums over."""
-    if operators.kind(scores) != "aten::einsum":
-        return operators.shape(q)[-1]
-    inputs, _, output = str(scores.args[0]).replace(" ", "").partition("->")
-    first, _, second = inputs.partition(",")
-    tensors = scores.args[1]
-    assert isinstance(tensors, list | tuple)
-    letters = first if tensors[0] is q else second
-    summed = [size for letter, size in zip(letters, operators.shape(q), strict=False) if letter not in output]
-    return summed[-1] if summed else operators.shape(q)[-1]
 
 
 def _attention(
@@ -160,9 +60,12 @@ def _attention(
 ) -> tuple[Attention, list[str]]:
     reasons: list[str] = []
     projections: list[Linear | None] = []
+    heads: list[int | None] = []
     for role, argument in (("query", core.q), ("key", core.k), ("value", core.v)):
-        linear, reason = _projection(flow, linears, entry, argument)
+        linear, exact, reason = _projection(flow, linears, entry, argument)
         projections.append(linear)
+        divides = linear is not None and exact and linear.out_features % core.head_dim == 0
+        heads.append(linear.out_features // core.head_dim if linear is not None and divides else None)
         if linear is None:
             reasons.append(f"{role} of {core.node.name}: {reason}")
     q, k, v = projections
@@ -172,21 +75,49 @@ def _attention(
         reasons.append(
             f"output of {core.node.name}: {len(outputs)} linears follow it in the region, needed exactly one"
         )
-    heads = _heads(core.q, q, core.head_dim)
-    kv_heads = _heads(core.k, k, core.head_dim)
+    queries = heads[0] or _leading(core.q)
+    keys = heads[1] or min(queries, _leading(core.k))
     cross = not flow.depends(core.k, entry) and flow.depends(core.q, entry)
-    return Attention(core.node, q, k, v, o, heads, min(heads, kv_heads), core.head_dim, core.causal, cross), reasons
+    return Attention(core.node, q, k, v, o, queries, min(queries, keys), core.head_dim, core.causal, cross), reasons
 
 
-def _heads(argument: fx.Node, linear: Linear | None, head_dim: int) -> int:
-    """Number of heads: features of the projection over the head's size; the tensor's own head dimension otherwise."""
+def _leading(argument: fx.Node) -> int:
+    """Heads as the size of the dimension in front of positions and features; 1 where there is none."""
     sizes = operators.shape(argument)
-    if linear is not None and linear.out_features % head_dim == 0:
-        return linear.out_features // head_dim
-    return sizes[-3] if len(sizes) > 3 else 1
+    return math.prod(sizes[1:-2]) if len(sizes) > 3 else 1
 
 
-def _projection(flow: Flow, linears: Linears, entry: fx.Node, argument: fx.Node) -> tuple[Linear | None, str]:
+def _are_heads(flow: Flow, parts: Sequence[Attention]) -> bool:
+    """Whether attentions with one output projection are its heads: side by side, one head each, of the same shape."""
+    if len(parts) < 2 or any(part.heads != 1 for part in parts):
+        return False
+    if any(flow.depends(one.node, other.node) for one in parts for other in parts if one is not other):
+        return False
+    return len({operators.shape(part.node) for part in parts}) == 1
+
+
+def _joined(linears: Linears, parts: Sequence[Attention]) -> Attention:
+    """One attention whose heads are ``parts``."""
+    first = parts[0]
+    q, k, v = (_union(linears, [getattr(part, key) for part in parts]) for key in ("q", "k", "v"))
+    keys = len(parts) if k is None else k.out_features // first.head_dim
+    apart = tuple(parts) if None in (q, k, v) else ()
+    return replace(first, node=parts[-1].node, q=q, k=k, v=v, heads=len(parts), kv_heads=keys, parts=apart)
+
+
+def _union(linears: Linears, parts: Sequence[Linear | None]) -> Linear | None:
+    """The parts of one linear as one; None where one is missing or they belong to several linears."""
+    found = [linear for linear in parts if linear is not None]
+    if len(found) < len(parts) or len({linear.node for linear in found}) != 1:
+        return None
+    numbers = sorted({number for linear in found for number in linears.numbers(linear)})
+    return linears.take(linears.whole[found[0].node], tuple(numbers))
+
+
+def _projection(
+    flow: Flow, linears: Linears, entry: fx.Node, argument: fx.Node
+) -> tuple[Linear | None, bool, str]:
+    """The linear that a query, key or value comes from; whether all of it does; why none was found."""
     inside = flow.depends(argument, entry)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
@@ -199,7 +130,7 @@ def _projection(flow: Flow, linears: Linears, entry: fx.Node, argument: fx.Node)
         seen.add(node)
         if node in linears.whole:
             found.add(node)
-        elif _product(flow, node) is not None or operators.kind(node) in operators.SOFTMAXES | operators.ATTENTIONS:
+        elif product(flow, node) is not None or operators.kind(node) in operators.SOFTMAXES | operators.ATTENTIONS:
             blocked = node
         elif operators.kind(node) in operators.LOOKUPS and not flow.inputs(node):
             blocked = node
@@ -209,11 +140,13 @@ def _projection(flow: Flow, linears: Linears, entry: fx.Node, argument: fx.Node)
     if len(last) == 1:
         linear = linears.whole[last[0]]
         if len(found) > 1:  # part of it comes past the expansion, e.g. a rotary key shared by all heads
-            return linear, ""
-        return linears.part(linear, argument), ""
+            return linear, False, ""
+        return linears.part(linear, argument), True, ""
     if last:
-        return None, f"it is computed from {len(last)} linears ({', '.join(sorted(n.name for n in last))}), needed one"
-    return None, f"no linear lies between {entry.name} and {argument.name}" + (f"; {blocked.name} blocks" if blocked else "")
+        names = ", ".join(sorted(n.name for n in last))
+        return None, False, f"it is computed from {len(last)} linears ({names}), needed one"
+    between = f"no linear lies between {entry.name} and {argument.name}"
+    return None, False, between + (f"; {blocked.name} blocks" if blocked else "")
 
 
 def _following(flow: Flow, linears: Linears, path: frozenset[fx.Node], node: fx.Node) -> list[fx.Node]:

@@ -4,12 +4,14 @@
     gated   down(act(gate(x)) * up(x))      stored apart, or one linear whose output is split
 
 Which half is the gate is decided by evaluating the element-wise part h = f(a, b): it is linear and without offset in ``up``,
-so with ``b`` as up, f(a, b) = b f(a, 1), and f(a, 1) is the activation.
+so with ``b`` as up, f(a, b) = b f(a, 1), and f(a, 1) is the activation.  A normalisation may stand in front of ``down``.
+
+Two linears with nothing between them that is not linear (a latent, an adapter) are no FFN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from surgeon.activations import recognise
 from surgeon.discovery import operators, probe
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
+from surgeon.discovery.norms import is_affine, is_normalisation, normalised
 from surgeon.structure import FFN, Linear
 
 
@@ -70,12 +73,16 @@ def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear)
         if node not in path:
             return ""  # it reads the stream itself: no FFN ends here
         name = operators.kind(node)
+        inner = normalised(flow, node)
+        if inner is not None and is_normalisation(flow, flow.strip(down.input, _is_gain(flow))):
+            stack.append(inner)
+            continue
         if not (operators.is_pointwise(node) or operators.is_movement(node) or name == operators.FAKE_QUANTIZE):
             return f"{node.name} = {name} lies in between, needed element-wise work" if ups else ""
         middle.add(node)
         stack.extend(flow.active(node))
     ups.sort(key=lambda linear: flow.index[linear.node])
-    if not any(operators.is_pointwise(node) for node in middle):
+    if not any(_bends(flow, node) for node in middle):
         return ""
     if len(ups) > 2:
         return f"it reads {len(ups)} linears ({', '.join(u.node.name for u in ups)}), needed one or two"
@@ -88,6 +95,20 @@ def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear)
     if widths != {down.in_features}:
         return f"it reads {down.in_features} features and what it is computed from has {sorted(widths)}, needed the same"
     return _assemble(flow, linears, halves, down)
+
+
+_LINEAR = frozenset(f"aten::{name}" for name in "add sub mul div neg rsub".split())
+
+
+def _bends(flow: Flow, node: fx.Node) -> bool:
+    """Whether an element-wise node is not linear: another function than sums and products, or a product of activations."""
+    if not operators.is_pointwise(node):
+        return False
+    return operators.kind(node) not in _LINEAR or (operators.kind(node) != operators.ADD and len(flow.active(node)) > 1)
+
+
+def _is_gain(flow: Flow) -> Callable[[fx.Node], bool]:
+    return lambda node: not is_normalisation(flow, node) and is_affine(node)
 
 
 def _halves(flow: Flow, linears: Linears, ups: list[Linear], hidden: fx.Node) -> list[Half] | str:
@@ -104,17 +125,19 @@ def _halves(flow: Flow, linears: Linears, ups: list[Linear], hidden: fx.Node) ->
 
 def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) -> FFN:
     width = down.in_features
+    inner = normalised(flow, flow.strip(down.input, _is_gain(flow)))
+    normed, hidden = inner is not None, inner or down.input
     if len(halves) == 1:
         (half,) = halves
-        activation = _recognise(lambda x: _evaluate(flow, down.input, {half: x}))
-        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain")
-    gate, up = _gate_and_up(flow, down.input, halves)
-    activation = _recognise(lambda x: _evaluate(flow, down.input, {gate: x, up: torch.ones_like(x)}))
+        activation = _recognise(lambda x: _evaluate(flow, hidden, {half: x}))
+        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed)
+    gate, up = _gate_and_up(flow, hidden, halves)
+    activation = _recognise(lambda x: _evaluate(flow, hidden, {gate: x, up: torch.ones_like(x)}))
     if gate.linear is not up.linear:
-        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate")
+        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate", normed)
     parts = [linears.take(half.linear, half.numbers) for half in (up, gate)]
     layout = "concatenated" if all(part.rows for part in parts) else "interleaved"
-    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout)
+    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout, normed)
 
 
 def _gate_and_up(flow: Flow, hidden: fx.Node, halves: list[Half]) -> tuple[Half, Half]:

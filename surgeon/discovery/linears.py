@@ -181,6 +181,12 @@ class Linears:
         numbers = sorted({number for held in self.features(linear, target).values() for number in held})
         return self.take(linear, tuple(numbers))
 
+    def numbers(self, linear: Linear) -> tuple[int, ...]:
+        """The output features of the stored weight that a (part of a) linear means."""
+        if linear.index is not None:
+            return linear.index
+        return tuple(range(*(linear.rows or (0, linear.out_features))))
+
     def take(self, linear: Linear, numbers: tuple[int, ...]) -> Linear:
         """The linear cut down to some output features."""
         if not numbers or len(numbers) == linear.out_features:

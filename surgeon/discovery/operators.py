@@ -101,6 +101,8 @@ def is_pointwise(node: fx.Node) -> bool:
     name = kind(node)
     if name in RESHAPES or name in CASTS:
         return False
+    if name in ("aten::min", "aten::max"):  # of two tensors; of one it is a reduction
+        return target._overloadname == "other"
     return name in POINTWISE or torch.Tag.pointwise in target.tags
 
 

@@ -14,6 +14,7 @@ from surgeon.discovery.ffn import find_ffns
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
+from surgeon.discovery.norms import is_normalisation
 from surgeon.discovery.residuals import reads_weights, works
 from surgeon.structure import FFN, Attention, Region, RegionKind
 
@@ -147,30 +148,6 @@ class Classifier:
             position = 1 if name in ("aten::slice", "aten::narrow") else 2
             return operators.argument(node, position, "dim", default) in last
         return False
-
-
-def is_normalisation(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node normalises: a norm operator, or x divided by (or multiplied with the inverse of) a root of a reduction."""
-    name = operators.kind(node)
-    if name in operators.NORMS:
-        return True
-    if name not in ("aten::mul", "aten::div") or len(flow.inputs(node)) < 2:
-        return False
-    for factor in flow.inputs(node):
-        seen: list[str] = []
-        while len(seen) < 8:
-            kind = operators.kind(factor)
-            seen.append(kind)
-            if kind in operators.REDUCTIONS:
-                rooted = any(k in ("aten::rsqrt", "aten::sqrt", "aten::pow") for k in seen)
-                if rooted or kind in ("aten::std", "aten::linalg_vector_norm", "aten::norm"):
-                    return True
-                break
-            sources = flow.inputs(factor)
-            if len(sources) != 1:
-                break
-            factor = sources[0]
-    return False
 
 
 def _opaque(flow: Flow, path: frozenset[fx.Node], unfed: list[str]) -> str:

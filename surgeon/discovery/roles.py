@@ -1,12 +1,13 @@
 """Roles of the tensors that belong to no linear, experts or look-up table.
 
     blocks.I.norm.J, final_norm.J ...   gains and offsets of a normalisation
-    blocks.I.scale.J, blocks.I.bias.J   vectors that activations are multiplied with, or that are added to them
+    blocks.I.scale.J, blocks.I.bias.J   what activations are multiplied with element by element, or what is added to them
     position_embedding.J                added to the hidden state before the first block
-    token.J                             concatenated to it there: learned tokens
+    token.J                             concatenated to activations: learned tokens
     patch_embedding.J, convolution.J    kernels, before the blocks and elsewhere
     blocks.I.mixer.J, blocks.I.other.J  matrices of a sublayer that no rule takes apart
     blocks.I.attention.position.J       further matrices that the scores of an attention are computed with
+    projection.J                        matrices in a product that is no linear, such as one with three dimensions
     constant.J                          what is no trained weight: tables, masks, positions; and trained scalars
 
 A trained matrix that fits nowhere is *unrecognised*, with the operator that reads it.
@@ -22,9 +23,17 @@ from torch import fx
 
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
-from surgeon.discovery.regions import is_normalisation
+from surgeon.discovery.norms import is_affine, is_normalisation
 from surgeon.discovery.sites import Naming
 from surgeon.structure import Stream
+
+_ELEMENTWISE = {
+    "aten::mul": "scale",
+    "aten::div": "scale",
+    operators.ADD: "bias",
+    "aten::sub": "bias",
+    "aten::rsub": "bias",
+}
 
 
 class Places:
@@ -78,19 +87,17 @@ class Remaining:
         self._norms: dict[fx.Node, str] = {}
 
     def assign(self) -> None:
-        """Go through all tensors in the order in which they are read."""
-        for name, readers in self.flow.readers.items():
-            if name not in self.naming.roles:
-                self._assign(name, readers[0])
+        """Go through all tensors in the order in which activations meet them."""
+        met = {name: self._reader(readers[0]) for name, readers in self.flow.readers.items() if name not in self.naming.roles}
+        for name in sorted(met, key=lambda name: self.flow.index[met[name][1]]):
+            self._assign(name, self.flow.readers[name][0], *met[name])
 
-    def _assign(self, name: str, node: fx.Node) -> None:
-        operand, reader = self._reader(node)
+    def _assign(self, name: str, node: fx.Node, operand: fx.Node, reader: fx.Node) -> None:
         tensor = self.flow.graph.tensor(name)
         place = self.places.name(node)
         kind = operators.kind(reader)
         part = self.places.part(reader)
         trained = isinstance(tensor, torch.nn.Parameter)
-        sizes = [size for size in operators.shape(operand) if size != 1]
         norm = self._norm(reader)
         if norm is not None:
             role = f"{norm}.{self._gain_or_offset(reader, operand)}"
@@ -100,16 +107,20 @@ class Remaining:
             role = f"{self._group(f'{place}{label}', reader)}.{part}"
         elif trained and self.places.prefix(reader) and kind == operators.ADD and len(operators.shape(operand)) > 1:
             role = self._next("position_embedding")
-        elif trained and self.places.prefix(reader) and kind == operators.CONCATENATE:
-            role = self._next("token")
-        elif not trained or tensor.dim() == 0:
+        elif trained and tensor.dim() > 1 and kind == operators.CONCATENATE:
+            role = self._next(f"{place}token")
+        elif not trained or tensor.numel() == 1:
             role = self._next(f"{place}constant")
-        elif len(sizes) <= 1 and kind in ("aten::mul", operators.ADD):
-            role = self._next(f"{place}{'scale' if kind == 'aten::mul' else 'bias'}")
+        elif sum(size != 1 for size in operators.shape(operand)) <= 1 and kind in _ELEMENTWISE:
+            role = self._next(f"{place}{_ELEMENTWISE[kind]}")
         elif tensor.dim() <= 1:
             role = self._next(f"{place}constant")
         elif part is not None:
             role = self._next(f"{place}{part}")
+        elif kind in _ELEMENTWISE:
+            role = self._next(f"{place}{_ELEMENTWISE[kind]}")
+        elif kind in operators.PRODUCTS:
+            role = self._next(f"{place}projection")
         else:
             where = f"in {place[:-1]}" if place else "outside of the blocks"
             shape = list(operators.shape(node))
@@ -128,7 +139,7 @@ class Remaining:
 
     def _norm(self, reader: fx.Node) -> str | None:
         """Name of the normalisation that ``reader`` belongs to."""
-        core = self.flow.strip(reader, lambda n: not is_normalisation(self.flow, n) and self._is_affine(n))
+        core = self.flow.strip(reader, lambda n: not is_normalisation(self.flow, n) and is_affine(n))
         if not is_normalisation(self.flow, core):
             return None
         if core not in self._norms:
@@ -143,9 +154,6 @@ class Remaining:
                 label = self._next("norm")
             self._norms[core] = label
         return self._norms[core]
-
-    def _is_affine(self, node: fx.Node) -> bool:
-        return operators.is_reshape(node) or operators.kind(node) in ("aten::mul", operators.ADD)
 
     def _gain_or_offset(self, reader: fx.Node, operand: fx.Node) -> str:
         kind = operators.kind(reader)

@@ -1,6 +1,7 @@
 """Names for the parts of a model: sites where passes act, and one role for every tensor that the graph reads.
 
-    blocks.I.attention.{q,k,v,o}    fused projections join their letters: qkv, kv
+    blocks.I.attention.{q,k,v,o}    fused projections join their letters: qkv, kv; ``head.J.`` in front where each head
+                                    has projections of its own
     blocks.I.ffn.{up,gate,down}     gate_up where one linear is both
     blocks.I.moe.router, blocks.I.moe.shared.{up,gate,down}
     blocks.I.linear.J, linear.J     linears that no rule gave a part
@@ -111,6 +112,8 @@ class Naming:
     def _attention(self, name: str, block: int, attention: Attention) -> None:
         letters = {"q": attention.q, "k": attention.k, "v": attention.v, "o": attention.o}
         self._group(name, block, letters, "")
+        for number, part in enumerate(attention.parts):
+            self._attention(f"{name}.head.{number}", block, part)
 
     def _ffn(self, name: str, block: int, ffn: FFN) -> None:
         self._group(name, block, {"gate": ffn.gate, "up": ffn.up, "down": ffn.down}, "_")

@@ -1,0 +1,210 @@
+"""The part of an attention that has no weights: values mixed by the similarity of queries and keys.
+
+1. Fused: one scaled-dot-product node; query, key and value are its first three arguments.
+2. Spelled out: ``product(f(product(q, k)), v)``, both products of two activations.  f is a softmax, in one node or as
+   ``exp`` and a sum, or another function that is not linear in the scores, with scales, masks, soft caps, sinks and movement
+   around it.  Without such a function the two products can be swapped, q (k v) = (q k) v: a linear attention, another mixer.
+
+The dimension of the weights that the second product sums over are the keys.  Followed back through transpositions to the
+first product, it tells keys from queries, whichever way round the products are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from surgeon.discovery import operators
+from surgeon.discovery.flow import Flow
+
+
+@dataclass(frozen=True)
+class Core:
+    """``node`` mixes the values of v by the similarity of q and k, which have ``head_dim`` features per head."""
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    head_dim: int
+    causal: bool | None
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two activations as matrices.
+
+    Attributes:
+        left, right: its operands.
+        inner: the dimension of each that is summed over, counted from the end (-1 is the last).
+        outer: the dimension of the result, counted from the end, that each operand alone has, None where there are several.
+    """
+
+    left: fx.Node
+    right: fx.Node
+    inner: tuple[int, int]
+    outer: tuple[int | None, int | None]
+
+
+_LINEAR = frozenset(f"aten::{name}" for name in "add sub mul div neg rsub where masked_fill maximum minimum".split())
+"""Element-wise operators that a linear attention may have on its scores too: scales, masks, biases."""
+
+_THROUGH = (
+    operators.SOFTMAXES
+    | operators.REDUCTIONS
+    | {operators.CONCATENATE, "aten::constant_pad_nd", "aten::pad", "aten::as_strided", "aten::slice_scatter"}
+)
+"""What may stand between scores and weights beside element-wise work and movement."""
+
+
+def find_cores(flow: Flow, path: frozenset[fx.Node]) -> list[Core]:
+    """The cores of a region, in graph order."""
+    found = []
+    for node in flow.ordered(path):
+        core = _fused(node) if operators.kind(node) in operators.ATTENTIONS else _spelled(flow, path, node)
+        if core is not None:
+            found.append(core)
+    return found
+
+
+def product(flow: Flow, node: fx.Node) -> Product | None:
+    """The two activations that a node multiplies as matrices."""
+    name = operators.kind(node)
+    if name in ("aten::matmul", "aten::bmm", "aten::mm"):
+        operands = node.args[:2]
+    elif name in ("aten::baddbmm", "aten::addmm"):
+        operands = node.args[1:3]
+    elif name == "aten::einsum" and isinstance(node.args[1], list | tuple) and len(node.args[1]) == 2:
+        operands = tuple(node.args[1])
+    else:
+        return None
+    left, right = operands
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left in flow.constant or right in flow.constant:
+        return None
+    if name == "aten::einsum":
+        return _contraction(str(node.args[0]).replace(" ", ""), left, right)
+    if min(len(operators.shape(left)), len(operators.shape(right))) < 2:
+        return None
+    return Product(left, right, (-1, -2), (-2, -1))
+
+
+def _contraction(equation: str, left: fx.Node, right: fx.Node) -> Product | None:
+    """An einsum of two tensors that sums over one letter of both."""
+    inputs, _, output = equation.partition("->")
+    first, _, second = inputs.partition(",")
+    summed = [letter for letter in first if letter in second and letter not in output]
+    if len(summed) != 1 or "." in first.split(summed[0])[1] or "." in second.split(summed[0])[1]:
+        return None
+    letter = summed[0]
+    inner = (first.index(letter) - len(first), second.index(letter) - len(second))
+    outer = []
+    for own, other in ((first, second), (second, first)):
+        alone = [x for x in own if x in output and x not in other]
+        outer.append(output.index(alone[-1]) - len(output) if alone else None)
+    return Product(left, right, inner, (outer[0], outer[1]))
+
+
+def _fused(node: fx.Node) -> Core | None:
+    """Case 1."""
+    q, k, v = node.args[:3]
+    if not (isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)):
+        return None
+    position = 5 if operators.kind(node) == "aten::scaled_dot_product_attention" else 4
+    mask = operators.argument(node, 3, "attn_mask")
+    causal: bool | None = bool(operators.argument(node, position, "is_causal", False))
+    if not causal and isinstance(mask, fx.Node):
+        causal = None
+    return Core(node, q, k, v, operators.shape(q)[-1], causal)
+
+
+def _spelled(flow: Flow, path: frozenset[fx.Node], node: fx.Node) -> Core | None:
+    """Case 2, from the second product back."""
+    second = product(flow, node)
+    if second is None:
+        return None
+    for weights, v, keys in ((second.left, second.right, second.inner[0]), (second.right, second.left, second.inner[1])):
+        found = _scores(flow, path, weights, keys)
+        if found is None or _weighs(flow, path, v):
+            continue
+        scores, axis, masked = found
+        first = product(flow, scores)
+        assert first is not None
+        swapped = first.outer[0] == axis  # the first operand has the keys
+        q, k = (first.right, first.left) if swapped else (first.left, first.right)
+        size = operators.shape(q)[first.inner[1] if swapped else first.inner[0]]
+        return Core(node, q, k, v, size, None if masked else False)
+    return None
+
+
+def _scores(flow: Flow, path: frozenset[fx.Node], weights: fx.Node, keys: int) -> tuple[fx.Node, int, bool] | None:
+    """The product behind the weights of an attention.
+
+    Args:
+        flow: the graph's data flow.
+        path: nodes of the region.
+        weights: the operand that may be attention weights.
+        keys: its dimension of keys, counted from the end.
+
+    Returns:
+        The product, its dimension of keys, and whether a mask or bias is added on the way; None where ``weights`` is no
+        function of one that is other than linear.
+    """
+    products: dict[fx.Node, int] = {}
+    masked = bent = False
+    for node, axis in _behind(flow, path, weights, keys):
+        name = operators.kind(node)
+        if product(flow, node) is not None:
+            products.setdefault(node, axis)
+            masked |= name in ("aten::baddbmm", "aten::addmm") and bool(node.kwargs.get("beta", 1) != 0)
+        elif name in operators.SOFTMAXES:
+            bent = True
+        elif operators.is_pointwise(node):
+            bent |= name not in _LINEAR
+            masked |= name in ("aten::where", "aten::masked_fill", operators.ADD) and len(node.all_input_nodes) > 1
+    if not products or not bent:
+        return None
+    first = min(products, key=flow.index.__getitem__)
+    return first, products[first], masked
+
+
+def _behind(flow: Flow, path: frozenset[fx.Node], start: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
+    """Nodes that one is computed from by element-wise work, softmax, sums and movement, and where a dimension of it was."""
+    seen: set[fx.Node] = set()
+    stack = [(start, axis)]
+    while stack:
+        node, axis = stack.pop()
+        if node in seen or node not in path:
+            continue
+        seen.add(node)
+        yield node, axis
+        name = operators.kind(node)
+        through = name in _THROUGH or operators.is_pointwise(node) or operators.is_movement(node) or _blends(node)
+        if through and product(flow, node) is None:
+            stack.extend((source, _before(node, axis)) for source in flow.inputs(node))
+
+
+def _blends(node: fx.Node) -> bool:
+    """Whether a product with a weight may blend the scores of several heads: then it reads four dimensions or more."""
+    return operators.kind(node) in operators.PRODUCTS and len(operators.shape(node)) > 3
+
+
+def _before(node: fx.Node, axis: int) -> int:
+    """Where a dimension of a node's result, counted from the end, is in its input."""
+    name = operators.kind(node)
+    rank = len(operators.shape(node))
+    if name in ("aten::mT", "aten::t", "aten::numpy_T"):
+        return {-1: -2, -2: -1}.get(axis, axis)
+    if name in ("aten::transpose", "aten::swapaxes", "aten::swapdims"):
+        a, b = (int(d) % rank - rank for d in node.args[1:3])  # type: ignore[arg-type]  # dimensions are integers
+        return {a: b, b: a}.get(axis, axis)
+    if name == "aten::permute":
+        dims = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]  # likewise
+        return dims[axis] - rank if -rank <= axis else axis
+    return axis
+
+
+def _weighs(flow: Flow, path: frozenset[fx.Node], v: fx.Node) -> bool:
+    """Whether a tensor is itself made of attention weights: then it is no value."""
+    return any(operators.kind(node) in operators.SOFTMAXES for node, _ in _behind(flow, path, v, -1))
