@@ -152,8 +152,6 @@ def bias(graph: Graph, linear: Linear) -> Tensor | None:
 def _own(tensor: Tensor, linear: Linear) -> Tensor:
     if linear.index is not None:
         return tensor[list(linear.index)]
-    if linear.index is not None:
-        return tensor[list(linear.index)]
     return tensor if linear.rows is None else tensor[linear.rows[0] : linear.rows[1]]
 
 
