@@ -260,7 +260,7 @@ def _build(document: Document, overrides: Sequence[str], folder: Path) -> Recipe
         raise RecipeError("\n".join(wrong))
     _spell_out(data)
 
-    passes = _entries(document)
+    passes = tuple(_located_fields(step, folder) for step in _entries(document))
     backend = None if data["backend"] is None else _entry(document, "backend", ("backend",), data["backend"])
     try:
         recipe = validate(Recipe, {**data, "passes": [], "backend": None})
@@ -372,6 +372,21 @@ def _located_model(model: ModelSpec, folder: Path) -> ModelSpec:
     if explicit:
         raise RecipeError(f"no such directory: {path}")
     return model
+
+
+def _located_fields(step: Any, folder: Path) -> Any:
+    """A pass whose fields of type ``Path`` are absolute where they name something that exists; hub ids stay as they are."""
+
+    def located(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(located(item) for item in value)
+        if isinstance(value, Path) and _absolute(folder, value).exists():
+            return _absolute(folder, value)
+        return value
+
+    fields = {name: getattr(step, name) for name in type(step).model_fields}
+    moved = {name: located(value) for name, value in fields.items()}
+    return step.model_copy(update={name: value for name, value in moved.items() if value != fields[name]})
 
 
 def _absolute(folder: Path, path: Path) -> Path:
