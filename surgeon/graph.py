@@ -61,6 +61,7 @@ class Source:
         task: ``forward`` (the model as it is called) or ``text-generation``.
         output_class: name of the class the source model returns, informational.
         weights: ``real``, or ``fake`` where the graph was traced without their values (see ``surgeon.fake_weights``).
+        model_class: name of the source model's class, for backends that write it again.
     """
 
     description: str = "nn.Module"
@@ -69,6 +70,7 @@ class Source:
     task: str = "forward"
     output_class: str | None = None
     weights: str = "real"
+    model_class: str | None = None
 
 
 class Graph:

@@ -118,7 +118,9 @@ def load_source(
     config: Any = getattr(module, "config", None)
     plain = json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
     where = str(path.resolve()) if path else None
-    source = Source(description, where, plain, task or "forward", weights="fake" if fake else "real")
+    source = Source(
+        description, where, plain, task or "forward", weights="fake" if fake else "real", model_class=type(module).__name__
+    )
     return LoadedSource(module, example, source, _tokenizer(path), missing)
 
 

@@ -1,0 +1,162 @@
+"""Writing a checkpoint of the transformers library, where its format can say what the graph computes.
+
+The graph keeps the source's own names of tensors, so a checkpoint is the source's configuration with changed numbers and
+renumbered names.  Which numbers change is found by building the class under other configurations and looking at its tensors
+(``_hf_fit.py``); families are known by name only for mixtures that their source does not have (``_hf_mixture.py``).  The
+checkpoint is loaded back by ``AutoModel...from_pretrained`` and compared with the graph in the build, so that nothing rests
+on these names meaning what they seem to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
+from surgeon.errors import LowerError
+from surgeon.graph import Graph
+from surgeon.latency import pinned_threads
+from surgeon.ports import check_inputs, port_of
+
+
+class Huggingface(Backend):
+    """A checkpoint that ``transformers`` loads: config.json, safetensors, tokenizer, generation settings."""
+
+    name: ClassVar[str] = "huggingface"
+
+    architecture: Literal["auto", "mixtral", "qwen3_moe", "qwen2_moe"] = "auto"
+    """Family that a dense model with experts made by passes becomes: the first whose arithmetic is the same, or this one."""
+    merged_experts: Literal["repeat", "refuse"] = "repeat"
+    """Experts that were merged under a router with one score per former expert: repeat writes the merged expert once for
+    each of them (exact, but not smaller), refuse does not write them."""
+    shard: str = "5GB"
+    """Largest size of one safetensors file, e.g. 500MB."""
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_a_size(cls, value: str) -> str:
+        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", value):
+            raise ValueError(f"{value!r} is no size such as 500MB or 5GB")
+        return value
+
+    @classmethod
+    def requirements(cls) -> tuple[str, ...]:
+        """Import names of the libraries it needs."""
+        return ("transformers", "safetensors")
+
+    @classmethod
+    def install(cls) -> str:
+        """The line that installs them."""
+        return "pip install 'surgeon[huggingface]'"
+
+    def refuses(self, graph: Graph) -> list[Refusal]:
+        """What the format cannot say: layers that differ in size, factors, parts that are gone, routing of its own."""
+        from surgeon.backends._hf_checkpoint import plan
+
+        found = plan(graph, architecture=self.architecture, repeat_merged=self.merged_experts == "repeat")
+        return found if isinstance(found, list) else []
+
+    def lower(self, graph: Graph, folder: Path) -> HuggingfaceArtifact:
+        """Write the checkpoint and load it back.
+
+        Args:
+            graph: stays as it is.
+            folder: exists, empty.
+
+        Raises:
+            LowerError: the graph is refused (every reason is listed), or what was written does not load whole.
+        """
+        from surgeon.backends._hf_checkpoint import plan, write
+        from surgeon.backends._hf_skeleton import auto_class
+
+        found = plan(graph, architecture=self.architecture, repeat_merged=self.merged_experts == "repeat")
+        if isinstance(found, list):
+            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in found)
+            raise LowerError(f"a checkpoint cannot express this graph:\n{listed}")
+        details = write(found, graph, folder, self.shard)
+        details["loaded_by"] = auto_class(details["architecture"]) or details["architecture"]
+        files = tuple(
+            ArtifactFile.of(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()
+        )
+        artifact = HuggingfaceArtifact(
+            folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details
+        )
+        artifact.model()  # whole, or an error
+        return artifact
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> HuggingfaceArtifact:
+        """Open a checkpoint that a build wrote; its weights are read on first use."""
+        options = cls.model_validate(manifest["options"])
+        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
+        return HuggingfaceArtifact(
+            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))
+        )
+
+
+@dataclass
+class HuggingfaceArtifact(Artifact):
+    """A checkpoint directory, loaded on first use."""
+
+    _model: Any = field(default=None, repr=False, compare=False)
+
+    def model(self) -> Any:
+        """The model as transformers loads it, in evaluation mode.
+
+        Raises:
+            LowerError: the library refuses the checkpoint, misses a tensor, or finds one it does not know.
+        """
+        if self._model is None:
+            import transformers
+
+            from surgeon.backends._hf_checkpoint import quiet
+
+            loader = getattr(transformers, str(self.details["loaded_by"]))
+            try:
+                with quiet():
+                    model, info = loader.from_pretrained(
+                        str(self.folder), dtype="auto", output_loading_info=True, local_files_only=True
+                    )
+            except Exception as error:  # configuration and shapes can fail in any way
+                raise LowerError(f"{self.folder}: transformers does not load the checkpoint: {error}") from error
+            kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+            wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+            if wrong:
+                raise LowerError(f"{self.folder}: transformers does not load the checkpoint whole: {wrong}")
+            self._model = model.eval()
+        return self._model
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run through transformers on keyword inputs.
+
+        Args:
+            inputs: every input by name, of the type and rank recorded.
+
+        Returns:
+            Tensors by output name.
+
+        Raises:
+            LowerError: an input does not fit.
+        """
+        from surgeon.source import calling, flatten_outputs
+
+        check_inputs(self.folder, self.inputs, inputs)
+        module = self.model()
+        with torch.no_grad(), calling(module):
+            found = flatten_outputs(module(**inputs))
+        return {port.name: found[port.name] for port in self.outputs if port.name in found}
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """Run on ``count`` threads within the context."""
+        with pinned_threads(count):
+            yield
