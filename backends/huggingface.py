@@ -9,6 +9,7 @@ on these names meaning what they seem to.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from surgeon.latency import pinned_threads
 from surgeon.ports import check_inputs, port_of
 
 
-class Huggingface(Backend):
+class HuggingFace(Backend):
     """A checkpoint that ``transformers`` loads: config.json, safetensors, tokenizer, generation settings."""
 
     name: ClassVar[str] = "huggingface"
@@ -64,7 +65,7 @@ class Huggingface(Backend):
         found = plan(graph, architecture=self.architecture, repeat_merged=self.merged_experts == "repeat")
         return found if isinstance(found, list) else []
 
-    def lower(self, graph: Graph, folder: Path) -> HuggingfaceArtifact:
+    def lower(self, graph: Graph, folder: Path) -> HuggingFaceArtifact:
         """Write the checkpoint and load it back.
 
         Args:
@@ -86,25 +87,25 @@ class Huggingface(Backend):
         files = tuple(
             ArtifactFile.of(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()
         )
-        artifact = HuggingfaceArtifact(
+        artifact = HuggingFaceArtifact(
             folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details
         )
         artifact.model()  # whole, or an error
         return artifact
 
     @classmethod
-    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> HuggingfaceArtifact:
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> HuggingFaceArtifact:
         """Open a checkpoint that a build wrote; its weights are read on first use."""
         options = cls.model_validate(manifest["options"])
         files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
         inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
-        return HuggingfaceArtifact(
+        return HuggingFaceArtifact(
             folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))
         )
 
 
 @dataclass
-class HuggingfaceArtifact(Artifact):
+class HuggingFaceArtifact(Artifact):
     """A checkpoint directory, loaded on first use."""
 
     _model: Any = field(default=None, repr=False, compare=False)
@@ -147,12 +148,14 @@ class HuggingfaceArtifact(Artifact):
         Raises:
             LowerError: an input does not fit.
         """
-        from surgeon.source import calling, flatten_outputs
+        from surgeon.source import flatten_outputs
 
         check_inputs(self.folder, self.inputs, inputs)
         module = self.model()
-        with torch.no_grad(), calling(module):
-            found = flatten_outputs(module(**inputs))
+        taken = inspect.signature(module.forward).parameters
+        settings = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in taken}
+        with torch.no_grad():
+            found = flatten_outputs(module(**inputs, **settings))
         return {port.name: found[port.name] for port in self.outputs if port.name in found}
 
     @contextmanager
