@@ -51,6 +51,11 @@ class AotInductor(Backend):
         """The line that installs them."""
         return "pip install torch; and a C++ compiler, such as g++"
 
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The CPU, and CUDA devices by name."""
+        return ("cpu", *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+
     def refuses(self, graph: Graph) -> list[Refusal]:
         """A device that is not here, no compiler, and low-bit weights without kernels where they are to be refused."""
         found = []

@@ -58,6 +58,11 @@ class HuggingFace(Backend):
         """The line that installs them."""
         return "pip install 'surgeon[huggingface]'"
 
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The CPU, and CUDA devices by name."""
+        return ("cpu", *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+
     def refuses(self, graph: Graph) -> list[Refusal]:
         """What the format cannot say: layers that differ in size, factors, parts that are gone, routing of its own."""
         from surgeon.backends._hf_checkpoint import plan

@@ -53,6 +53,16 @@ class OnnxRuntime(Backend):
         """The line that installs them."""
         return "pip install 'surgeon[cpu]' (or 'surgeon[cuda]')"
 
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The execution providers that the installed ONNX Runtime brings."""
+        try:
+            import onnxruntime
+        except ImportError:
+            return ()
+        here = (name.removesuffix("ExecutionProvider").lower() for name in onnxruntime.get_available_providers())
+        return tuple(name for name in here if name != "azure")  # a remote service
+
     def refuses(self, graph: Graph) -> list[Refusal]:
         """Operators that neither torch.onnx nor this backend translates, and types the provider has no kernels for."""
         from surgeon.backends._onnx_support import unsupported

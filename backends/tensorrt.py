@@ -73,6 +73,11 @@ class TensorRT(Backend):
         """The lines that install them."""
         return "pip install 'surgeon[tensorrt-rtx]' (builds anywhere), or 'surgeon[tensorrt]' on a machine with the GPU"
 
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """CUDA devices by name; engines run on nothing else."""
+        return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
     def refuses(self, graph: Graph) -> list[Refusal]:
         """A flavour that is not installed or cannot build here, low-bit forms and dimensions it has no sizes for."""
         found = onnx_dialect.refusals(graph)

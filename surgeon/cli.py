@@ -280,27 +280,87 @@ def passes(
 
 
 @app.command(
-    help="""List the backends and whether their libraries are installed, or show the options of one.
+    help="""List the backends with versions and devices, or show the options of one, or what each refuses of a model.
 
 \b
 Examples:
   surgeon backends
   surgeon backends onnxruntime
+  surgeon backends --for ./my-model
 """,
 )
 def backends(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--for", metavar="MODEL", help="What each would refuse of this model.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """List backends or show one."""
+    """List backends, show one, or ask them about a model."""
     from surgeon import registry
 
+    if name is not None and model is not None:
+        raise RecipeError(f"found the backend {name} and --for {model}; give one of them")
     if name is not None:
         _show_options(registry.backend_class(name))
+    elif model is not None:
+        _targets(model, as_json, quiet)
+    else:
+        _list_backends(as_json)
+
+
+def _list_backends(as_json: bool) -> None:
+    from surgeon import registry
+
+    lines = registry.listing("backend")
+    devices = {line.name: registry.backend_class(line.name).devices() if line.found is not None else () for line in lines}
+    states = {line.name: registry.installation(line.name) if line.found is not None else "" for line in lines}
+    if as_json:
+        facts = [
+            {"name": line.name, "from": line.origin, "needs": states[line.name], "devices": list(devices[line.name]),
+             "summary": line.summary, "problem": line.problem}
+            for line in lines
+        ]  # fmt: skip
+        typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table("backend", "from", "needs", "what it is", box=None, header_style="bold")
-    for line in registry.listing("backend"):
-        state = "" if line.found is None else registry.installation(line.name)
-        table.add_row(line.name, line.origin, Text(state), Text(line.summary, style="red" if line.problem else ""))
+    table = Table("backend", "from", "needs", "devices here", "what it is", box=None, header_style="bold")
+    for line in lines:
+        summary = Text(line.summary, style="red" if line.problem else "")
+        table.add_row(line.name, line.origin, Text(states[line.name]), Text(", ".join(devices[line.name]) or "-"), summary)
+    _Screen().print(table)
+
+
+def _targets(model: str, as_json: bool, quiet: bool) -> None:
+    from surgeon.progress import Progress
+    from surgeon.recipe import ModelSpec
+    from surgeon.validation import validate
+
+    spec = validate(ModelSpec, {"path": model})
+
+    from surgeon.targets import verdicts
+    from surgeon.tracing import trace
+
+    with Progress(not quiet) as bars:
+        with bars.step("tracing"):
+            graph = trace(spec.source)
+        with bars.step("asking the backends"):
+            found = verdicts(graph)
+    if as_json:
+        facts = [
+            {"backend": v.backend, "takes": v.takes, "missing": v.missing,
+             "refusals": [{"node": r.node, "reason": r.reason} for r in v.refusals]}
+            for v in found
+        ]  # fmt: skip
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table("backend", "takes it", "where", "why not", box=None, header_style="bold")
+    for verdict in found:
+        answer = Text("yes", style="green") if verdict.takes else Text("no", style="red")
+        table.add_row(verdict.backend, answer, "", Text(verdict.missing or ""))
+        for refusal in verdict.refusals:
+            table.add_row("", "", Text(refusal.node), Text(refusal.reason))
     _Screen().print(table)
 
 

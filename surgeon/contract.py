@@ -315,6 +315,11 @@ class Backend(BaseModel, abc.ABC):
     def install(cls) -> str:
         """The line that installs them, e.g. ``pip install 'surgeon[cpu]'``."""
 
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """Devices of this machine that its artefacts run on, e.g. ``cpu`` or the name of a GPU; for listings."""
+        return ("cpu",)
+
     @abc.abstractmethod
     def refuses(self, graph: Graph) -> list[Refusal]:
         """What of this graph it cannot express, empty where it can all be."""

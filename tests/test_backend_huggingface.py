@@ -143,9 +143,7 @@ def test_a_moefied_model_is_a_mixtral_where_the_arithmetic_is_the_same(patient: 
     llama = patient("llama")
 
     def moefied(top_k: int, **where: Any) -> Graph:
-        graph: Graph = llama.operate(
-            {"moefy_ffn": {"experts": 4, "top_k": top_k, "router": "centroid", **where}}
-        ).graph
+        graph: Graph = llama.operate({"moefy_ffn": {"experts": 4, "top_k": top_k, "router": "centroid", **where}}).graph
         return graph
 
     one, inputs = moefied(1), inputs_for("llama", 3, 11)
@@ -163,6 +161,14 @@ def test_a_moefied_model_is_a_mixtral_where_the_arithmetic_is_the_same(patient: 
     assert len(refusals) == 3
     assert "model.layers.0.mlp" in refusals[0].node
     assert "2 of 4 chosen experts are added with weights 1 each" in refusals[0].reason
+    weighed = llama.operate({"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid", "scaling": "softmax"}}).graph
+    model, _ = lowered(weighed, tmp_path / "weighed")  # softmax over the chosen, times the number of experts
+    assert difference(model, weighed, inputs) < 1e-5
+    shared = llama.operate({"moefy_ffn": {"experts": 4, "top_k": 1, "router": "centroid", "shared": 1}}).graph
+    model, details = lowered(shared, tmp_path / "shared")
+    assert details["architecture"] == "Qwen2MoeForCausalLM"
+    assert (model.config.num_experts, model.config.shared_expert_intermediate_size) == (3, 28)
+    assert difference(model, shared, inputs) < 1e-5
     some = moefied(1, blocks="1:")
     assert [r.node for r in refused(some, architecture="mixtral")] == ["model.layers.0"]
     model, details = lowered(some, tmp_path / "some")
