@@ -17,6 +17,8 @@ Rules, with x the input and y the output of a node:
 9. equal operator, arguments and inputs: one node (common subexpressions); random operators excepted.
 10. small tensors computed from no input and no parameter (slopes, relative positions): a buffer.
 11. glu(x): a sigmoid(b) of its halves [a | b].
+12. chunk, narrow, expand_as, mT ...: the operator that they are defined by.
+13. op_(x), a write into a tensor of which no view is read afterwards: op(x), which x is from there on.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from surgeon.canonical_rules import RULES
 from surgeon.errors import TraceError
+from surgeon.functional import Aliases, in_place_form
 from surgeon.graph import assign_tensor
 
 aten = torch.ops.aten
@@ -59,7 +62,8 @@ def canonicalise(
     """Rebuild an exported, functionalised module as a canonical one.
 
     Args:
-        exported: ``ExportedProgram.module(check_guards=False)`` after ``run_decompositions({})``.
+        exported: ``ExportedProgram.module(check_guards=False)``, after ``run_decompositions({})`` unless
+            :func:`surgeon.functional.is_functional`.
         inputs: names of the inputs, in order; every one becomes a placeholder, read or not.
         tensors: the source model's tensors; one that has several names (tied) is read under the first one here.
 
@@ -82,6 +86,8 @@ class _Builder:
         self.mode = _fake_mode(exported)
         self.known: dict[Any, fx.Node] = {}  # rule 9
         self.became: dict[fx.Node, Any] = {}
+        self.written: dict[fx.Node, list[fx.Node]] = {}  # rule 13: all names of a tensor that was written into
+        self.aliases = Aliases(exported.graph)
         self.roots: dict[sympy.Symbol, tuple[fx.Node, int]] = {}  # rule 8
         self.sizes: dict[sympy.Expr, Any] = {}
         self.tensors: dict[Any, str] = {}
@@ -126,6 +132,8 @@ class _Builder:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
         if isinstance(target, torch._ops.OpOverload):
             if target._schema.is_mutable:
+                if self._write(node, target, args, kwargs):
+                    return
                 raise TraceError(
                     f"node {node.name} = {target} writes into a tensor {_written(node)}; the canonical graph is "
                     "functional: put the model in a state in which its forward changes no buffer (evaluation "
@@ -134,6 +142,20 @@ class _Builder:
             self.became[node] = self._apply(target, args, kwargs, node)
         else:
             self.became[node] = self.emit(target, tuple(args), dict(kwargs), value if _unbacked(value) else None)
+
+    def _write(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> bool:
+        """Rule 13; False where it does not apply."""
+        x, pure = node.args[0], in_place_form(target)
+        if pure is None or not isinstance(x, fx.Node) or not self.aliases.alone(node):
+            return False
+        result = self._apply(pure, args, kwargs, node)
+        if result.meta["val"].dtype != node.meta["val"].dtype:
+            result = self.emit(aten._to_copy.default, (result,), {"dtype": node.meta["val"].dtype})
+        names = self.written.setdefault(x, [x])
+        names.append(node)
+        self.written[node] = names
+        self.became.update(dict.fromkeys(names, result))
+        return True
 
     def _read(self, node: fx.Node) -> Any:
         """The new form of an old node where it is an argument."""

@@ -43,8 +43,10 @@ _IDENTITIES = {
 }
 _CASTS = {"aten::_to_copy", "aten::to", "aten::type_as"}
 _DROPOUTS = {"aten::dropout", "aten::feature_dropout"}
-_VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_as", "aten::reshape_as"}
-_SAME_ORDER = {"aten::slice", "aten::expand", "aten::expand_as", "aten::squeeze", "aten::narrow"}
+_VIEWS = {f"aten::{name}" for name in "view _unsafe_view reshape view_as reshape_as flatten unflatten".split()}
+_SAME_ORDER = {"aten::slice", "aten::expand", "aten::squeeze"}
+_SWAPS = {f"aten::{name}" for name in "mT adjoint swapaxes swapdims".split()}
+_PERMUTATIONS = {f"aten::{name}" for name in "numpy_T movedim moveaxis".split()}
 _FILLS: dict[str, float | None] = {
     "aten::new_ones": 1,
     "aten::new_zeros": 0,
@@ -119,6 +121,59 @@ def _same_order(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
 def _permute(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     rank = given["self"].meta["val"].dim()
     return given["self"] if [d % rank for d in given["dims"]] == list(range(rank)) else None  # Rule 4
+
+
+def _expand_as(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    if _same_shape(given["self"].meta["val"], _result(old)):
+        return given["self"]  # Rule 4
+    return build.emit(aten.expand.default, (given["self"], build.sizes_of(_result(old))), {})  # Rule 12
+
+
+def _narrow(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    x, dim, start, length = (given[name] for name in ("self", "dim", "start", "length"))
+    if _same_shape(x.meta["val"], _result(old)):
+        return x  # Rule 4
+    if not isinstance(start, int) or not isinstance(length, int):
+        return None
+    return build.emit(aten.slice.Tensor, (x, dim, start, start + length), {})  # Rule 12
+
+
+def _chunk(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    x, dim = given["self"], given["dim"]
+    size = build.sizes_of(old.meta["val"][0])[dim]
+    return build.emit(aten.split.Tensor, (x, size, dim) if dim else (x, size), {})  # Rule 12
+
+
+def _split(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    sizes, dim = given["split_size"], given["dim"]
+    if not isinstance(sizes, list | tuple):
+        return None
+    return build.emit(aten.split_with_sizes.default, (given["self"], sizes, dim) if dim else (given["self"], sizes), {})
+
+
+def _swap(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    x, *dims = given.values()
+    if not dims and (old.target._schema.name == "aten::adjoint" and x.meta["val"].is_complex()):  # type: ignore[union-attr]
+        return None
+    return build.emit(aten.transpose.int, (x, *(dims or (-2, -1))), {})  # Rule 12
+
+
+def _movement(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    x, *dims = given.values()
+    rank = x.meta["val"].dim()
+    order = list(range(rank))[::-1]
+    if dims:
+        sources, targets = ([d % rank for d in ([given] if isinstance(given, int) else given)] for given in dims)
+        moved = dict(zip(targets, sources, strict=True))
+        rest = iter(d for d in range(rank) if d not in sources)
+        order = [moved[d] if d in moved else next(rest) for d in range(rank)]
+    if order == list(range(rank)):
+        return x  # Rule 4
+    return build.emit(aten.permute.default, (x, order), {})  # Rule 12
+
+
+def _ravel(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    return build.emit(aten.reshape.default, (given["self"], [-1]), {})  # Rule 12
 
 
 def _copy(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
@@ -202,6 +257,13 @@ RULES: dict[str, Rule] = {
     **{name: _neutral(number) for name, number in _NEUTRAL.items()},
     **{name: _fill(number) for name, number in _FILLS.items()},
     **dict.fromkeys(_CONJUNCTIONS, _conjunction),
+    **dict.fromkeys(_SWAPS, _swap),
+    **dict.fromkeys(_PERMUTATIONS, _movement),
+    "aten::expand_as": _expand_as,
+    "aten::narrow": _narrow,
+    "aten::ravel": _ravel,
+    "aten::chunk": _chunk,
+    "aten::split": _split,
     "aten::permute": _permute,
     "aten::copy": _copy,
     "aten::cat": _concatenate,

@@ -14,6 +14,7 @@ Example:
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,31 +26,44 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 """All fake weights of a process are of one mode: those of different modes do not compute with each other."""
 _ALREADY = "_surgeon_fake"
-"""Attribute of a parameter that was replaced, by which a second owner (tied weights) finds the replacement."""
+"""Attribute of a parameter that was emptied, by which a second owner (tied weights) finds the empty one."""
 
 
 @contextmanager
 def fake_weights() -> Iterator[None]:
-    """Inside, every parameter that a module registers becomes a fake weight; buffers stay as they are.
+    """Inside, every parameter that a module registers loses its values, and is a fake weight on leaving; buffers stay.
 
-    Initialisers of weights have nothing to write to and cost nothing.  A parameter is allocated by its module before it is
-    registered and freed at once: memory that is not written to (``torch.empty``) is never taken from the system.
+    Until then it is on the meta device, which initialisers of weights know to leave alone.  A parameter is allocated by its
+    module before it is registered and freed at once: memory that is not written to (``torch.empty``) is never taken from
+    the system.
     """
     original = nn.Module.register_parameter
+    places: list[tuple[weakref.ref[nn.Module], str]] = []
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
         if param is None or _ours(param) or isinstance(param, nn.UninitializedParameter):
             return
         if _ALREADY not in param.__dict__:
-            param.__dict__[_ALREADY] = _parameter(param, param.dtype)
+            empty = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            empty.__dict__[_ALREADY] = empty
+            param.__dict__[_ALREADY] = empty
         self._parameters[name] = param.__dict__[_ALREADY]
+        places.append((weakref.ref(self), name))
 
     nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+    fakes: dict[nn.Parameter, nn.Parameter] = {}
+    for reference, name in places:
+        module = reference()
+        held = module._parameters.get(name) if module is not None else None
+        if module is not None and held is not None and held.is_meta:
+            if held not in fakes:
+                fakes[held] = _parameter(held, held.dtype)
+            module._parameters[name] = fakes[held]
 
 
 def without_values(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from surgeon.canonical import canonicalise
 from surgeon.errors import TraceError, nearest
 from surgeon.experts import use_semantic_experts
+from surgeon.functional import is_functional
 from surgeon.graph import Dim, Graph, Port
 from surgeon.source import (
     LoadedSource,
@@ -182,8 +183,7 @@ def _export_with(
         # torch copies its own deprecated tree leaves while it decomposes
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         program = torch.export.export(module, (), dict(example), strict=False, dynamic_shapes=shapes)
-        functional: ExportedProgram = program.run_decompositions({})
-        return functional
+        return program if is_functional(program.graph) else program.run_decompositions({})
 
 
 def _explain_specialised(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, error: Exception) -> None:
