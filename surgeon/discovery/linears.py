@@ -236,7 +236,8 @@ def _keeps_last(before: fx.Node, after: fx.Node) -> bool:
 
 
 def _numbers(held: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(set(held.flatten().tolist())))
+    once = held[tuple(slice(1) if stride == 0 else slice(None) for stride in held.stride())]  # without what expand repeats
+    return tuple(once.unique().tolist())
 
 
 def _move(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
