@@ -33,6 +33,8 @@ _EXPERTS = (3, 4, 5, 6)  # positions of w_in, w_out, b_in, b_out in moe's argume
 
 Key = tuple[int, int, int]
 """Identity of a tensor's memory: storage, offset, elements.  Tied tensors share it; parts of one storage do not."""
+Share = tuple[int, int]
+"""Experts that one token selects, and experts that there are."""
 
 
 class Weight(NamedTuple):
@@ -97,7 +99,9 @@ def weight_bytes(graph: Graph) -> int:
     return sum(weight.bytes for weight in weights(graph).values())
 
 
-def active_parameter_count(graph: Graph, nodes: Iterable[fx.Node] | None = None) -> int:
+def active_parameter_count(
+    graph: Graph, nodes: Iterable[fx.Node] | None = None, shares: Mapping[Key, Share] | None = None
+) -> int:
     """Number of weights that take part in one token.
 
     Of the expert tensors of ``surgeon::moe`` with E experts of which k are selected, the share k / E counts; experts
@@ -106,7 +110,18 @@ def active_parameter_count(graph: Graph, nodes: Iterable[fx.Node] | None = None)
     Args:
         graph: the graph.
         nodes: count the weights that these nodes read; all by default.
+        shares: :func:`expert_shares` of the graph, for who counts many parts of one graph.
     """
+    shares = expert_shares(graph) if shares is None else shares
+    count = 0
+    for key, weight in weights(graph, nodes).items():
+        selected, experts = shares.get(key, (1, 1))
+        count += weight.parameters * min(selected, experts) // experts
+    return count
+
+
+def expert_shares(graph: Graph) -> dict[Key, Share]:
+    """For the memory of every tensor of experts, how many are selected (by all mixtures that read it) of how many."""
     selected: Counter[Key] = Counter()
     experts: dict[Key, int] = {}
     for node in graph.module.graph.find_nodes(op="call_function", target=_MOE):
@@ -120,13 +135,7 @@ def active_parameter_count(graph: Graph, nodes: Iterable[fx.Node] | None = None)
         for key in keys:
             selected[key] += k
             experts[key] = total
-    count = 0
-    for key, weight in weights(graph, nodes).items():
-        if key in experts:
-            count += weight.parameters * min(selected[key], experts[key]) // experts[key]
-        else:
-            count += weight.parameters
-    return count
+    return {key: (selected[key], total) for key, total in experts.items()}
 
 
 def _reads(graph: Graph, nodes: Iterable[fx.Node] | None) -> list[fx.Node]:

@@ -52,7 +52,8 @@ def _stays(node: fx.Node, aliases: Aliases) -> bool:
         return True  # arithmetic on sizes, getitem
     if target._schema.is_mutable:
         return in_place_form(target) is not None and aliases.alone(node)  # Case 3
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
+    name = str(target.name())  # type: ignore[no-untyped-call]  # torch
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, _COMPOSITE)
     return not composite or not may_alias(target) or target._schema.name in RULES  # Cases 1 and 2
 
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from surgeon.accounting import (
     active_parameter_count,
+    expert_shares,
     flops_by_node,
     memory,
     parameter_count,
@@ -110,6 +111,7 @@ class _Look:
         self.tokens = token_count(graph, sizes)
         self._flops = flops_by_node(graph, graph.module.graph.nodes, sizes)
         self._weights = weights(graph)
+        self._shares = expert_shares(graph)
         examples = {
             str(dim): int(size)
             for port in graph.inputs
@@ -133,7 +135,7 @@ class _Look:
         return RegionView(
             kind=kind,
             parameters=sum(weight.parameters for weight in read),
-            active_parameters=active_parameter_count(self.graph, nodes),
+            active_parameters=active_parameter_count(self.graph, nodes, self._shares),
             bytes=sum(weight.bytes for weight in read),
             flops=self.flops(nodes),
             operators=sum(node.op == "call_function" for node in nodes),

@@ -1,4 +1,4 @@
-"""Work grows linearly with depth, counted in function calls: what one more block costs does not depend on how many there are."""
+"""Work grows linearly with depth, counted in calls: what one more block costs does not depend on how many there are."""
 
 from __future__ import annotations
 

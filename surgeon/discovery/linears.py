@@ -237,7 +237,7 @@ def _keeps_last(before: fx.Node, after: fx.Node) -> bool:
 
 def _numbers(held: Tensor) -> tuple[int, ...]:
     once = held[tuple(slice(1) if stride == 0 else slice(None) for stride in held.stride())]  # without what expand repeats
-    return tuple(once.unique().tolist())
+    return tuple(torch.unique(once).tolist())
 
 
 def _move(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
