@@ -248,10 +248,11 @@ def freed_parameters(graph: Graph, ffn: FFN, *, keep_down_bias: bool) -> int:
     return freed_parameter_count(graph, [part.node for part in linears], names)
 
 
-def only_for(node: fx.Node) -> list[fx.Node]:
-    """The node and every node that is computed for it alone: what goes when it goes (tensors that are read excluded)."""
+def only_for(node: fx.Node, keep: fx.Node) -> list[fx.Node]:
+    """What goes when a node goes: itself and all that is computed for it alone, but not ``keep``, which is still read."""
     gone = {node}
     for candidate in reversed(list(node.graph.nodes)):
-        if candidate.op == "call_function" and candidate.users and all(user in gone for user in candidate.users):
+        alone = bool(candidate.users) and all(user in gone for user in candidate.users)
+        if candidate.op == "call_function" and candidate is not keep and alone:
             gone.add(candidate)
     return list(gone)

@@ -1,0 +1,351 @@
+"""Turn a mixture of experts into one dense feed-forward network.
+
+Paper:
+    One Student Knows All Experts Know (Xue et al. 2022, arXiv:2201.10890), OneS: gathering by ``sum``, ``mean``,
+    ``top_columns`` and ``svd`` (their distillation afterwards is training and not part of this pass).
+    ExFusion: learned fusion weights.
+Formula:
+    With c the mean over tokens of the sum of a token's routing weights, and a_e the weight of expert e, sum a_e = 1:
+    1/E (``weights: uniform``) or its share of all routing weight (``mass``):
+    ``sum``: all experts side by side, ``y = c sum_e a_e E_e(x)``, E times as wide.
+    ``top_columns``: the same with the width/E neurons of largest norm of each expert.
+    ``mean``: one expert of the weights ``sum_e a_e W_e``.  ``svd``: of ``sum_e a_e [W_e]_r``, [.]_r the best
+    approximation of rank r = ``rank``.  ``learned``: as mean, with the a_e that minimise the squared error of y on
+    calibration tokens.
+    ``align``: neurons of each expert are first permuted to match those of the heaviest (assignment on all weights).
+    ``refit``: the down projection is then fitted anew, by ridge regression of the mixture's output on h.
+Shapes:
+    w_in [E, O, H], w_out [E, G, I] -> up (and gate) [I', H], down [G, I'] with I' = E I for sum, ``width`` (by default
+    I) for top_columns, else I.
+Units:
+    a_e are shares; width and rank are numbers of neurons and of directions.
+Reads:
+    The routing decisions; for ``learned`` and ``refit`` also the mixture's input and output.
+Changes:
+    Router and experts become a dense FFN; shared experts beside them stay.
+Errors:
+    PlanError where calibration data never reaches the mixture, weights are packed, the width is no multiple of the
+    experts, or the model has no mixture.
+Example:
+    ``- densify_moe: {method: mean, refit: true}`` or ``- densify_moe: {method: top_columns, width: 512}``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from surgeon.accounting import freed_parameter_count
+from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.errors import PlanError
+from surgeon.graph import Graph
+from surgeon.mixtures import Experts, Neurons, add_ffn, only_for
+from surgeon.numerics import (
+    NumericsError,
+    align_neurons,
+    largest_neurons,
+    learn_weights,
+    sum_of_truncations,
+    train_linear_router,
+    weighted_sum,
+)
+from surgeon.observe import Routing
+from surgeon.rewrite import Editor
+from surgeon.samples import Sample
+from surgeon.structure import MoE, Selection, Site, Structure
+
+
+class DensifyOne(Decision):
+    """How one mixture becomes dense.
+
+    Attributes:
+        site: ``blocks.I.moe``.
+        weights: a_e of every expert.
+        scale: c.
+        width: neurons of the dense FFN.
+        identical: all experts are equal and every token's weights sum to c, so that nothing is lost.
+    """
+
+    weights: tuple[float, ...]
+    scale: float
+    width: Annotated[int, Field(ge=1)]
+    identical: bool = False
+
+
+class DensifyMoEPlan(Plan[DensifyOne]):
+    """The dense FFNs that are made."""
+
+
+class DensifyMoE(Pass[DensifyMoEPlan]):
+    """Join the experts of each mixture to one dense FFN."""
+
+    name = "densify_moe"
+    plan_type = DensifyMoEPlan
+    apply_reads_statistics = True
+
+    method: Literal["mean", "sum", "top_columns", "svd", "learned"] = "mean"
+    """How experts are joined: averaged, side by side, their largest neurons, low-rank parts, or with fitted weights."""
+    weights: Literal["mass", "uniform"] = "mass"
+    """Weight of each expert: its share of the routing weight on calibration data, or equal. learned starts from it."""
+    align: bool = True
+    """Match the experts' neurons before averaging them."""
+    refit: bool = False
+    """Fit the down projection to the mixture's output on calibration data."""
+    width: Annotated[int, Field(ge=1)] | None = None
+    """For top_columns: neurons of the dense FFN, a multiple of the experts; by default as many as one expert has."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """For svd: rank kept of each expert; by default the full rank divided by the experts."""
+    steps: Annotated[int, Field(ge=1)] = 200
+    """For learned: optimisation steps."""
+    tokens: Annotated[int, Field(ge=32)] = 8192
+    """Calibration tokens that are kept for learned and refit."""
+    seed: int = 0
+    """Seed of the sample and of the optimisation's batches."""
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> DensifyMoE:
+        for field, method in (("width", "top_columns"), ("rank", "svd")):
+            if getattr(self, field) is not None and self.method != method:
+                raise ValueError(f"{field} is for method {method}; method is {self.method}")
+        return self
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """Routing, and tokens of input and output where something is fitted."""
+        found: dict[str, Observer] = {}
+        for site in structure.moes():
+            moe = site.part
+            found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, None, moe.experts)
+            if self.refit or self.method == "learned":
+                found[f"{site.name}.sample"] = Sample(moe.input, moe.node, limit=self.tokens, seed=self.seed)
+        return found
+
+    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> DensifyMoEPlan:
+        """Weights, scale and width of every selected mixture."""
+        decisions = []
+        for site in structure.moes():
+            _refuse(graph, site)
+            routing = statistics[f"{site.name}.routing"]
+            assert isinstance(routing, Routing)
+            if routing.tokens == 0:
+                raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token)")
+            width = self._width(site)
+            scale = float(routing.mass.sum()) / routing.tokens
+            share = torch.full_like(routing.mass, 1 / site.part.experts)
+            if self.weights == "mass" and scale > 0:
+                share = routing.mass / routing.mass.sum()
+            if self.method == "learned":
+                share = self._learned(graph, site, share, scale, statistics)
+            decisions.append(
+                DensifyOne(
+                    site=site.name,
+                    weights=tuple(share.tolist()),
+                    scale=scale,
+                    width=width,
+                    identical=_identical(graph, site.part),
+                )
+            )
+        if not decisions:
+            raise PlanError("this model has no mixture of experts at the selected blocks")
+        return DensifyMoEPlan(decisions=tuple(decisions))
+
+    def _width(self, site: Site[MoE]) -> int:
+        moe = site.part
+        if self.method == "sum":
+            return moe.experts * moe.width
+        if self.method == "svd" and self._rank(moe) > min(moe.width, _features(moe)):
+            raise PlanError(
+                f"{site.name}: rank {self.rank} asked, its experts have rank {min(moe.width, _features(moe))} at most"
+            )
+        if self.method != "top_columns":
+            return moe.width
+        width = self.width or moe.width
+        if width % moe.experts or width > moe.experts * moe.width:
+            raise PlanError(
+                f"{site.name}: width {width} must be a multiple of its {moe.experts} experts, "
+                f"and {moe.experts * moe.width} at most"
+            )
+        return width
+
+    def _rank(self, moe: MoE) -> int:
+        return self.rank or max(1, min(moe.width, _features(moe)) // moe.experts)
+
+    def _learned(
+        self, graph: Graph, site: Site[MoE], share: Tensor, scale: float, statistics: Statistics
+    ) -> Tensor:
+        experts = _aligned(graph, site.part, int(share.argmax()) if self.align else None)
+        x, y = _sampled(statistics, site.name)
+
+        def output(weights: Tensor, rows: Tensor) -> Tensor:
+            w_in, w_out, b_in, b_out = (
+                None if t is None else torch.einsum("e,e...->...", weights, t)
+                for t in (experts.w_in, experts.w_out, experts.b_in, experts.b_out)
+            )
+            assert w_in is not None
+            assert w_out is not None
+            dense = _neurons(site.part, w_in, w_out, b_in, b_out)
+            out = dense.hidden(rows) @ dense.down.T
+            return scale * (out if dense.down_bias is None else out + dense.down_bias)
+
+        try:
+            return learn_weights(output, x, y, share, steps=self.steps, seed=self.seed)
+        except NumericsError as error:
+            raise PlanError(f"{site.name}: {error}") from error
+
+    def check(self, graph: Graph, structure: Structure, plan: DensifyMoEPlan) -> None:
+        """Mixtures exist and have that many experts."""
+        sites = {site.name: site for site in structure.select(Selection()).moes()}
+        for decision in plan.decisions:
+            if decision.site not in sites:
+                raise PlanError(f"the plan densifies {decision.site}, which is not a mixture of this model")
+            site = sites[decision.site]
+            _refuse(graph, site)
+            if len(decision.weights) != site.part.experts:
+                raise PlanError(
+                    f"{decision.site}: the plan weighs {len(decision.weights)} experts, it has {site.part.experts}"
+                )
+            if decision.width != self._width(site):
+                raise PlanError(f"{decision.site}: the plan says width {decision.width}, {self._width(site)} is needed")
+
+    def apply(self, editor: Editor, structure: Structure, plan: DensifyMoEPlan, statistics: Statistics) -> None:
+        """Replace each mixture."""
+        sites = {site.name: site.part for site in structure.select(Selection()).moes()}
+        for decision in plan.decisions:
+            moe = sites[decision.site]
+            dense = self._dense(editor.graph, moe, decision)
+            if self.refit:
+                x, y = _sampled(statistics, decision.site)
+                try:
+                    down, bias = train_linear_router(dense.hidden(x), y)
+                except NumericsError as error:
+                    raise PlanError(f"{decision.site}: {error}") from error
+                dtype = dense.down.dtype
+                dense = Neurons(
+                    dense.gate, dense.up, down.to(dtype), dense.gate_bias, dense.up_bias, bias.to(dtype), dense.activation
+                )
+            with editor.before(moe.node):
+                out = add_ffn(editor, f"{_prefix(moe)}.dense", editor.current(moe.input), dense)
+            editor.replace(moe.node, out)
+
+    def _dense(self, graph: Graph, moe: MoE, decision: DensifyOne) -> Neurons:
+        weights = torch.tensor(decision.weights, dtype=torch.float64)
+        heaviest = int(weights.argmax()) if self.align else None
+        if self.method in ("sum", "top_columns"):
+            return self._side_by_side(_aligned(graph, moe, None), moe, decision, weights)
+        experts = _aligned(graph, moe, heaviest)
+        if self.method == "svd":
+            rank = self._rank(moe)
+            halves = experts.w_in.chunk(2, dim=1) if moe.gated else (experts.w_in,)
+            w_in = torch.cat([sum_of_truncations(half, weights, rank) for half in halves])
+            w_out = sum_of_truncations(experts.w_out, weights, rank)
+        else:
+            w_in, w_out = weighted_sum(experts.w_in, weights), weighted_sum(experts.w_out, weights)
+        b_in = None if experts.b_in is None else weighted_sum(experts.b_in, weights)
+        b_out = None if experts.b_out is None else weighted_sum(experts.b_out, weights) * decision.scale
+        return _neurons(moe, w_in, w_out * decision.scale, b_in, b_out)
+
+    def _side_by_side(self, experts: Experts, moe: MoE, decision: DensifyOne, weights: Tensor) -> Neurons:
+        chosen = largest_neurons(experts.w_in, experts.w_out, decision.width // moe.experts)
+        numbers = torch.arange(moe.experts)[:, None]
+        inner = chosen if not moe.gated else torch.cat([chosen, chosen + moe.width], dim=1)
+        rows = experts.w_in[numbers, inner]
+        columns = experts.w_out.transpose(1, 2)[numbers, chosen] * (weights * decision.scale).to(rows.dtype)[:, None, None]
+        b_in = None if experts.b_in is None else experts.b_in[numbers, inner]
+        b_out = None if experts.b_out is None else weighted_sum(experts.b_out, weights) * decision.scale
+
+        def joined(part: Tensor) -> Tensor:
+            """[E, n or 2 n, ...] -> gate rows of all experts, then up rows of all."""
+            return torch.cat([half.flatten(0, 1) for half in (part.chunk(2, dim=1) if moe.gated else (part,))])
+
+        return _neurons(moe, joined(rows), columns.flatten(0, 1).T, None if b_in is None else joined(b_in), b_out)
+
+    def exact(self, plan: DensifyMoEPlan) -> bool:
+        """Identical experts lose nothing where whole experts are joined."""
+        whole = self.method in ("mean", "sum", "learned") and not self.refit
+        return whole and all(decision.identical for decision in plan.decisions)
+
+    def parameter_delta(self, graph: Graph, structure: Structure, plan: DensifyMoEPlan) -> int:
+        """The dense FFN's weights, less those of experts and router."""
+        sites = {site.name: site.part for site in structure.select(Selection()).moes()}
+        delta = 0
+        for decision in plan.decisions:
+            moe = sites[decision.site]
+            (_, _, inputs), (_, outputs, _) = graph.tensor(moe.w_in).shape, graph.tensor(moe.w_out).shape
+            matrices = 2 if moe.gated else 1
+            delta += decision.width * (matrices * (inputs + (moe.b_in is not None)) + outputs)
+            delta += outputs if moe.b_out is not None or self.refit else 0
+            delta -= freed_parameter_count(graph, only_for(moe.node, moe.input))
+        return delta
+
+    def summary(self, plan: DensifyMoEPlan) -> str:
+        """How many mixtures, and the widths."""
+        widths = sorted({decision.width for decision in plan.decisions})
+        return f"{len(plan.decisions)} mixtures made dense, width {', '.join(map(str, widths))} ({self.method})"
+
+
+def _refuse(graph: Graph, site: Site[MoE]) -> None:
+    moe = site.part
+    for name in (moe.w_in, moe.w_out):
+        if not graph.tensor(name).is_floating_point():
+            raise PlanError(f"{site.name}: its experts are quantized already; put densify_moe before quantize")
+
+
+def _features(moe: MoE) -> int:
+    features: int = moe.input.meta["val"].shape[-1]
+    return features
+
+
+def _prefix(moe: MoE) -> str:
+    return moe.w_in.rpartition(".")[0].removesuffix(".experts") or moe.w_in
+
+
+def _sampled(statistics: Statistics, site: str) -> list[Tensor]:
+    sample = statistics[f"{site}.sample"]
+    assert isinstance(sample, Sample)
+    return sample.values()
+
+
+def _identical(graph: Graph, moe: MoE) -> bool:
+    """Whether all experts are equal and the weights of every token have one sum."""
+    tensors = [graph.tensor(name) for name in (moe.w_in, moe.w_out, moe.b_in, moe.b_out) if name is not None]
+    constant = moe.normalised or moe.scoring in ("topk_softmax", "uniform")
+    return constant and all(bool((tensor == tensor[:1]).all()) for tensor in tensors)
+
+
+def _neurons(moe: MoE, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None) -> Neurons:
+    """One expert's tensors (w_in [O, H], w_out [G, I]) as an FFN."""
+    if not moe.gated:
+        return Neurons(None, w_in, w_out, None, b_in, b_out, moe.activation)
+    gate, up = w_in.chunk(2)
+    gate_bias, up_bias = (None, None) if b_in is None else b_in.chunk(2)
+    return Neurons(gate, up, w_out, gate_bias, up_bias, b_out, moe.activation)
+
+
+def _aligned(graph: Graph, moe: MoE, reference: int | None) -> Experts:
+    """The experts, their neurons in the order that fits those of the reference best (None: as they are)."""
+    w_in, w_out = graph.tensor(moe.w_in).detach(), graph.tensor(moe.w_out).detach()
+    b_in = None if moe.b_in is None else graph.tensor(moe.b_in).detach()
+    b_out = None if moe.b_out is None else graph.tensor(moe.b_out).detach()
+    if reference is None:
+        return Experts(w_in, w_out, b_in, b_out)
+    features = [_weights_of_neurons(moe, w_in, w_out, b_in, expert) for expert in range(moe.experts)]
+    order = torch.stack([align_neurons(features[reference], own) for own in features])
+    numbers = torch.arange(moe.experts)[:, None]
+    inner = torch.cat([order, order + moe.width], dim=1) if moe.gated else order
+    return Experts(
+        w_in[numbers, inner],
+        w_out.transpose(1, 2)[numbers, order].transpose(1, 2),
+        None if b_in is None else b_in[numbers, inner],
+        b_out,
+    )
+
+
+def _weights_of_neurons(moe: MoE, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, expert: int) -> Tensor:
+    """All weights of each neuron of one expert, [I, features]."""
+    parts = [*(w_in[expert].chunk(2) if moe.gated else (w_in[expert],)), w_out[expert].T]
+    if b_in is not None:
+        parts += [half[:, None] for half in (b_in[expert].chunk(2) if moe.gated else (b_in[expert],))]
+    return torch.cat(parts, dim=1).float()
