@@ -365,6 +365,61 @@ def _targets(model: str, as_json: bool, quiet: bool) -> None:
 
 
 @app.command(
+    help="""Time artefacts side by side, and beside the source model in eager torch.
+
+All run in turn on equally many threads; prefill and decode are timed apart where an artefact has key/value caches.
+
+\b
+Examples:
+  surgeon bench build/minilm --against ./my-model --batch 1,32
+  surgeon bench build/small build/large --sequence 128,512 --threads 2
+  surgeon bench build/small --json bench.json --plot bench.html
+""",
+)
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Output folders.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Time this model in eager torch, as baseline.", show_default=False)
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,32",
+    sequence: Annotated[str, typer.Option(help="Lengths.")] = "128",
+    threads: Annotated[int | None, typer.Option(min=1, help="For each of them; torch's own by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time per candidate and case.")] = 2.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time artefacts."""
+    from surgeon.bench import sizes
+
+    batches, sequences = sizes(batch, "batch"), sizes(sequence, "sequence")
+    for file in (json_file, plot):
+        if file is not None:
+            _check_writable(file)
+
+    from surgeon.bench import bench_artifacts
+    from surgeon.bench_views import bench_html, check_plot, render_bench
+    from surgeon.progress import Progress
+
+    if plot is not None:
+        check_plot(plot)
+    with Progress(not quiet) as bars:
+        result = bench_artifacts(
+            artifacts, against=against, batches=batches, sequences=sequences, threads=threads, seconds=seconds, step=bars.step
+        )
+    if json_file is not None:
+        _write(json_file, result.to_json() + "\n")
+    if plot is not None:
+        _write(plot, bench_html(result))
+    if not quiet:
+        render_bench(result, _Screen())
+
+
+@app.command(
     help="""Print the JSON schema of recipes, with every installed pass and backend.
 
 \b

@@ -134,6 +134,7 @@ def write_outputs(compiled: Compiled, view: Inspection, folder: Path, target: Pa
         "inputs": [_port(port) for port in artifact.inputs],
         "outputs": [_port(port) for port in artifact.outputs],
         "details": artifact.details,
+        "ranges": _ranges(compiled.graph),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     compiled.plan.write(folder / "plan.json")
@@ -143,6 +144,16 @@ def write_outputs(compiled: Compiled, view: Inspection, folder: Path, target: Pa
         (folder / "recipe.yaml").write_text(dump_recipe(compiled.recipe), encoding="utf-8")
     (folder / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
     (folder / "report.html").write_text(render_html(compiled.report, view), encoding="utf-8")
+
+
+def _ranges(graph: Graph | None) -> dict[str, list[int]]:
+    """Smallest and largest value of every integer input of the example, from which inputs can be made up later."""
+    example = graph.example if graph is not None else {}
+    return {
+        name: [int(value.min()), int(value.max())]
+        for name, value in example.items()
+        if value.numel() and not value.is_floating_point()
+    }
 
 
 def load(folder: str | Path) -> Compiled:

@@ -80,7 +80,24 @@ def compare(
     minimum: int = 5,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time several functions in turn, A B A B.
+    """Time several functions in turn, A B A B; see :func:`rounds`.
+
+    Returns:
+        Timings by name, in the order given.
+    """
+    times = rounds(functions, warmup=warmup, seconds=seconds, minimum=minimum, clock=clock)
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def rounds(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 3,
+    seconds: float = 2.0,
+    minimum: int = 5,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run several functions in turn, A B A B.
 
     All run equally often: at least ``minimum`` times, and until together they spent ``seconds`` times their number.
 
@@ -92,7 +109,7 @@ def compare(
         clock: source of time in seconds.
 
     Returns:
-        Timings by name, in the order given.
+        By name, in the order given: the time of every round in seconds, those of one round at one place in all lists.
 
     Raises:
         RecipeError: there is nothing to run, or no run would count.
@@ -105,16 +122,21 @@ def compare(
         for function in functions.values():
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    spent, rounds = 0.0, 0
-    while rounds < minimum or spent < seconds * len(functions):
+    spent, done = 0.0, 0
+    while done < minimum or spent < seconds * len(functions):
         for name, function in functions.items():
             start = clock()
             function()
             elapsed = clock() - start
             times[name].append(elapsed)
             spent += elapsed
-        rounds += 1
-    return {name: Timing.of(values) for name, values in times.items()}
+        done += 1
+    return times
+
+
+def paired_ratio(base: list[float], other: list[float]) -> float:
+    """How many times faster ``other`` is: median over rounds of the ratio of two times of one round."""
+    return statistics.median(a / b for a, b in zip(base, other, strict=True))
 
 
 @contextmanager

@@ -1,0 +1,185 @@
+"""``surgeon bench``: what is timed, what the figures mean, and what the command writes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import surgeon
+from surgeon import cli
+from surgeon.bench import ArtifactCandidate, BenchResult, Case, EagerCandidate, bench, inputs_for, sizes
+from surgeon.bench_views import bench_html, check_plot
+from surgeon.compiled import MANIFEST
+from surgeon.contract import Artifact
+from surgeon.errors import LowerError, RecipeError
+from surgeon.graph import Port
+from surgeon.latency import paired_ratio, rounds
+from surgeon.source import load_source
+from tests.conftest import MODELS
+from tests.models import tiny
+from tests.pages import Page
+
+CACHED = (
+    Port("input_ids", torch.int64, ("batch", "sequence")),
+    Port("attention_mask", torch.int64, ("batch", "past + sequence")),
+    Port("past_key_values.0.key", torch.float32, ("batch", 2, "past", 16)),
+    Port("past_key_values.0.value", torch.float32, ("batch", 2, "past", 16)),
+)
+
+
+class Sleeper(Artifact):
+    """Takes a known time and remembers what it was given."""
+
+    def __init__(self, seconds: float, inputs: tuple[Port, ...] = CACHED[:2], largest: int = 99) -> None:
+        super().__init__(Path(), "sleeper", {}, (), inputs, ())
+        self.seconds, self.largest = seconds, largest
+        self.shapes: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
+        self.pinned: list[int] = []
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if inputs["input_ids"].shape[0] > self.largest:
+            raise LowerError(f"a batch of at most {self.largest}")
+        self.shapes.add(tuple((name, tuple(value.shape)) for name, value in inputs.items()))
+        time.sleep(self.seconds)
+        return {}
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        self.pinned.append(count)
+        yield
+
+
+def test_ratios_are_of_single_rounds() -> None:
+    now = [0.0]
+
+    def takes(seconds: float) -> Any:
+        def run() -> None:
+            now[0] += seconds * (1 + len(log) // 2)  # the machine slows down, for both alike
+            log.append(seconds)
+
+        return run
+
+    log: list[float] = []
+    times = rounds({"a": takes(3.0), "b": takes(1.0)}, warmup=0, seconds=0.0, minimum=5, clock=lambda: now[0])
+    assert log == [3.0, 1.0] * 5
+    assert times["a"] == [3.0, 6.0, 9.0, 12.0, 15.0]
+    assert paired_ratio(times["a"], times["b"]) == 3.0
+
+
+def test_sleeping_artifacts_are_measured_and_compared() -> None:
+    slow, fast = Sleeper(0.02), Sleeper(0.005, largest=1)
+    result = bench(
+        [ArtifactCandidate("slow", slow, {}), ArtifactCandidate("fast", fast, {})],
+        batches=(1, 4), sequences=(8,), threads=1, seconds=0.0, warmup=1,
+    )  # fmt: skip
+    (one_slow, one_fast), (four_slow, four_fast) = result.cases()
+    assert one_slow.phase == "forward"
+    assert one_slow.median_ms is not None
+    assert one_slow.median_ms >= 20
+    assert one_slow.tokens_per_second == pytest.approx(8 / one_slow.median_ms * 1e3)
+    assert one_slow.ratio == 1.0
+    assert one_fast.ratio is not None
+    assert 2 < one_fast.ratio < 4.5  # 20 ms / 5 ms, sleeping takes a little longer
+    assert four_slow.tokens_per_second is not None
+    assert four_fast.problem == "a batch of at most 1"
+    assert four_fast.median_ms is None
+    assert slow.pinned == [1, 1]
+    assert result.threads == 1
+    assert BenchResult.model_validate_json(result.to_json()) == result
+    page = Page(bench_html(result))
+    assert "a batch of at most 1" in page.text
+    assert page.tags.count("svg") == 2
+
+
+def test_prefill_and_decode_are_apart_where_there_are_caches() -> None:
+    cached, plain = Sleeper(0.0, CACHED), Sleeper(0.0)
+    result = bench(
+        [ArtifactCandidate("cached", cached, {}), ArtifactCandidate("plain", plain, {})],
+        batches=(2,), sequences=(5,), threads=1, seconds=0.0, warmup=0,
+    )  # fmt: skip
+    assert [(row.phase, row.candidate) for row in result.rows] == [
+        ("prefill", "cached"), ("prefill", "plain"), ("decode", "cached"),
+    ]  # fmt: skip
+    prefill = (("input_ids", (2, 5)), ("attention_mask", (2, 5)))
+    assert plain.shapes == {prefill}
+    caches = [tuple((f"past_key_values.0.{half}", (2, 2, length, 16)) for half in ("key", "value")) for length in (0, 5)]
+    assert cached.shapes == {prefill + caches[0], (("input_ids", (2, 1)), ("attention_mask", (2, 6)), *caches[1])}
+    assert Case("decode", 2, 5).tokens == 2
+    assert Case("prefill", 2, 5).tokens == 10
+
+
+def test_inputs_stay_in_the_range_of_the_example() -> None:
+    ports = (*CACHED[:2], Port("token_type_ids", torch.int64, ("batch", "sequence")))
+    found = inputs_for(ports, Case("forward", 8, 64), {"input_ids": [5, 9], "token_type_ids": [0, 1]})
+    assert found["input_ids"].unique().tolist() == [5, 6, 7, 8, 9]
+    assert found["token_type_ids"].unique().tolist() == [0, 1]
+    assert found["attention_mask"].eq(1).all()
+
+
+def test_eager_decoding_computes_one_token_behind_the_cache() -> None:
+    module, _ = tiny("llama")
+    candidate = EagerCandidate(load_source(module), CACHED, {"input_ids": [1, 150]})
+    assert candidate.has_caches
+    lengths: list[int] = []
+    forward = module.forward
+
+    def spy(**inputs: Any) -> Any:
+        cache = inputs.get(candidate.cache)
+        lengths.append(0 if cache is None else cache.get_seq_length())
+        assert inputs["input_ids"].shape[1] == (1 if cache is not None else 11)
+        return forward(**inputs)
+
+    spy.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # functions take attributes
+    module.forward = spy  # type: ignore[method-assign]  # to look at the calls
+    with torch.no_grad():
+        step = candidate.prepare(Case("decode", 2, 11))
+        for _ in range(3):
+            step()
+    assert lengths == [0, 11, 11, 11]
+
+
+def test_sizes_and_plots_are_checked_first(tmp_path: Path) -> None:
+    assert sizes("1, 32,1", "batch") == (1, 32)
+    for wrong in ("", "0", "1,x", "-2", "1.5"):
+        with pytest.raises(RecipeError, match="--batch: found"):
+            sizes(wrong, "batch")
+    with pytest.raises(RecipeError, match=r"picture\.png must end in \.html"):
+        check_plot(tmp_path / "picture.png")
+    with pytest.raises(RecipeError, match="different names"):
+        bench([ArtifactCandidate("one", Sleeper(0.0), {})] * 2)
+
+
+def test_command_times_a_build_beside_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = MODELS / "tiny-llama"
+    out = tmp_path / "whole"
+    surgeon.compile(str(source), [], backend="huggingface", output=out, progress=False)
+    ranges = json.loads((out / MANIFEST).read_text())["ranges"]
+    assert ranges["attention_mask"] == [1, 1]
+    assert 0 <= ranges["input_ids"][0] < ranges["input_ids"][1] < 1024
+    files = ["--json", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "page.html")]
+    sizes_ = ["--batch", "1,2", "--sequence", "8", "--threads", "1", "--seconds", "0"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", str(out), "--against", str(source), *sizes_, *files])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "eager torch" in printed
+    result = BenchResult.model_validate_json((tmp_path / "figures.json").read_text())
+    assert [(row.candidate, row.batch) for row in result.rows] == [
+        ("eager torch", 1), ("whole", 1), ("eager torch", 2), ("whole", 2),
+    ]  # fmt: skip
+    assert all(row.runs >= 5 and row.problem is None for row in result.rows)
+    assert all(0.2 < (row.ratio or 0) < 5 for row in result.rows)  # the checkpoint is the source, run by the same library
+    assert result.baseline == "eager torch"
+    Page((tmp_path / "page.html").read_text())
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", str(tmp_path / "nothing")])
+    assert stop.value.code == 2
