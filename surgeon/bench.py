@@ -196,7 +196,7 @@ class EagerCandidate(Candidate):
 
         def step() -> None:
             _finished(self.module(**inputs, **{**plain, "use_cache": True, self.cache: cache}))
-            cache.crop(case.sequence)
+            cache.crop(-1)
 
         return step
 
