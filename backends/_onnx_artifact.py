@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.caches import PAST, PRESENT, asked
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError
+from surgeon.generation import Decoder, empty_cache
+from surgeon.graph import Port
+from surgeon.ports import check_inputs
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's names of the providers."""
@@ -72,17 +76,22 @@ class OnnxRuntimeArtifact(Artifact):
         Raises:
             LowerError: an input is missing, unknown, of another dtype or shape than the model's, or the runtime fails.
         """
-        self._check(inputs)
+        wanted = asked(self.inputs, self.outputs, inputs)
+        inputs = check_inputs(self.path, self.inputs, inputs)
         session = self.session()
         try:
             if self.options.get("provider", "cpu") == "cuda":
-                return self._run_on_device(session, inputs)
+                return self._run_on_device(session, inputs, wanted)
             feed = {port.name: inputs[port.name].detach().to("cpu").contiguous().numpy() for port in self.inputs}
-            results = session.run([port.name for port in self.outputs], feed)
+            results = session.run([port.name for port in wanted], feed)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise LowerError(f"{self.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
-        return {port.name: torch.from_numpy(value) for port, value in zip(self.outputs, results, strict=True)}
+        return {port.name: torch.from_numpy(value) for port, value in zip(wanted, results, strict=True)}
+
+    def decoder(self) -> Decoder:
+        """Start generating a text; its caches stay in the runtime's own memory."""
+        return OnnxRuntimeDecoder(self)
 
     def session(self) -> Any:
         """The ``onnxruntime.InferenceSession``; made when first asked for, and again when folder or threads change.
@@ -117,31 +126,7 @@ class OnnxRuntimeArtifact(Artifact):
         finally:
             self.session_threads, self._session, self._opened = before
 
-    def _check(self, inputs: Mapping[str, Tensor]) -> None:
-        names = [port.name for port in self.inputs]
-        missing, unknown = [n for n in names if n not in inputs], sorted(set(inputs) - set(names))
-        if missing or unknown:
-            found = [f"missing: {', '.join(missing)}"] if missing else []
-            found += [f"unknown: {', '.join(unknown)}"] if unknown else []
-            raise LowerError(f"{self.path}: the model's inputs are {', '.join(names)}; {'; '.join(found)}")
-        sizes: dict[str, tuple[int, str]] = {}
-        for port in self.inputs:
-            value = inputs[port.name]
-            if not isinstance(value, Tensor):
-                raise LowerError(f"input {port.name!r} must be a torch.Tensor, found {type(value).__name__}")
-            if value.dtype != port.dtype:
-                raise LowerError(f"input {port.name!r} must be {port.dtype}, found {value.dtype}")
-            fits = value.dim() == len(port.shape) and all(
-                isinstance(want, str) or want == have for want, have in zip(port.shape, value.shape, strict=True)
-            )
-            if not fits:
-                raise LowerError(f"input {port.name!r} must have shape {list(port.shape)}, found {list(value.shape)}")
-            for want, have in zip(port.shape, value.shape, strict=True):
-                if isinstance(want, str) and want != "?" and sizes.setdefault(want, (have, port.name))[0] != have:
-                    first, other = sizes[want]
-                    raise LowerError(f"inputs {other!r} and {port.name!r} must have the same {want}, found {first} and {have}")
-
-    def _run_on_device(self, session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run_on_device(self, session: Any, inputs: Mapping[str, Tensor], wanted: Sequence[Port]) -> dict[str, Tensor]:
         """Bind tensors of the CUDA device by address, so that nothing passes through host memory."""
         from onnx_ir import tensor_adapters
 
@@ -155,10 +140,54 @@ class OnnxRuntimeArtifact(Artifact):
             held.append(value)  # lives until the run is over
             element = int(tensor_adapters.from_torch_dtype(value.dtype))
             binding.bind_input(port.name, "cuda", index, element, tuple(value.shape), value.data_ptr())
-        for port in self.outputs:
+        for port in wanted:
             binding.bind_output(port.name, "cuda", index)
         torch.cuda.synchronize(device)  # ONNX Runtime computes on a stream of its own
         session.run_with_iobinding(binding)
         results = binding.get_outputs()
         tensors = (torch.utils.dlpack.from_dlpack(value._ortvalue).clone() for value in results)
-        return {port.name: tensor for port, tensor in zip(self.outputs, tensors, strict=True)}
+        return {port.name: tensor for port, tensor in zip(wanted, tensors, strict=True)}
+
+
+class OnnxRuntimeDecoder:
+    """Steps of an ONNX model; what it returns as presents is bound as pasts, so that no cache passes through Python."""
+
+    def __init__(self, artifact: OnnxRuntimeArtifact) -> None:
+        self._artifact = artifact
+        self._session = artifact.session()
+        self._device = "cuda" if artifact.options.get("provider", "cpu") == "cuda" else "cpu"
+        self._pasts = [port for port in artifact.inputs if port.role == PAST]
+        self._presents = [port.name for port in artifact.outputs if port.role == PRESENT]
+        self._caches: list[Any] = []
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run on the new tokens; see :class:`surgeon.generation.Decoder`.
+
+        Raises:
+            LowerError: the runtime fails.
+        """
+        if not self._caches:
+            empty = [empty_cache(port, inputs["input_ids"]) for port in self._pasts]
+            self._caches = [self._value(tensor) for tensor in empty]
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
+        for port, value in zip(self._pasts, self._caches, strict=True):
+            binding.bind_ortvalue_input(port.name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self._presents:
+            binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise LowerError(f"{self._artifact.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
+        logits, *self._caches = binding.get_outputs()
+        return torch.from_numpy(logits.numpy()).to(inputs["input_ids"].device)
+
+    def _value(self, tensor: Tensor) -> Any:
+        import onnxruntime
+        from onnx_ir import tensor_adapters
+
+        element = int(tensor_adapters.from_torch_dtype(tensor.dtype))
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), element, self._device)

@@ -169,7 +169,7 @@ class AotInductorArtifact(Artifact):
         Raises:
             LowerError: an input does not fit, or the package fails.
         """
-        check_inputs(self.path, self.inputs, inputs)
+        inputs = check_inputs(self.path, self.inputs, inputs)
         if self._package is None:
             self._package = torch._inductor.aoti_load_package(str(self.path))
         device = str(self.options.get("device", "cpu"))

@@ -21,6 +21,8 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from surgeon.caches import is_plain_call
+from surgeon.causal import cached_call
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -155,8 +157,12 @@ class HuggingFaceArtifact(Artifact):
         """
         from surgeon.source import flatten_outputs
 
-        check_inputs(self.folder, self.inputs, inputs)
+        complete = check_inputs(self.folder, self.inputs, inputs)
         module = self.model()
+        if not is_plain_call(self.inputs, inputs):
+            call = cached_call(module, complete["input_ids"])
+            with torch.no_grad():
+                return call(module, complete)
         taken = inspect.signature(module.forward).parameters
         settings = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in taken}
         with torch.no_grad():

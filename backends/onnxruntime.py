@@ -2,7 +2,8 @@
 
 Float models become standard ONNX (opset 23: Attention, RMSNormalization, RotaryEmbedding).  Low-bit weights stay packed
 in the file and reach the blockwise kernels (``com.microsoft.MatMulNBits``, ``GatherBlockQuantized``), dynamically
-quantized ones the integer kernels, experts ``com.microsoft.MoE`` and ``QMoE``.
+quantized ones the integer kernels, experts ``com.microsoft.MoE`` and ``QMoE``.  With ``genai: true`` the folder is one
+that ``onnxruntime-genai`` generates from.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from surgeon.backends import _onnx_artifact as runtime
+from surgeon.backends import _onnx_genai as genai
 from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
 from surgeon.contract import ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
-from surgeon.graph import Graph, Port
+from surgeon.graph import Graph
+from surgeon.ports import port_of
 
 __all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
 
@@ -42,6 +44,9 @@ class OnnxRuntime(Backend):
     """Mixtures of experts: ``fused`` takes com.microsoft.MoE and QMoE where they compute exactly what the graph says,
     ``sorted`` always sorts the tokens by expert in standard operators.  On a CPU (version 1.32) sorted took 0.4 to 0.9 of
     the time of fused from 128 tokens on, fused as little as a quarter of sorted for one token and 64 experts."""
+
+    genai: bool = False
+    """Write genai_config.json too, so that onnxruntime-genai opens the folder; needs task text-generation."""
 
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
@@ -67,7 +72,8 @@ class OnnxRuntime(Backend):
         """Operators that neither torch.onnx nor this backend translates, and types the provider has no kernels for."""
         from surgeon.backends._onnx_support import unsupported
 
-        return unsupported(graph, self.provider, self.opset)
+        found = unsupported(graph, self.provider, self.opset)
+        return [*found, *genai.refusals(graph)] if self.genai else found
 
     def accepted_error(self, graph: Graph) -> float:
         """Largest relative error of an output that the build accepts.
@@ -102,7 +108,8 @@ class OnnxRuntime(Backend):
         lowering = Lowering(graph, self.accuracy_level, self.experts == "fused")
         model = onnx_export.export(graph, lowering.run(), self.opset, self.provider)
         onnx_export.annotate(model, graph, lowering.weights)
-        files = tuple(ArtifactFile.of(folder, name) for name in onnx_file.save(model, folder))
+        names = [*onnx_file.save(model, folder), *([genai.write(graph, folder, self.threads)] if self.genai else [])]
+        files = tuple(ArtifactFile.of(folder, name) for name in names)
         details = {
             "opset": dict(model.opset_imports),
             "ir_version": model.ir_version,
@@ -113,9 +120,12 @@ class OnnxRuntime(Backend):
             "weight_bytes": onnx_file.weight_bytes(model),
         }
         options = self.model_dump(mode="json")
-        return OnnxRuntimeArtifact(
+        artifact = OnnxRuntimeArtifact(
             folder, self.name, options, files, graph.inputs, graph.outputs, details, session_threads=self.threads
         )
+        if self.genai:
+            details["genai"] = genai.check(artifact, graph)
+        return artifact
 
     @classmethod
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> OnnxRuntimeArtifact:
@@ -135,13 +145,6 @@ class OnnxRuntime(Backend):
                 if have != want:
                     raise LowerError(f"{path} is damaged: {what} is {have}, recorded {want}; build the artefact again")
         files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
-        inputs, outputs = (tuple(_port(entry) for entry in manifest[key]) for key in ("inputs", "outputs"))
+        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
         kept, details = options.model_dump(mode="json"), dict(manifest.get("details", {}))
         return OnnxRuntimeArtifact(folder, cls.name, kept, files, inputs, outputs, details, session_threads=options.threads)
-
-
-def _port(entry: Mapping[str, Any]) -> Port:
-    dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, unknown to torch")
-    return Port(str(entry["name"]), dtype, tuple(entry["shape"]))

@@ -281,7 +281,7 @@ class TensorRTArtifact(Artifact):
         """
         if self.unavailable:
             raise LowerError(f"{self.path}: {self.unavailable}")
-        check_inputs(self.path, self.inputs, inputs)
+        inputs = check_inputs(self.path, self.inputs, inputs)
         engine, context = self._open()
         held = {}
         for port in self.inputs:

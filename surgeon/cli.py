@@ -85,6 +85,7 @@ A first session:
   surgeon passes quantize                   the options of one pass
   surgeon plan recipe.yaml -o plan.json     decide, and look before it is done
   surgeon compile recipe.yaml               do it
+  surgeon generate build/my-model -p "..."  continue a text with it
 """,
 )
 
@@ -253,6 +254,59 @@ def inspect(
         typer.echo(json.dumps(found.to_dict(), indent=2))
     elif not quiet:
         found.render(_Screen())
+
+
+@app.command(
+    help="""Continue a text with an artefact that was built with task text-generation; printed as it comes.
+
+\b
+Examples:
+  surgeon generate build/my-model --prompt "Once upon a time"
+  surgeon generate build/my-model --prompt "def main(" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
+  surgeon generate build/my-model < prompt.txt
+""",
+)
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="Folder that a build wrote.", metavar="ARTIFACT", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to continue; standard input by default.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to add at most.")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw tokens, the logits divided by this; greedy by default.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among so many of the most likely tokens.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens of this probability.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.", show_default=False)] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop at this token too (one token of the vocabulary); may be given again.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text."""
+    from surgeon.compiled import load
+    from surgeon.generation import continue_text
+
+    text = prompt if prompt is not None else sys.stdin.read()
+    tokens, seconds = continue_text(
+        load(artifact),
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        write=lambda piece: typer.echo(piece, nl=False),
+    )
+    typer.echo()
+    if not quiet:
+        _say("generated", f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
 
 @app.command(

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from surgeon.contract import Artifact, ArtifactFile
 from surgeon.errors import LowerError
-from surgeon.graph import Graph, Port
+from surgeon.graph import Graph
 from surgeon.output import check_free, staged
 from surgeon.plans import SavedPlan
+from surgeon.ports import port_data
 from surgeon.report import Report
 from surgeon.structure import Structure
 
@@ -39,6 +40,7 @@ class Compiled:
         plan: what every pass did, to save and repeat; None when loaded.
         recipe: the recipe it came from, if any.
         artifact: the lowered artefact, None with ``backend=None``.
+        generation: tokens that end and fill generated text, as the source has them.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Compiled:
         plan: SavedPlan | None = None,
         recipe: Recipe | None = None,
         artifact: Artifact | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.graph = graph
+        self.generation = dict(generation if generation is not None else graph.source.generation if graph else {})
         self.structure = structure
         self.report = report
         self.plan = plan
@@ -77,6 +81,86 @@ class Compiled:
             return self.artifact.run(inputs)
         assert self.graph is not None
         return self.graph(**inputs)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        streamer: Any = None,
+    ) -> Tensor:
+        """Continue texts with a model that was built with task ``text-generation``.
+
+        Greedy by default: in float32 the tokens are those of the source model's own ``generate``.
+
+        Args:
+            input_ids: [batch, length] int64; a batch of unequal lengths is padded on the left.
+            attention_mask: [batch, length], 0 where padded; by default no padding, or wherever the padding token stands
+                if that is not one that ends a text.
+            max_new_tokens: tokens to add at most.
+            do_sample: draw tokens instead of taking the most likely.
+            temperature: the logits are divided by it before drawing.
+            top_k: draw among so many of the most likely tokens.
+            top_p: draw among the most likely tokens that together have this probability.
+            seed: of the draws; by default torch's global generator.
+            eos_token_id: tokens that end a row, the source's by default; ``()`` for none.
+            pad_token_id: fills rows that have ended, the source's by default.
+            streamer: a streamer of the transformers library, which gets tokens as they come.
+
+        Returns:
+            Prompt and continuation, [batch, at most length + max_new_tokens].
+
+        Raises:
+            GenerateError: the model has no caches, or an argument is out of range.
+
+        Example:
+            >>> compiled.generate(ids, max_new_tokens=32)
+        """
+        from surgeon.generation import Sampling, Settings, decoder_of, generate
+
+        own = Settings.of(self.generation)
+        ends = own.eos_token_id if eos_token_id is None else eos_token_id
+        settings = Settings(
+            (ends,) if isinstance(ends, int) else tuple(ends),
+            own.pad_token_id if pad_token_id is None else pad_token_id,
+            own.bos_token_id,
+        )
+        sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+        if self.artifact is not None:
+            ports, decoder = self.artifact.inputs, self.artifact.decoder()
+        else:
+            assert self.graph is not None
+            ports, decoder = self.graph.inputs, decoder_of(self.graph)
+        return generate(
+            decoder,
+            ports,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            settings=settings,
+            streamer=streamer,
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The source's tokenizer.
+
+        Raises:
+            GenerateError: the model did not come with one.
+        """
+        from surgeon.generation import load_tokenizer
+
+        path = self.folder if self.artifact is not None else Path(self.graph.source.path or "") if self.graph else None
+        return load_tokenizer(path or Path())
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Copy the artefact with its recipe, plan and reports to a directory that ``surgeon.load`` opens.
@@ -131,12 +215,14 @@ def write_outputs(compiled: Compiled, view: Inspection, folder: Path, target: Pa
         "backend": artifact.backend,
         "options": artifact.options,
         "files": compiled.report.artifact["files"],
-        "inputs": [_port(port) for port in artifact.inputs],
-        "outputs": [_port(port) for port in artifact.outputs],
+        "inputs": [port_data(port) for port in artifact.inputs],
+        "outputs": [port_data(port) for port in artifact.outputs],
         "details": artifact.details,
         "ranges": _ranges(compiled.graph),
+        "generation": compiled.generation,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _copy_tokenizer(compiled, folder)
     compiled.plan.write(folder / "plan.json")
     if compiled.recipe is not None:
         from surgeon.recipe import dump_recipe
@@ -154,6 +240,17 @@ def _ranges(graph: Graph | None) -> dict[str, list[int]]:
         for name, value in example.items()
         if value.numel() and not value.is_floating_point()
     }
+
+
+def _copy_tokenizer(compiled: Compiled, folder: Path) -> None:
+    """Put the source's tokenizer beside an artefact that generates text."""
+    from surgeon.generation import TOKENIZER_FILES
+
+    source = compiled.graph.source if compiled.graph is not None else None
+    if source is not None and source.task == "text-generation" and source.path is not None:
+        for name in TOKENIZER_FILES:
+            if (Path(source.path) / name).is_file() and not (folder / name).exists():  # a backend may have written it
+                shutil.copyfile(Path(source.path) / name, folder / name)
 
 
 def load(folder: str | Path) -> Compiled:
@@ -186,8 +283,4 @@ def load(folder: str | Path) -> Compiled:
             raise LowerError(f"{file}: {file.stat().st_size} bytes found, {recorded.bytes} recorded; build it again")
     artifact = backend_class(manifest["backend"]).load(path, manifest)
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
-    return Compiled(report=report, artifact=artifact)
-
-
-def _port(port: Port) -> dict[str, Any]:
-    return {"name": port.name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}
+    return Compiled(report=report, artifact=artifact, generation=manifest.get("generation", {}))

@@ -28,6 +28,7 @@ from surgeon.errors import PlanError
 from surgeon.structure import Selection, Structure
 
 if TYPE_CHECKING:
+    from surgeon.generation import Decoder
     from surgeon.graph import Graph
     from surgeon.rewrite import Editor
 
@@ -273,6 +274,12 @@ class Artifact(abc.ABC):
     @abc.abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs (torch tensors), returning torch tensors by output name."""
+
+    def decoder(self) -> Decoder:
+        """Start generating a text with an artefact that has caches; see :mod:`surgeon.generation`."""
+        from surgeon.generation import GraphDecoder
+
+        return GraphDecoder(self.run, self.inputs, self.outputs)
 
     @abc.abstractmethod
     def threads(self, count: int) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from surgeon.caches import OPTIONAL, SUM
 from surgeon.errors import ObserveError
 from surgeon.graph import Graph
 from surgeon.observe import Batch
@@ -187,10 +188,11 @@ def collate(rows: Sequence[Mapping[str, list[int]]], graph: Graph, tokenizer: An
 def several_shapes(batch: Batch, graph: Graph) -> list[Batch]:
     """The batch as it is and, where dimensions are dynamic, a single shorter row and an odd-sized part of it."""
     shapes = [batch]
-    sequence = [port for port in graph.inputs if len(port.shape) == 2 and isinstance(port.shape[1], str)]
-    dynamic_rows = all(isinstance(port.shape[0], str) for port in graph.inputs)
+    given = [port for port in graph.inputs if port.name in batch]
+    sequence = [port for port in given if len(port.shape) == 2 and isinstance(port.shape[1], str)]
+    dynamic_rows = all(isinstance(port.shape[0], str) for port in given)
     rows = next(iter(batch.values())).shape[0]
-    if sequence and len(sequence) == len(graph.inputs):
+    if sequence and len(sequence) == len(given):
         total = next(iter(batch.values())).shape[1]
         for count, length in ((1, max(2, total // 3)), (min(3, rows), max(2, total - 5))):
             if dynamic_rows and length < total:
@@ -201,7 +203,7 @@ def several_shapes(batch: Batch, graph: Graph) -> list[Batch]:
 
 
 def synthetic_batches(graph: Graph, seed: int = 0) -> list[Batch]:
-    """Random inputs in three shapes other than the example's where dimensions are dynamic.
+    """Random inputs in three shapes other than the example's where dimensions are dynamic; caches are left out.
 
     Integers are drawn between the example's extremes, so that token ids stay in the vocabulary; floats keep the example's
     mean and standard deviation.
@@ -211,13 +213,15 @@ def synthetic_batches(graph: Graph, seed: int = 0) -> list[Batch]:
     for rows, length in ((2, 24), (1, 11), (3, 17)):
         batch: dict[str, Tensor] = {}
         for port in graph.inputs:
+            if port.role in OPTIONAL:
+                continue
             example = graph.example[port.name]
             shape = []
             for position, size in enumerate(port.shape):
                 if isinstance(size, int):
                     shape.append(size)
                     continue
-                dim = graph.dims[size]
+                dim = graph.dims[size.split(SUM)[-1]]  # a mask over empty caches is as long as the tokens
                 target = rows if position == 0 else length
                 shape.append(min(max(target, dim.min), dim.max if dim.max is not None else target))
             batch[port.name] = _like(example, shape, generator)

@@ -47,6 +47,10 @@ class VerifyError(SurgeonError):
     """A rewritten graph or an artefact does not compute what it must."""
 
 
+class GenerateError(SurgeonError):
+    """Text cannot be generated with this model, or not as asked."""
+
+
 class LowerError(SurgeonError):
     """A backend cannot express this graph, or its library is missing."""
 

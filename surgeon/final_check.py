@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgeon.caches import OPTIONAL
 from surgeon.contract import Artifact
 from surgeon.data import collate, tokenize_file, tokenizer_for
 from surgeon.evaluate import compare, is_language_model
@@ -75,6 +76,8 @@ def latency_inputs(graph: Graph, batch: int, length: int) -> Batch:
     """Inputs of one batch size and length, by tiling the example's values (dynamic dimensions only)."""
     inputs = {}
     for port in graph.inputs:
+        if port.role in OPTIONAL:
+            continue
         value = graph.example[port.name]
         for axis, size in enumerate(port.shape):
             if isinstance(size, str):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from surgeon import caches
 from surgeon.errors import RewriteError, TraceError
 
 
@@ -42,12 +43,15 @@ class Port:
         name: the model's own name (``input_ids``, ``logits``, ...).
         dtype: element type.
         shape: one entry per dimension: an int where it is fixed, the name of a :class:`Dim` where it is dynamic
-            (for outputs: a name, or ``"?"`` for an expression of several dims).
+            (a sum of two as ``"past + sequence"``; for outputs ``"?"`` stands for any other expression).
+        role: what the port is besides an ordinary one, see :mod:`surgeon.caches`: ``past`` or ``present`` of a cache,
+            or positions that may be left out.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Source:
         output_class: name of the class the source model returns, informational.
         weights: ``real``, or ``fake`` where the graph was traced without their values (see ``surgeon.fake_weights``).
         model_class: name of the source model's class, for backends that write it again.
+        generation: what the source says about generating with it: ``eos_token_id``, ``pad_token_id`` ...
     """
 
     description: str = "nn.Module"
@@ -71,6 +76,7 @@ class Source:
     output_class: str | None = None
     weights: str = "real"
     model_class: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Graph:
@@ -115,7 +121,10 @@ class Graph:
 
         Raises:
             TraceError: an input is missing, unknown, or of another rank than the graph's.
+
+        Caches and positions may be left out, see :func:`surgeon.caches.complete`.
         """
+        inputs = caches.complete(self.inputs, inputs)
         names = [port.name for port in self.inputs]
         unknown = sorted(set(inputs) - set(names))
         missing = [name for name in names if name not in inputs]
@@ -147,14 +156,15 @@ class Graph:
             **inputs: the model's keyword inputs.
 
         Returns:
-            Output tensors by the model's own output names.
+            Output tensors by the model's own output names; caches only where caches were handed in.
 
         Raises:
             TraceError: the inputs do not fit, or the graph was traced without the values of its weights.
         """
         self.require_weights("running it")
         results = self.module(*self.bind(inputs))
-        return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+        wanted = caches.asked(self.inputs, self.outputs, inputs)
+        return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
 
     # -- weights ------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,9 @@ class Stretch:
         for node in (*done, *nodes):
             if node.op == "placeholder":
                 continue  # a later edit may read an input's size
-            waiting = [position.get(user, len(nodes)) for user in node.users if user not in done]
+            # An output that no stretch reaches is nobody's: the caches of a block would be held until the last one.
+            users = [user for user in node.users if user not in done and (user.op != "output" or user in position)]
+            waiting = [position.get(user, len(nodes)) for user in users]
             last_use = max(*waiting, held.get(node, -1), position.get(node, -1), -1)
             if last_use < len(nodes):
                 self.expiry.setdefault(max(last_use, 0), []).append(node)

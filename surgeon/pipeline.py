@@ -39,7 +39,7 @@ from surgeon.structure import Structure
 from surgeon.sweep import run_pass
 from surgeon.tracing import trace_source
 from surgeon.validation import InvalidFields, validate
-from surgeon.verify import check_exact, check_parameters, check_structure, check_thresholds, compare_artifact
+from surgeon.verify import check_caches, check_exact, check_parameters, check_structure, check_thresholds, compare_artifact
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             data = load_data(request.calibration, graph, request.tokenizer)
             language_model = is_language_model(graph)
             reference = _outputs(graph, data.held_back)
-        report = _new_report(request, graph, structure, data)
+        report = _new_report(request, graph, structure, data, source.notes)
 
         # the passes
         applied: list[Plan[Any]] = []
@@ -142,6 +142,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             with bars.step(f"{step.name}: verifying"), clock.phase(f"passes.{number}.verify"):
                 check_structure(step, structure_before, structure)
                 check_parameters(step, plan, before, structure_before, graph)
+                check_caches(step, graph, data.held_back)
                 exact = step.exact(plan)
                 divergence = {}
                 if exact:
@@ -266,7 +267,7 @@ def _replay(recorded: Sequence[Outputs]) -> Any:
     return lambda **_: next(iterator)
 
 
-def _new_report(request: Request, graph: Graph, structure: Structure, data: Data) -> Report:
+def _new_report(request: Request, graph: Graph, structure: Structure, data: Data, notes: Sequence[str]) -> Report:
     return Report(
         surgeon=importlib.metadata.version("surgeon"),
         versions=_versions(),
@@ -281,7 +282,7 @@ def _new_report(request: Request, graph: Graph, structure: Structure, data: Data
         bytes=(graph.nbytes(), graph.nbytes()),
         parameters=(parameter_count(graph), parameter_count(graph)),
         active_parameters=(active_parameter_count(graph), active_parameter_count(graph)),
-        warnings=list(data.notes),
+        warnings=[*notes, *data.notes],
     )
 
 
@@ -357,7 +358,8 @@ def compile(
             directory that lives as long as the result.
         verify: thresholds such as ``{"max_kl": 0.1}``.
         evaluate: what to measure on the artefact, as in a recipe.
-        task: ``"forward"``: the model as it is called.
+        task: ``"forward"``: the model as it is called; ``"text-generation"``: with caches, to :meth:`Compiled.generate`
+            from; by default forward for a module with inputs, and for a checkpoint what its architecture is for.
         dtype: load the weights in this type; as stored by default.
         trust_remote_code: run code that a checkpoint brings.
         plan: a saved plan to repeat instead of planning.

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.caches import SUM, complete
 from surgeon.errors import LowerError
 from surgeon.graph import Port
 
 
 def port_data(port: Port) -> dict[str, Any]:
     """A port as the manifest holds it."""
-    return {"name": port.name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}
+    entry = {"name": port.name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}
+    return entry | ({"role": port.role} if port.role else {})
 
 
 def port_of(entry: Mapping[str, Any]) -> Port:
@@ -26,20 +28,24 @@ def port_of(entry: Mapping[str, Any]) -> Port:
     dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, unknown to torch")
-    return Port(str(entry["name"]), dtype, tuple(entry["shape"]))
+    return Port(str(entry["name"]), dtype, tuple(entry["shape"]), str(entry.get("role", "")))
 
 
-def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs that do not fit the ports.
+def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Refuse inputs that do not fit the ports, and fill in what may be left out (caches, positions).
 
     Args:
         where: what refuses, for the message: the artefact's file.
         ports: the artefact's inputs.
         inputs: what it is to be run on, by name.
 
+    Returns:
+        One tensor per port, by name.
+
     Raises:
         LowerError: an input is missing, unknown, or of another type or shape; dynamic dimensions of one name must agree.
     """
+    inputs = complete(ports, inputs)
     names = [port.name for port in ports]
     missing, unknown = [n for n in names if n not in inputs], sorted(set(inputs) - set(names))
     if missing or unknown:
@@ -62,3 +68,8 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
             if isinstance(want, str) and want != "?" and sizes.setdefault(want, (have, port.name))[0] != have:
                 first, other = sizes[want]
                 raise LowerError(f"inputs {other!r} and {port.name!r} must have the same {want}, found {first} and {have}")
+    for total, (have, name) in sizes.items():
+        parts = [sizes[part][0] for part in total.split(SUM) if part in sizes]
+        if SUM in total and len(parts) == len(total.split(SUM)) and sum(parts) != have:
+            raise LowerError(f"input {name!r} must have {total} = {sum(parts)} positions, found {have}")
+    return {name: inputs[name] for name in names}

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from surgeon import caches
 from surgeon.errors import RewriteError
 from surgeon.graph import Graph, assign_tensor
 
@@ -147,12 +148,14 @@ class Editor:
     # -- end ----------------------------------------------------------------------------------------------------
 
     def finish(self) -> Graph:
-        """Clean up and return the graph.
+        """Clean up and return the graph; caches that nothing reads any more go with their inputs and outputs.
 
         Raises:
             RewriteError: the graph is not valid any more, or a shape does not fit downstream of an edit.
         """
         self.settle()
+        if caches.prune(self.graph):
+            self.settle()
         try:
             self._nodes.lint()
         except Exception as error:  # fx raises bare RuntimeErrors

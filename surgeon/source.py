@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.caches import SUM
+from surgeon.causal import CausalInputs, causal_inputs
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
 from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import default_inputs
 from surgeon.fake import fake_weights, with_fake_weights, without_values
+from surgeon.generation import Settings
 from surgeon.graph import Source
 
-TASKS = ("forward",)
+TASKS = ("forward", "text-generation")
 WEIGHTS = ("real", "fake")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -38,6 +41,8 @@ class LoadedSource:
         source: where it came from.
         tokenizer_path: directory that holds a tokenizer, or None.
         missing: names of weights that the checkpoint did not hold.
+        causal: how a causal language model is called with caches (task ``text-generation``).
+        notes: what a reader of the report should know.
     """
 
     module: nn.Module
@@ -45,6 +50,19 @@ class LoadedSource:
     source: Source
     tokenizer_path: str | None = None
     missing: tuple[str, ...] = ()
+    causal: CausalInputs | None = None
+    notes: tuple[str, ...] = ()
+
+    def call(self, forward: Callable[..., Any], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+        """Call the model's forward, or what stands in for it, on the example's kind of inputs.
+
+        Returns:
+            Output tensors by name, and the name of the class that the model returned.
+        """
+        if self.causal is not None:
+            return self.causal.call(forward, inputs), "dict"
+        result = forward(**inputs)
+        return flatten_outputs(result), type(result).__name__
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the source model in eager torch, without caches.
@@ -74,7 +92,7 @@ def load_source(
         model: a checkpoint directory, a hub id, ``"package.module:callable"`` (returning a module, or a module and its
             inputs; modules of the current directory are found), or a module.
         inputs: example keyword inputs, each a tensor; None to let surgeon make them (models of transformers only).
-        task: ``"forward"`` or None.
+        task: one of ``TASKS``; None for what a checkpoint's architecture is for, and for ``forward`` otherwise.
         dtype: floating-point type, e.g. ``"bfloat16"``; None keeps the model's own.  A module is copied, not changed.
         weights: ``"real"``, or ``"fake"`` for a model without the values of its weights: they are not loaded.
         trust_remote_code: allow a checkpoint to bring its own Python code.
@@ -115,13 +133,33 @@ def load_source(
     elif wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
         module = _converted(module, wanted)
     example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
+    notes: tuple[str, ...] = ()
+    causal = None
+    own_choice = task is None and path is not None and inputs is None and not fake
+    if task == "text-generation" and fake:
+        raise TraceError("task 'text-generation' runs the model to see what it caches, which needs weights='real'")
+    if task == "text-generation" or (own_choice and _generates(module)):
+        try:
+            with calling(module):
+                causal = causal_inputs(module, example)
+            example = causal.inputs
+        except TraceError as error:
+            if task is not None:
+                raise
+            notes = (str(error).replace("Trace it with", "It is traced with"),)
+    task = "forward" if causal is None else "text-generation"
     config: Any = getattr(module, "config", None)
     plain = json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
-    where = str(path.resolve()) if path else None
     source = Source(
-        description, where, plain, task or "forward", weights="fake" if fake else "real", model_class=type(module).__name__
+        description,
+        str(path.resolve()) if path else None,
+        plain,
+        task,
+        weights="fake" if fake else "real",
+        model_class=type(module).__name__,
+        generation=_generation(module, plain),
     )
-    return LoadedSource(module, example, source, _tokenizer(path), missing)
+    return LoadedSource(module, example, source, _tokenizer(path), missing, causal, notes)
 
 
 # -- calling ----------------------------------------------------------------------------------------------------------
@@ -222,8 +260,9 @@ def resized(
     found = {}
     for name, tensor in inputs.items():
         for dim, label in dims[name].items():
-            if label in sizes:
-                index = torch.randint(0, tensor.shape[dim], (sizes[label],), generator=generator)
+            size = size_of(label, sizes, tensor.shape[dim])
+            if size != tensor.shape[dim]:
+                index = torch.randint(0, tensor.shape[dim], (size,), generator=generator)
                 tensor = tensor.index_select(dim, index.to(tensor.device))
         if pad and name == "attention_mask" and tensor.dim() == 2 and tensor.shape[1] > 4:
             rows, length = tensor.shape
@@ -231,6 +270,17 @@ def resized(
             tensor = (torch.arange(length, device=tensor.device) < kept[:, None]).to(tensor.dtype)
         found[name] = tensor
     return found
+
+
+def size_of(label: str, sizes: Mapping[str, int], otherwise: int) -> int:
+    """Size of a dimension when those named in ``sizes`` have these sizes; ``otherwise`` where that says nothing.
+
+    A label that is a sum of names (``past + sequence``) has the sum of their sizes.
+    """
+    parts = label.split(SUM)
+    if all(part in sizes for part in parts):
+        return sum(sizes[part] for part in parts)
+    return otherwise
 
 
 def _check_inputs(inputs: Mapping[str, Tensor], module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -305,6 +355,20 @@ def _call(description: str) -> tuple[nn.Module, Mapping[str, Tensor] | None]:
             return module, inputs
     kinds = ", ".join(type(r).__name__ for r in result) if isinstance(result, tuple) else type(result).__name__
     raise TraceError(f"{description!r} must return an nn.Module, or (nn.Module, {{name: tensor}}); it returned {kinds}")
+
+
+def _generates(module: nn.Module) -> bool:
+    """Whether a checkpoint's architecture is one that text is generated with, from tokens alone."""
+    can = getattr(module, "can_generate", None)
+    several_stacks = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    return can is not None and bool(can()) and getattr(module, "main_input_name", None) == "input_ids" and not several_stacks
+
+
+def _generation(module: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation configuration of a transformers model, or what its configuration says of special tokens."""
+    own: Any = getattr(module, "generation_config", None)
+    data = own.to_dict() if hasattr(own, "to_dict") else config
+    return Settings.of(data).to_data()
 
 
 def _tokenizer(path: Path | None) -> str | None:

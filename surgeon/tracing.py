@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 
+from surgeon.caches import PAST, SUM
 from surgeon.canonical import canonicalise
 from surgeon.errors import TraceError, nearest
 from surgeon.experts import use_semantic_experts
@@ -29,9 +30,9 @@ from surgeon.source import (
     LoadedSource,
     calling,
     default_dims,
-    flatten_outputs,
     load_source,
     resized,
+    size_of,
 )
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -54,7 +55,9 @@ def trace(
     Args:
         model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
         inputs: example keyword inputs; optional for models of the transformers library.
-        task: ``"forward"`` (also None): the model as it is called, without caches.
+        task: ``"forward"``: the model as it is called, without caches; ``"text-generation"``: a causal language model with
+            its key/value caches as inputs and outputs.  By default forward for a module, and for a checkpoint what
+            its architecture is for.
         dtype: type of the floating-point weights, ``None`` for the model's own.
         weights: ``"fake"`` traces without the values of the weights, in the memory of the graph alone: a checkpoint is
             built from its config.json.  The graph can be discovered and inspected, not run, and is not compared with the
@@ -84,17 +87,19 @@ def trace(
 
 def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str] | None] | None = None) -> Graph:
     """Trace a source that is loaded already; see :func:`trace`."""
-    dims = _dims(loaded.inputs, dynamic)
+    dims = _dims(loaded.inputs, dynamic, loaded.causal.dims if loaded.causal else {})
     example = _at_least_two(loaded.inputs, dims)
     with calling(loaded.module):
         fake = loaded.source.weights == "fake"
-        expected = {} if fake else flatten_outputs(_call(loaded, example, "its example inputs"))
-        returned: list[Any] = []
+        expected = {} if fake else _call(loaded, example, "its example inputs")
+        returned: list[tuple[dict[str, Tensor], str]] = []
         with _exportable(loaded.module):
-            program = _export(loaded.module, example, dims, returned)
-        loaded.source = replace(loaded.source, output_class=type(returned[-1]).__name__)
-        module = canonicalise(program.module(check_guards=False), list(example), _tensors(loaded.module))
-        graph = _graph(module, program, example, dims, list(flatten_outputs(returned.pop())), loaded)
+            program = _export(loaded, example, dims, returned)
+        outputs, output_class = returned.pop()
+        loaded.source = replace(loaded.source, output_class=output_class)
+        exported = program.module(check_guards=False)
+        module = canonicalise(exported, [_identifier(name) for name in example], _tensors(loaded.module))
+        graph = _graph(module, program, example, dims, list(outputs), loaded)
         _refuse_missing(graph, loaded)
         if fake:  # no numbers to compare
             return graph
@@ -103,7 +108,7 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
             other = resized(example, dims, sizes, pad=True)
             where = ", ".join(f"{name} {size}" for name, size in sizes.items())
             reference = _call(loaded, other, f"inputs of {where} (fix a dimension that cannot vary with dynamic=)")
-            _compare(graph, flatten_outputs(reference), other, where)
+            _compare(graph, reference, other, where)
     return graph
 
 
@@ -112,9 +117,11 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
 _Dims = Mapping[str, Mapping[int, str]]
 
 
-def _dims(inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str] | None] | None) -> _Dims:
-    """The dynamic dimensions of every input: the defaults, replaced input by input by the caller's."""
-    dims = {name: default_dims(name, tensor) for name, tensor in inputs.items()}
+def _dims(
+    inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str] | None] | None, own: _Dims
+) -> _Dims:
+    """The dynamic dimensions of every input: the task's own or the defaults, replaced input by input by the caller's."""
+    dims = {name: own[name] if name in own else default_dims(name, tensor) for name, tensor in inputs.items()}
     for name, chosen in (dynamic or {}).items():
         if name not in inputs:
             raise TraceError(f"dynamic names an input {name!r} that the model does not take; {nearest(name, inputs)}")
@@ -146,61 +153,68 @@ def _at_least_two(inputs: Mapping[str, Tensor], dims: _Dims) -> dict[str, Tensor
 
 
 def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: _Dims) -> list[dict[str, int]]:
-    """Two further sets of sizes: a batch of 3 and of 1, other dimensions halved (or doubled, where odd)."""
+    """Further sets of sizes: a batch of 3 and of 1, other dimensions halved (or doubled, where odd); caches empty too."""
     first = {chosen[0] for chosen in dims.values() if 0 in chosen}
     found = []
     for batch in (3, 1):
         sizes = {}
         for label, size in _sizes(example, dims).items():
+            if label not in graph.dims:
+                continue  # a sum of others
             wanted = batch if label in first else size // 2 if size % 2 == 0 and size > 3 else 2 * size
             bounds = graph.dims[label]
             sizes[label] = max(bounds.min, min(wanted, bounds.max or wanted))
         found.append(sizes)
+    if PAST in graph.dims:  # prefill, and one token behind a long past
+        found = [found[0] | {PAST: 0}, found[1] | {PAST: 0, "sequence": 1}, found[0] | {"sequence": 1}]
     return found if graph.dims else []
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
 
 
-def _export(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]) -> ExportedProgram:
+def _export(loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]) -> ExportedProgram:
     """Export in functional ATen, every named dimension symbolic; what the model returns is appended to ``returned``."""
+    module = loaded.module
     try:
-        program = _export_with(module, example, dims, ExportDim.DYNAMIC, returned)
+        program = _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
     except TraceError:
         raise
     except Exception as error:  # torch.export raises many unrelated classes
         if dims and "specialized it to be a constant" in str(error):
-            _explain_specialised(module, example, dims, error)
+            _explain_specialised(loaded, example, dims, error)
         raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(error)}") from error
     return program
 
 
 def _export_with(
-    module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, hint: Any, returned: list[Any]
+    loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, hint: Any, returned: list[Any]
 ) -> ExportedProgram:
-    shapes = {name: dict.fromkeys(chosen, hint) for name, chosen in dims.items()}
-    with torch.no_grad(), _flat_forward(module, example, dims, returned), warnings.catch_warnings():
+    module = loaded.module
+    given = {_identifier(name): tensor for name, tensor in example.items()}
+    shapes = {_identifier(name): dict.fromkeys(chosen, hint) for name, chosen in dims.items()}
+    with torch.no_grad(), _flat_forward(loaded, example, dims, returned), warnings.catch_warnings():
         # torch copies its own deprecated tree leaves while it decomposes
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        program = torch.export.export(module, (), dict(example), strict=False, dynamic_shapes=shapes)
+        program = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes)
         return program if is_functional(program.graph) else program.run_decompositions({})
 
 
-def _explain_specialised(module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, error: Exception) -> None:
+def _explain_specialised(loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, error: Exception) -> None:
     """Find out, by an export that may choose, which dimensions the model fixes; raises where there are any."""
     try:
-        program = _export_with(module, example, dims, ExportDim.AUTO, [])
+        program = _export_with(loaded, example, dims, ExportDim.AUTO, [])
     except Exception as second:
-        raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(second)}") from second
+        raise TraceError(f"torch.export could not trace {type(loaded.module).__name__}: {_first_lines(second)}") from second
     _refuse_specialised(_placeholders(program.module(check_guards=False)), dims, error)
 
 
 def _refuse_specialised(values: Mapping[str, Tensor], dims: _Dims, error: Exception | None = None) -> None:
     fixed = [
-        (name, dim, label, int(values[name].shape[dim]))
+        (name, dim, label, int(values[_identifier(name)].shape[dim]))
         for name, chosen in dims.items()
         for dim, label in chosen.items()
-        if not _is_symbol(values[name].shape[dim])
+        if not _is_symbol(values[_identifier(name)].shape[dim])
     ]
     if fixed:
         which = "; ".join(f"dimension {d} ({label!r}) of input {n!r} is always {size}" for n, d, label, size in fixed)
@@ -213,24 +227,30 @@ def _refuse_specialised(values: Mapping[str, Tensor], dims: _Dims, error: Except
 
 @contextmanager
 def _flat_forward(
-    module: nn.Module, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]
+    loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]
 ) -> Iterator[None]:
     """Give the module a forward with exactly these inputs that returns a flat tuple of tensors."""
+    module = loaded.module
     original = module.forward
+    names = {_identifier(name): name for name in example}
     groups: dict[str, list[tuple[str, int]]] = {}
     for name, chosen in dims.items():
         for dim, label in chosen.items():
             groups.setdefault(label, []).append((name, dim))
 
-    def forward(**inputs: Tensor) -> tuple[Tensor, ...]:
-        for (name, dim), *others in groups.values():
-            for other, position in others:  # one name, one symbol
-                torch._check(inputs[name].shape[dim] == inputs[other].shape[position])  # type: ignore[no-untyped-call]
-        returned.append(original(**inputs))
-        return tuple(flatten_outputs(returned[-1]).values())
+    def forward(**given: Tensor) -> tuple[Tensor, ...]:
+        inputs = {names[name]: tensor for name, tensor in given.items()}
+        sizes = {label: inputs[group[0][0]].shape[group[0][1]] for label, group in groups.items()}
+        for label, group in groups.items():
+            for other, position in group[1:]:  # one name, one symbol
+                torch._check(sizes[label] == inputs[other].shape[position])  # type: ignore[no-untyped-call]
+            if SUM in label:
+                torch._check(sizes[label] == size_of(label, sizes, sizes[label]))  # type: ignore[no-untyped-call]
+        returned.append(loaded.call(original, inputs))
+        return tuple(returned[-1][0].values())
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    signature = inspect.Signature([inspect.Parameter(name, kind) for name in example])
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
     forward.__signature__ = signature  # type: ignore[attr-defined]  # functions take attributes
     had = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -302,6 +322,11 @@ def _is_symbol(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
 
 
+def _identifier(name: str) -> str:
+    """A port's name as the name of an argument."""
+    return name.replace(".", "_")
+
+
 def _placeholders(module: fx.GraphModule) -> dict[str, Tensor]:
     return {str(node.target): node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"}
 
@@ -320,12 +345,14 @@ def _graph(
     ranges: dict[str, Dim] = {}
     for name, chosen in dims.items():
         for dim, label in chosen.items():
-            size: Any = values[name].shape[dim]
+            size: Any = values[_identifier(name)].shape[dim]
             symbol = size.node.expr
             names[symbol] = label
-            ranges[label] = _range(label, program.range_constraints.get(symbol))
+            if SUM not in label:
+                ranges[label] = _range(label, program.range_constraints.get(symbol))
+    roles = loaded.causal.roles if loaded.causal else {}
     ports_in = [
-        Port(name, tensor.dtype, tuple(dims[name].get(d, size) for d, size in enumerate(tensor.shape)))
+        Port(name, tensor.dtype, tuple(dims[name].get(d, size) for d, size in enumerate(tensor.shape)), roles.get(name, ""))
         for name, tensor in example.items()
     ]
     ports_out = []
@@ -333,17 +360,18 @@ def _graph(
     for name, node in zip(outputs, results, strict=True):  # type: ignore[arg-type]  # canonicalise returns a tuple
         value = node.meta["val"]
         shape = tuple(_size(size, names) for size in value.shape)
-        ports_out.append(Port(name, value.dtype, shape))
+        ports_out.append(Port(name, value.dtype, shape, roles.get(name, "")))
     return Graph(module, ports_in, ports_out, ranges, example, loaded.source)
 
 
 def _range(label: str, found: Any) -> Dim:
     """Export never looks below 2; whether 1 is right too is compared with the source."""
+    least = 0 if label == PAST else 1
     if found is None:
-        return Dim(label)
+        return Dim(label, least)
     lower = int(found.lower)
     finite = getattr(found.upper, "is_Integer", False) and int(found.upper) < sys.maxsize - 1
-    return Dim(label, 1 if lower <= 2 else lower, int(found.upper) if finite else None)
+    return Dim(label, least if lower <= 2 else lower, int(found.upper) if finite else None)
 
 
 def _size(size: Any, names: Mapping[Any, str]) -> int | str:
@@ -363,10 +391,12 @@ def _refuse_missing(graph: Graph, loaded: LoadedSource) -> None:
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def _call(loaded: LoadedSource, inputs: Mapping[str, Tensor], what: str) -> Any:
+def _call(loaded: LoadedSource, inputs: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
-            return loaded.module(**inputs)
+            return loaded.call(loaded.module, inputs)[0]
+    except TraceError:
+        raise  # says more
     except Exception as error:  # a model may raise anything
         shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in inputs.items())
         raise TraceError(

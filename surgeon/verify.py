@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from surgeon.accounting import parameter_count
+from surgeon.caches import continued, has_caches
 from surgeon.contract import Artifact, Pass, Plan
 from surgeon.errors import VerifyError
 from surgeon.evaluate import Outputs
@@ -84,6 +85,32 @@ def check_exact(
     return worst
 
 
+def check_caches(step: Pass[Any], graph: Graph, batches: Sequence[Batch]) -> None:
+    """A graph with caches computes the same whether a text is read at once or in two parts.
+
+    Activations that are rounded over the whole input at run time make the parts differ; such graphs are left out.
+
+    Raises:
+        VerifyError: gives the error.
+    """
+    dynamic = any(str(node.target) == "surgeon.fake_quantize_dynamic.default" for node in graph.module.graph.nodes)
+    if dynamic or not has_caches(graph.inputs):
+        return
+    batch = batches[0]
+    rest = continued(graph, batch)
+    if rest is None:
+        return
+    with torch.no_grad():
+        whole, part = graph(**batch)["logits"], graph(**rest)["logits"]
+    error = relative_error(part, whole[:, -part.shape[1] :])
+    tolerance = 10 * EXACT_TOLERANCE.get(whole.dtype, 1e-2)
+    if not error <= tolerance:
+        raise VerifyError(
+            f"{step.name}: after this pass the caches are wrong: logits behind a cache of {whole.shape[1] - part.shape[1]} "
+            f"positions differ by {error:.2e} from those of one run (relative; at most {tolerance:.0e} is rounding)"
+        )
+
+
 def check_thresholds(limits: Verify, quality: Mapping[str, float]) -> None:
     """The recipe's ``verify`` section against the figures of the finished model.
 
@@ -112,7 +139,7 @@ def check_thresholds(limits: Verify, quality: Mapping[str, float]) -> None:
 def compare_artifact(
     artifact: Artifact, graph: Graph, batches: Sequence[Batch], tolerance: float
 ) -> list[dict[str, Any]]:
-    """Run the artefact beside the graph on inputs of several shapes.
+    """Run the artefact beside the graph on inputs of several shapes, and on their second halves behind caches.
 
     Returns:
         Per batch: input shapes, and per output the relative error and the mean cosine similarity of its rows.
@@ -121,7 +148,8 @@ def compare_artifact(
         VerifyError: an output is missing, has another shape, or differs by more than ``tolerance``.
     """
     comparisons = []
-    for batch in batches:
+    behind = [continued(graph, batch) for batch in batches] if has_caches(graph.inputs) else []
+    for batch in [*batches, *(batch for batch in behind if batch is not None)]:
         with torch.no_grad():
             expected = graph(**batch)
         found = artifact.run(batch)

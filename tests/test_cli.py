@@ -174,7 +174,8 @@ def test_compile_reports_and_leaves_everything(run: Run, recipe: Path) -> None:
     assert result.code == 0, result.err
     assert "drop_blocks" in result.out
     out = recipe.parent / "out"
-    assert set(os.listdir(out)) == {"model.onnx", "surgeon.json", "plan.json", "recipe.yaml", "report.json", "report.html"}
+    written = {"model.onnx", "surgeon.json", "plan.json", "recipe.yaml", "report.json", "report.html"}
+    assert set(os.listdir(out)) == written | {"tokenizer.json", "tokenizer_config.json"}
     assert str(out) in result.out
     assert "exists already" in refused(run("compile", recipe))
     ids = torch.arange(12).reshape(2, 6)

@@ -1,0 +1,204 @@
+"""Causal language models of the transformers library, called with their caches as plain tensors.
+
+The library hands keys and values around in cache objects.  Here the model is called with flat tensors instead, so that it
+exports with its caches as inputs and outputs.  Every cache keeps all its positions: where a model looks back over a
+window only, its mask says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.caches import HALVES, MASKED_POSITIONS, NAMES, PAST, POSITIONS, PRESENT, SUM, masked_positions
+from surgeon.errors import TraceError
+
+_ARGUMENTS = ("cache", "past_key_values")
+"""What the library calls the argument and the output, newest first."""
+_EXAMPLE_PAST = 5
+TOTAL = f"{PAST}{SUM}sequence"
+
+
+@dataclass(frozen=True)
+class CachedCall:
+    """How a model is called on flat caches.
+
+    Attributes:
+        argument: name of the argument and of the output that hold the cache object.
+        layers: for each layer of the cache, whether it holds a pair (layers that share another's hold none).
+    """
+
+    argument: str
+    layers: tuple[bool, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of pairs."""
+        return sum(self.layers)
+
+    def names(self, role: str) -> list[str]:
+        """Names of the cache tensors, in order."""
+        return [NAMES[role].format(number, half) for number in range(self.count) for half in HALVES]
+
+    def __call__(self, forward: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run ``forward`` on inputs that hold the pasts; returns its outputs with the presents."""
+        from surgeon.source import flatten_outputs
+
+        given = dict(inputs)
+        flat = iter([given.pop(name) for name in self.names(PAST)])
+        pairs = [(next(flat), next(flat)) if held else (None, None) for held in self.layers]
+        result = dict(forward(**given, **{self.argument: _cache(pairs)}, use_cache=True))
+        cache = result.pop(self.argument)
+        outputs = flatten_outputs(result)
+        return outputs | dict(zip(self.names(PRESENT), _tensors(cache, self.layers), strict=True))
+
+
+@dataclass(frozen=True)
+class CausalInputs:
+    """Example inputs of a causal language model with caches, and what they are.
+
+    Attributes:
+        inputs: the tensors.
+        dims: their dynamic dimensions.
+        roles: roles of inputs and outputs that have one.
+        call: how the model is run on them.
+    """
+
+    inputs: dict[str, Tensor]
+    dims: dict[str, dict[int, str]]
+    roles: dict[str, str]
+    call: CachedCall
+
+
+def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> CausalInputs:
+    """Add caches, a mask over them and positions to a model's plain inputs.
+
+    Args:
+        module: in evaluation mode.
+        inputs: ``input_ids`` [batch, sequence], perhaps with ``attention_mask``.
+
+    Raises:
+        TraceError: the model keeps no caches, or caches of another kind than keys and values.
+    """
+    accepted = inspect.signature(module.forward).parameters
+    argument = next((name for name in _ARGUMENTS if name in accepted), None)
+    if argument is None:
+        raise _refusal(module, f"its forward takes no {' or '.join(_ARGUMENTS)}")
+    if "input_ids" not in inputs:
+        raise _refusal(module, f"it starts from {', '.join(inputs)}, needed input_ids")
+    unknown = sorted(set(inputs) - {"input_ids", "attention_mask"})
+    if unknown:
+        raise _refusal(module, f"it is given {', '.join(unknown)}, which nothing continues from one new token to the next")
+    ids = inputs["input_ids"]
+    batch, sequence = ids.shape
+    prefix = ids.repeat(1, -(-_EXAMPLE_PAST // sequence))[:, :_EXAMPLE_PAST].flip(0)
+    masked = {"attention_mask": torch.ones_like(prefix)} if "attention_mask" in accepted else {}
+    call, pasts = _prefill(module, argument, {"input_ids": prefix, **masked})
+    found = {"input_ids": ids}
+    dims: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}}
+    roles = dict.fromkeys(call.names(PAST), PAST) | dict.fromkeys(call.names(PRESENT), PRESENT)
+    if "attention_mask" in accepted:
+        found["attention_mask"] = torch.ones((batch, _EXAMPLE_PAST + sequence), dtype=torch.int64, device=ids.device)
+        dims["attention_mask"] = {0: "batch", 1: TOTAL}
+    if "position_ids" in accepted:
+        steps = torch.arange(_EXAMPLE_PAST, _EXAMPLE_PAST + sequence, device=ids.device)
+        found["position_ids"] = steps.expand(batch, -1).contiguous()
+        dims["position_ids"] = {0: "batch", 1: "sequence"}
+        roles["position_ids"] = _own_positions(module, ids)
+    for name, tensor in zip(call.names(PAST), pasts, strict=True):
+        found[name] = tensor
+        dims[name] = {0: "batch", 2: PAST}
+    return CausalInputs(found, dims, roles, call)
+
+
+def cached_call(module: nn.Module, ids: Tensor) -> CachedCall:
+    """How a module is called on flat caches, found by running it on a few tokens.
+
+    Args:
+        module: in evaluation mode.
+        ids: [batch, length] int64.
+
+    Raises:
+        TraceError: the model keeps no caches, or caches of another kind than keys and values.
+    """
+    accepted = inspect.signature(module.forward).parameters
+    argument = next((name for name in _ARGUMENTS if name in accepted), None)
+    if argument is None:
+        raise _refusal(module, f"its forward takes no {' or '.join(_ARGUMENTS)}")
+    masked = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
+    return _prefill(module, argument, {"input_ids": ids, **masked})[0]
+
+
+def _cache(pairs: list[tuple[Tensor, Tensor]] | list[Any]) -> Any:
+    """A cache whose layers keep every position."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]  # of the library
+        if keys is not None:
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def _tensors(cache: Any, layers: tuple[bool, ...]) -> list[Tensor]:
+    """Keys and values of the layers that hold them, in order."""
+    kept = [layer for layer, held in zip(cache.layers, layers, strict=False) if held]
+    return [tensor for layer in kept for tensor in (layer.keys, layer.values)]
+
+
+@torch.no_grad()
+def _prefill(module: nn.Module, argument: str, inputs: Mapping[str, Tensor]) -> tuple[CachedCall, list[Tensor]]:
+    """Run the model once on an empty cache, to see what it keeps."""
+    from transformers.cache_utils import DynamicLayer
+
+    try:
+        result = module(**inputs, use_cache=True, **{argument: _cache([])})
+    except Exception as error:  # a model may raise anything
+        raise _refusal(module, f"with a cache it fails: {type(error).__name__}: {str(error).strip()}") from error
+    cache = result.get(argument) if isinstance(result, Mapping) else None
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        raise _refusal(module, f"it returns no {argument}")
+    other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if other:
+        raise _refusal(module, f"its cache holds {', '.join(other)}; only keys and values of attention are handled")
+    held = tuple(bool(layer.is_initialized) for layer in layers)
+    tensors = [tensor.detach().contiguous() for tensor in _tensors(cache, held)]
+    rows, length = inputs["input_ids"].shape
+    odd = [list(t.shape) for t in tensors if t.dim() != 4 or t.shape[0] != rows or t.shape[2] != length]
+    if odd or not tensors:
+        raise _refusal(module, f"its caches have shapes {odd}, needed [batch, heads, positions, size]")
+    return CachedCall(argument, held), tensors
+
+
+@torch.no_grad()
+def _own_positions(module: nn.Module, ids: Tensor) -> str:
+    """The positions that a model takes where it is given none, found by comparing on a batch that is padded on the left."""
+    mask = torch.ones_like(ids)
+    mask[0, : ids.shape[1] // 2] = 0
+    steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "attention_mask" not in inspect.signature(module.forward).parameters:
+        del given["attention_mask"]
+    wanted = module(**given)["logits"][mask.bool()]
+    for role, positions in ((POSITIONS, steps), (MASKED_POSITIONS, masked_positions(mask))):
+        found = module(**given, position_ids=positions)["logits"][mask.bool()]
+        if torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
+            return role
+    raise _refusal(module, "the positions it takes by itself are neither consecutive nor those of its attention mask")
+
+
+def _refusal(module: nn.Module, reason: str) -> TraceError:
+    return TraceError(
+        f"task 'text-generation' needs a causal language model that keeps keys and values; {type(module).__name__}: {reason}. "
+        "Trace it with task 'forward'"
+    )

@@ -1,0 +1,262 @@
+"""Generating with graphs and artefacts, against ``generate`` of the transformers library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import surgeon
+from surgeon.caches import PAST, PRESENT, continued, masked_positions
+from surgeon.cli import app
+from surgeon.errors import GenerateError, LowerError, TraceError, VerifyError
+from surgeon.generation import Sampling, Settings, decoder_of, generate
+from surgeon.registry import make_pass
+from surgeon.rewrite import Editor
+from surgeon.verify import check_caches
+from tests.causal import causal, padded_prompts
+from tests.conftest import MODELS
+from tests.models import tiny, with_layer_deleted
+
+
+def library(module: nn.Module, ids: torch.Tensor, mask: torch.Tensor, new: int, **options: Any) -> torch.Tensor:
+    """What the library generates, never stopping early."""
+    found: torch.Tensor = module.generate(  # type: ignore[operator]  # of the library's models
+        input_ids=ids, attention_mask=mask, max_new_tokens=new, eos_token_id=None, **({"do_sample": False} | options)
+    )
+    return found
+
+
+def assert_same(model: surgeon.Compiled, module: nn.Module, new: int = 20, batches: tuple[int, ...] = (1, 3)) -> None:
+    for batch in batches:
+        ids, mask = padded_prompts(batch)
+        expected = library(module, ids, mask, new)
+        assert torch.equal(model.generate(ids, mask, max_new_tokens=new, eos_token_id=()), expected)
+        assert len(set(expected[0, ids.shape[1] :].tolist())) > 1  # the model says something
+
+
+def source(name: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    module: nn.Module = AutoModelForCausalLM.from_pretrained(MODELS / name)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("build") / "llama"
+    surgeon.compile(MODELS / "tiny-llama", [], output=target, progress=False)
+    return target
+
+
+def test_the_trained_llama_generates_what_it_did_before(folder: Path) -> None:
+    model, module = surgeon.load(folder), source("tiny-llama")
+    assert_same(model, module, 40)
+    prompts = ["def main(self):", "import os\n\nclass Foo:", "x ="]
+    batch = model.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert not bool(mask.all())
+    expected = module.generate(**batch, max_new_tokens=24, do_sample=False)  # type: ignore[operator]  # of the library
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=24), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=24), expected)  # the padding token says where the padding is
+
+
+def test_draws_are_those_of_the_library(folder: Path) -> None:
+    ids, mask = padded_prompts(3)
+    options: dict[str, Any] = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "do_sample": True}
+    torch.manual_seed(11)
+    expected = library(source("tiny-llama"), ids, mask, 16, **options)
+    model = surgeon.load(folder)
+    found = model.generate(ids, mask, max_new_tokens=16, eos_token_id=(), seed=11, **options)
+    assert torch.equal(found, expected)
+    assert not torch.equal(model.generate(ids, mask, max_new_tokens=16, eos_token_id=(), seed=12, **options), expected)
+
+
+def test_rows_end_at_stop_tokens_and_are_filled(folder: Path) -> None:
+    model = surgeon.load(folder)
+    ids, mask = padded_prompts(3)
+    free = model.generate(ids, mask, max_new_tokens=12, eos_token_id=())
+    new = free[:, ids.shape[1] :]
+    stop = int(new[0, 3])
+    found = model.generate(ids, mask, max_new_tokens=12, eos_token_id=stop, pad_token_id=7)[:, ids.shape[1] :]
+    for row, before in zip(found, new, strict=True):
+        end = next((i for i, token in enumerate(before.tolist()) if token == stop), len(row) - 1)
+        assert torch.equal(row[: end + 1], before[: end + 1])
+        assert set(row[end + 1 :].tolist()) <= {7}
+    alone = model.generate(ids[:1], mask[:1], max_new_tokens=12, eos_token_id=stop)
+    assert alone.shape[1] == ids.shape[1] + new[0].tolist().index(stop) + 1
+
+
+def test_a_plain_call_gives_logits(folder: Path) -> None:
+    model, module = surgeon.load(folder), source("tiny-llama")
+    ids, mask = padded_prompts(2)
+    for given in (mask, mask.flip(1)):
+        found = model(input_ids=ids, attention_mask=given)
+        assert list(found) == ["logits"]
+        with torch.no_grad():
+            expected = module(input_ids=ids, attention_mask=given).logits
+        valid = given.bool()
+        assert float((found["logits"] - expected)[valid].abs().max()) < 1e-4 * float(expected.abs().max())
+    with pytest.raises(LowerError, match="past [+] sequence = 9 positions, found 5"):
+        model(input_ids=ids, attention_mask=mask[:, :5])
+    with pytest.raises(LowerError, match="missing: attention_mask"):
+        model(input_ids=ids)
+
+
+def test_dropping_a_block_drops_its_caches() -> None:
+    module, _ = tiny("llama")
+    graph = surgeon.trace(module, task="text-generation")
+    assert graph.example["past_key_values.0.key"].shape == (2, 2, 5, 16)
+    for gone in (0, 2):  # the first one's past is where lengths are read
+        clone = graph.clone()
+        block = surgeon.discover(clone).blocks[gone]
+        editor = Editor(clone)
+        editor.replace(block.exit, block.entry)
+        editor.finish()
+        names = [f"{number}.{half}" for number in (0, 1) for half in ("key", "value")]
+        assert [port.name for port in clone.inputs if port.role == PAST] == [f"past_key_values.{n}" for n in names]
+        assert [port.name for port in clone.outputs if port.role == PRESENT] == [f"present.{n}" for n in names]
+        assert len(graph.inputs) == len(clone.inputs) + 2
+        smaller = with_layer_deleted("llama", module, gone)
+        for batch in (1, 3):
+            ids, mask = padded_prompts(batch)
+            found = generate(
+                decoder_of(clone), clone.inputs, ids, mask, max_new_tokens=20, sampling=Sampling(), settings=Settings()
+            )
+            assert torch.equal(found, library(smaller, ids, mask, 20))
+
+
+def plain_batch(graph: surgeon.Graph) -> dict[str, torch.Tensor]:
+    """Plain inputs: no caches."""
+    ids = graph.example["input_ids"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_a_window_and_learned_positions_are_kept(name: str) -> None:
+    """On the graph in torch; behind 6 positions the window has moved."""
+    module = causal(name, layers=2)
+    model = surgeon.compile(module, [], task="text-generation", backend=None, progress=False)
+    assert_same(model, module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "olmo2", "mistral", "falcon"])
+def test_families_generate_the_same_tokens(name: str) -> None:
+    module = causal(name, layers=2)
+    model = surgeon.compile(module, [], task="text-generation", progress=False)
+    assert model.artifact is not None
+    assert_same(model, module)
+
+
+@pytest.mark.slow
+def test_the_trained_mixtral_generates_what_it_did_before() -> None:
+    model = surgeon.compile(MODELS / "tiny-mixtral", [], progress=False)
+    assert_same(model, source("tiny-mixtral"), 40)
+
+
+def test_wrong_caches_are_found() -> None:
+    """A graph whose presents are not what its pasts must be is refused."""
+    module, _ = tiny("llama", layers=2)
+    graph = surgeon.trace(module, task="text-generation")
+    batch = plain_batch(graph)
+    step = make_pass({"drop_blocks": {"count": 1}})
+    check_caches(step, graph, [batch])
+    rest = continued(graph, batch)
+    assert rest is not None
+    assert rest["past_key_values.1.value"].shape[2] == 3
+    wrong = graph.clone()
+    output = wrong.module.graph.output_node()
+    logits, *presents = output.args[0]
+    output.args = ((logits, *reversed(presents)),)
+    wrong.module.recompile()
+    with pytest.raises(VerifyError, match="the caches are wrong: logits behind a cache of 3 positions"):
+        check_caches(step, wrong, [batch])
+
+
+def test_positions_count_what_the_mask_holds() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert masked_positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 0]]
+
+
+def test_refusals(folder: Path) -> None:
+    model = surgeon.load(folder)
+    ids, mask = padded_prompts(2)
+    for arguments, message in (
+        ({"input_ids": ids, "attention_mask": mask.flip(1)}, "padded on the left"),
+        ({"input_ids": ids, "attention_mask": mask[:, 1:]}, r"shape \[2, 9\] of input_ids, found \[2, 8\]"),
+        ({"input_ids": ids.float()}, "int64 tensor .* found .2, 9. torch.float32"),
+        ({"input_ids": ids, "max_new_tokens": 0}, "at least 1, found 0"),
+        ({"input_ids": ids, "temperature": 0.5}, "do_sample=True"),
+        ({"input_ids": ids, "do_sample": True, "temperature": 0.0}, "positive, found 0.0"),
+        ({"input_ids": ids, "do_sample": True, "top_p": 1.5}, "at most 1, found 1.5"),
+    ):
+        with pytest.raises(GenerateError, match=message):
+            model.generate(**arguments)  # type: ignore[arg-type]  # wrong on purpose
+    bert, inputs = tiny("bert")
+    forward = surgeon.compile(bert, [], inputs=inputs, backend=None, progress=False)
+    with pytest.raises(GenerateError, match="traced without caches.*task: text-generation"):
+        forward.generate(ids)
+    with pytest.raises(TraceError, match="needs a causal language model"):
+        surgeon.trace(bert, inputs, task="text-generation")
+
+
+def test_the_command_prints_prompt_and_continuation(folder: Path) -> None:
+    run = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "def main(", "--max-new-tokens", "12", "--quiet"])
+    assert run.exit_code == 0, run.output
+    model = surgeon.load(folder)
+    ids = model.tokenizer("def main(", return_tensors="pt")["input_ids"]
+    expected = model.tokenizer.decode(model.generate(ids, max_new_tokens=12)[0], skip_special_tokens=True)
+    assert run.stdout.rstrip("\n") == expected.rstrip("\n")
+    assert run.stdout.startswith("def main(")
+    again = CliRunner().invoke(app, ["generate", str(folder), "--quiet", "--stop", ","], input="def main(")
+    assert again.stdout.rstrip("\n") == expected.partition(",")[0] + ","
+    drawn = ["generate", str(folder), "-p", "x", "-n", "8", "--temperature", "0.9", "--seed", "3", "-q"]
+    assert CliRunner().invoke(app, drawn).stdout == CliRunner().invoke(app, drawn).stdout
+    refused = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "x", "--stop", "two words"])
+    assert refused.exit_code == 2
+
+
+def test_a_folder_for_genai_generates_the_same_tokens(tmp_path: Path) -> None:
+    """Of a model whose blocks differ: one is gone, one has experts, one is factored."""
+    from surgeon.backends._onnx_genai import tokens
+
+    text = {"text": MODELS / "calibration.txt", "samples": 8, "length": 64}
+    steps = [
+        {"drop_blocks": {"count": 1}},
+        {"moefy_ffn": {"experts": 4, "top_k": 2, "blocks": [0, 3]}},
+        {"low_rank": {"ratio": 0.6, "blocks": [1], "names": "*.ffn.*"}},
+    ]
+    model = surgeon.compile(
+        MODELS / "tiny-llama", steps, calibration=text, backend={"onnxruntime": {"genai": True}},
+        output=tmp_path / "out", progress=False,
+    )  # fmt: skip
+    assert model.folder is not None
+    assert {"genai_config.json", "tokenizer.json", "model.onnx"} <= {path.name for path in model.folder.iterdir()}
+    assert model.report.artifact is not None
+    assert model.report.artifact["details"]["genai"] == "6 tokens generated and found equal"
+    prompts = torch.tensor([[0, 0, 1, 50, 60, 70], [1, 50, 60, 70, 80, 90]])
+    for ids in (prompts, prompts[1:]):
+        assert torch.equal(tokens(model.folder, ids, 30), model.generate(ids, max_new_tokens=24, eos_token_id=()))
+
+
+def test_genai_is_refused_where_its_caches_do_not_fit() -> None:
+    from dataclasses import replace
+
+    from surgeon.backends._onnx_genai import configuration, refusals
+
+    module, inputs = tiny("llama", layers=2)
+    plain = surgeon.trace(module, inputs)
+    assert "traced without caches" in refusals(plain)[0].reason
+    graph = surgeon.trace(module, task="text-generation")
+    assert refusals(graph) == []
+    decoder = configuration(graph, 3)["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 16)
+    assert decoder["session_options"]["intra_op_num_threads"] == 3
+    last = graph.inputs[-1]
+    graph.inputs = (*graph.inputs[:-1], replace(last, shape=(*last.shape[:3], 8)))
+    assert "(2 heads of 16, 2 heads of 8)" in refusals(graph)[0].reason
