@@ -115,6 +115,11 @@ class Editor:
                 user.replace_input_with(old, new)
                 self._dirty.add(user)
 
+    def redirect(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one reader of ``old`` read ``new`` in its place."""
+        reader.replace_input_with(old, new)
+        self._dirty.add(reader)
+
     def current(self, node: fx.Node) -> fx.Node:
         """The node that stands for ``node`` after the replacements so far (structures name nodes of before the edit)."""
         while node in self._successor:
