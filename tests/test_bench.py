@@ -161,7 +161,7 @@ def test_sizes_and_plots_are_checked_first(tmp_path: Path) -> None:
 def test_command_times_a_build_beside_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = MODELS / "tiny-llama"
     out = tmp_path / "whole"
-    surgeon.compile(str(source), [], backend="huggingface", output=out, progress=False)
+    surgeon.compile(str(source), [], task="forward", backend="huggingface", output=out, progress=False)
     ranges = json.loads((out / MANIFEST).read_text())["ranges"]
     assert ranges["attention_mask"] == [1, 1]
     assert 0 <= ranges["input_ids"][0] < ranges["input_ids"][1] < 1024
