@@ -78,16 +78,16 @@ class DropBlocks(Pass[DropBlocksPlan]):
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """Similarity of input and output of every selected block."""
-        return {block.name: MeanCosine(block.entry, block.exit) for block in structure.selected_blocks()}
+        return {block.name: MeanCosine(block.entry, block.exit) for block in _droppable(structure)}
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> DropBlocksPlan:
         """Choose the blocks of highest similarity."""
-        blocks = structure.selected_blocks()
+        blocks = _droppable(structure)
         count = self.count if self.count is not None else round((self.ratio or 0.0) * len(blocks))
         if count > len(blocks) or count >= len(structure.blocks):
             raise PlanError(
-                f"count: {count} blocks asked, {len(blocks)} of the model's {len(structure.blocks)} are selected, "
-                "and at least one block must remain"
+                f"count: {count} blocks asked, {len(blocks)} of the model's {len(structure.blocks)} are selected "
+                "and leave the shape of the hidden state as it is, and at least one block must remain"
             )
         scores: dict[str, float] = {}
         for block in blocks:
@@ -111,6 +111,9 @@ class DropBlocks(Pass[DropBlocksPlan]):
         wrong = sorted(set(names) - set(known))
         if wrong or len(set(names)) != len(names):
             raise PlanError(f"the plan drops {names}; the model's blocks are {known[0]} to {known[-1]}, each at most once")
+        for block in _chosen(structure, plan):
+            if not _keeps_shape(block):
+                raise PlanError(f"{block.name} cannot be dropped: what leaves it has another shape than what enters it")
         if len(names) >= len(known):
             raise PlanError(f"the plan drops all {len(known)} blocks; at least one must remain")
 
@@ -131,6 +134,15 @@ class DropBlocks(Pass[DropBlocksPlan]):
         """The numbers of the blocks that went."""
         numbers = ", ".join(decision.site.removeprefix("blocks.") for decision in plan.decisions)
         return f"dropped block {numbers}" if plan.decisions else "dropped no block"
+
+
+def _droppable(structure: Structure) -> list[Block]:
+    return [block for block in structure.selected_blocks() if _keeps_shape(block)]
+
+
+def _keeps_shape(block: Block) -> bool:
+    entry, exit = (node.meta["val"] for node in (block.entry, block.exit))
+    return [str(size) for size in entry.shape] == [str(size) for size in exit.shape]
 
 
 def _chosen(structure: Structure, plan: DropBlocksPlan) -> list[Block]:

@@ -56,6 +56,9 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
     prefix = look.outside("prefix", structure.prefix)
     blocks = [look.block(block, stream.label) for stream in structure.streams for block in stream.blocks]
     between = look.outside("between", transitions)
+    streams = [look.stream(stream) for stream in structure.streams]
+    parts: list[RegionView | BlockView] = [*blocks, context]
+    parts += [part for stream in streams for part in (stream.prefix, stream.between, stream.suffix)]
     suffix = look.outside("suffix", structure.suffix)
     context = look.outside("context", beside)
     total = parameter_count(graph)
@@ -90,15 +93,10 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
         blocks=blocks,
         between=between,
         suffix=suffix,
-        streams=[look.stream(stream) for stream in structure.streams],
+        streams=streams,
         linears=[look.projection(site.name, site.part) for site in structure.linears if site.block is None],
         context=context,
-        shared_parameters=prefix.parameters
-        + sum(block.parameters for block in blocks)
-        + between.parameters
-        + suffix.parameters
-        + context.parameters
-        - total,
+        shared_parameters=sum(part.parameters for part in parts) - total,
         unrecognised=dict(structure.unrecognised),
     )
 

@@ -84,21 +84,22 @@ def render_inspection(view: Inspection, console: Console) -> None:
     table.add_column("what", ratio=1)
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
+    lone = len(view.streams) == 1  # otherwise tables are counted with the streams that they stand before
     for embedding in view.embeddings:
         text = f"{embedding.rows} x {embedding.width}" + (f", int{embedding.bits}" if embedding.bits < 16 else "")
-        table.add_row(embedding.name, text, number(embedding.parameters), "-")
+        table.add_row(embedding.name, text, number(embedding.parameters) if lone else "", "-" if lone else "")
     listed = sum(embedding.parameters for embedding in view.embeddings)
-    if len(view.streams) == 1:
+    if lone:
         _outside(table, "before", view.prefix, max(0, view.prefix.parameters - listed))
     table.add_section()
     for stream in view.streams:
-        if len(view.streams) > 1:
+        if not lone:
             table.add_row(f"[bold cyan]{escape(stream.label)}[/]", "", "", "")
             _outside(table, "before", stream.prefix, stream.prefix.parameters)
         _blocks(table, view, stream.label)
         _outside(table, "between", stream.between, stream.between.parameters)
         _outside(table, "after", stream.suffix, stream.suffix.parameters)
-        if len(view.streams) > 1:
+        if not lone:
             table.add_section()
     for linear in view.linears:
         text = f"{linear.in_features} > {linear.out_features}" + (f", int{linear.bits}" if linear.bits < 16 else "")

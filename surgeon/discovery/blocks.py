@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from torch import fx
+
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.regions import Classifier
@@ -33,10 +35,26 @@ Group = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A sublayer and the spans that follow it on the stream before the next one."""
+    """A sublayer, and the reshapes and then the other spans that follow it on the stream before the next one."""
 
     region: Region
+    reshapes: tuple[Span, ...]
     gap: tuple[Span, ...]
+
+    def reshaped(self, like: fx.Node | None = None) -> tuple[Region, tuple[Span, ...]]:
+        """The region with its reshapes, or with as many as it takes to the shape of a node; and the spans behind.
+
+        Where no number of them leads to that shape, none belongs to the region.
+        """
+        if like is None:
+            stop = len(self.reshapes)
+        else:
+            exits = [self.region.exit, *(span.exit for span in self.reshapes)]
+            stop = next((i for i, exit in enumerate(exits) if operators.same_shape(exit, like)), 0)
+        region = self.region
+        for span in self.reshapes[:stop]:
+            region = replace(region, exit=span.exit, nodes=(*region.nodes, span.exit))
+        return region, (*self.reshapes[stop:], *self.gap)
 
 
 @dataclass(frozen=True)
@@ -76,10 +94,9 @@ def _sublayers(flow: Flow, classifier: Classifier, chain: Chain) -> list[Sublaye
     }
     found = []
     for start, stop in zip(regions, [*list(regions)[1:], len(spans)], strict=True):
-        region, gap = regions[start], tuple(spans[start + 1 : stop])
-        while gap and _is_reshape(gap[0]) and (stop != len(spans) or not operators.same_shape(region.exit, region.entry)):
-            region, gap = _extended(region, gap[0]), gap[1:]
-        found.append(Sublayer(region, gap))
+        gap = tuple(spans[start + 1 : stop])
+        count = next((i for i, span in enumerate(gap) if not _is_reshape(span)), len(gap))
+        found.append(Sublayer(regions[start], gap[:count], gap[count:]))
     return found
 
 
@@ -94,10 +111,6 @@ def _region(flow: Flow, classifier: Classifier, span: Span, between: bool) -> Re
 
 def _is_reshape(span: Span) -> bool:
     return all(operators.is_reshape(node) for node in span.path)
-
-
-def _extended(region: Region, span: Span) -> Region:
-    return replace(region, exit=span.exit, nodes=(*region.nodes, span.exit))
 
 
 # -- Cases 2 and 3 ------------------------------------------------------------------------------------------------
@@ -215,12 +228,13 @@ def _block(
     entry = layer[0].region.entry
     regions: list[Region] = []
     for sublayer in layer[:-1]:
-        regions.append(sublayer.region)
-        regions.extend(_between(classifier, sublayer.gap))
-    regions.append(layer[-1].region)
-    exit = layer[-1].region.exit
-    gap = layer[-1].gap[:trail]
-    while gap and not operators.same_shape(gap[-1].exit, exit):
+        region, gap = sublayer.reshaped()
+        regions.append(region)
+        regions.extend(_between(classifier, gap))
+    region, behind = layer[-1].reshaped(entry)
+    regions.append(region)
+    gap = behind[:trail] if not layer[-1].reshapes or region.exit is layer[-1].reshapes[-1].exit else ()
+    while gap and not operators.same_shape(gap[-1].exit, region.exit):
         gap = gap[:-1]
     regions.extend(_between(classifier, gap))
     exit = regions[-1].exit
@@ -229,7 +243,7 @@ def _block(
     inside = set(nodes)
     read = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
     weights = tuple(name for name in read if all(reader in inside for reader in flow.readers[name]))
-    return Block(index, entry, exit, tuple(regions), nodes, weights), layer[-1].gap[len(gap) :]
+    return Block(index, entry, exit, tuple(regions), nodes, weights), behind[len(gap) :]
 
 
 def _between(classifier: Classifier, gap: tuple[Span, ...]) -> list[Region]:
