@@ -57,10 +57,10 @@ def inspection(graph: Graph, structure: Structure, sizes: Mapping[str, int] | No
     blocks = [look.block(block, stream.label) for stream in structure.streams for block in stream.blocks]
     between = look.outside("between", transitions)
     streams = [look.stream(stream) for stream in structure.streams]
-    parts: list[RegionView | BlockView] = [*blocks, context]
-    parts += [part for stream in streams for part in (stream.prefix, stream.between, stream.suffix)]
     suffix = look.outside("suffix", structure.suffix)
     context = look.outside("context", beside)
+    parts: list[RegionView | BlockView] = [*blocks, context]
+    parts += [part for stream in streams for part in (stream.prefix, stream.between, stream.suffix)]
     total = parameter_count(graph)
     source = graph.source
     return Inspection(

@@ -217,7 +217,7 @@ def detr() -> Family:
             Blocks(f"attention+norm+{layer}+norm", c.decoder_layers - 1, (("self", heads), ("cross", heads), ffn)),
         ],
     }
-    return Family(module, inputs, streams, dynamic=static(inputs), opaque=5)
+    return Family(module, inputs, streams, dynamic=static(inputs), opaque=1)
 
 
 # -- towers -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def siglip() -> Family:
     module = tf.SiglipModel(c)
     streams = {"tower.0": _tower(c.vision_config, "gelu_tanh"), "tower.1": _tower(c.text_config, "gelu_tanh")}
     layers = [module.vision_model.encoder.layers, module.text_model.encoder.layers]
-    return Family(module, None, streams, layers, opaque=2)
+    return Family(module, None, streams, layers)
 
 
 @family
@@ -536,7 +536,7 @@ def perceiver() -> Family:
     inputs = {"inputs": tokens(length=16)["input_ids"]}
     ffn = ("ffn", (64, "gelu"))
     streams = {"stream": [Blocks("other+ffn", 1, (ffn,)), Blocks("attention+ffn", 2, (("self", (4, 4, 16)), ffn))]}
-    return Family(tf.PerceiverForMaskedLM(c), inputs, streams, dynamic=static(inputs), opaque=2)
+    return Family(tf.PerceiverForMaskedLM(c), inputs, streams, dynamic=static(inputs))
 
 
 @family

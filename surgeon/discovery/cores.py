@@ -2,8 +2,9 @@
 
 1. Fused: one scaled-dot-product node; query, key and value are its first three arguments.
 2. Spelled out: ``product(f(product(q, k)), v)``, both products of two activations.  f is a softmax, in one node or as
-   ``exp`` and a sum, or another function that is not linear in the scores, with scales, masks, soft caps, sinks and movement
-   around it.  Without such a function the two products can be swapped, q (k v) = (q k) v: a linear attention, another mixer.
+   ``exp`` and a sum, or another function of single scores that is not linear, with scales, masks, soft caps, sinks and
+   movement around it.  Without such a function the two products can be swapped, q (k v) = (q k) v, also where decays
+   multiply the scores or their sums divide them: a linear attention or a state-space recurrence, another mixer.
 
 The dimension of the weights that the second product sums over are the keys.  Followed back through transpositions to the
 first product, it tells keys from queries, whichever way round the products are written.
@@ -152,21 +153,37 @@ def _scores(flow: Flow, path: frozenset[fx.Node], weights: fx.Node, keys: int) -
         function of one that is other than linear.
     """
     products: dict[fx.Node, int] = {}
-    masked = bent = False
+    bends: list[fx.Node] = []
+    masked = False
     for node, axis in _behind(flow, path, weights, keys):
         name = operators.kind(node)
         if product(flow, node) is not None:
             products.setdefault(node, axis)
             masked |= name in ("aten::baddbmm", "aten::addmm") and bool(node.kwargs.get("beta", 1) != 0)
         elif name in operators.SOFTMAXES:
-            bent = True
+            bends.append(node)
         elif operators.is_pointwise(node):
-            bent |= name not in _LINEAR
+            bends.extend([node] if name not in _LINEAR else [])
             masked |= name in ("aten::where", "aten::masked_fill", operators.ADD) and len(node.all_input_nodes) > 1
-    if not products or not bent:
+    bent = [node for node in products if any(_bends(flow, bend, node) for bend in bends)]
+    if not bent:
         return None
-    first = min(products, key=flow.index.__getitem__)
+    first = min(bent, key=flow.index.__getitem__)
     return first, products[first], masked
+
+
+def _bends(flow: Flow, bend: fx.Node, scores: fx.Node) -> bool:
+    """Whether a function is applied to scores one by one: not to decays beside them, nor to their sums alone."""
+    stack, seen = [bend], set()
+    while stack:
+        node = stack.pop()
+        if node is scores:
+            return True
+        if node in seen or operators.kind(node) in operators.REDUCTIONS:
+            continue
+        seen.add(node)
+        stack.extend(source for source in flow.inputs(node) if flow.depends(source, scores))
+    return False
 
 
 def _behind(flow: Flow, path: frozenset[fx.Node], start: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
