@@ -47,7 +47,7 @@ def build(folder: str, passes: str) -> None:
 
     import surgeon
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     steps = json.loads(passes)
     data = None
     if any("drop_blocks" in step for step in steps):

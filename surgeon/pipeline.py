@@ -124,13 +124,13 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             data = load_data(request.calibration, graph, request.tokenizer)
             language_model = is_language_model(graph)
             reference = _outputs(graph, data.held_back)
-        report = _new_report(request, graph, structure, data, source.notes)
+            report = _new_report(request, graph, structure, data, source.notes)
 
         # the passes
         applied: list[Plan[Any]] = []
         current = reference
         for number, step in enumerate(request.steps):
-            with clock.phase(f"passes.{number}.{step.name}"):
+            with bars.step(step.name), clock.phase(f"passes.{number}.{step.name}"):
                 before, structure_before = graph, structure
                 try:
                     graph, structure, plan, tokens = _operate(
@@ -143,11 +143,9 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 check_structure(step, structure_before, structure)
                 check_parameters(step, plan, before, structure_before, graph)
                 check_caches(step, graph, data.held_back)
+                previous, current = current, _outputs(graph, data.held_back)
                 exact = step.exact(plan)
-                divergence = {}
-                if exact:
-                    divergence["exact_error"] = check_exact(step, current, graph, data.held_back)
-                current = _outputs(graph, data.held_back)
+                divergence = {"exact_error": check_exact(step, previous, current)} if exact else {}
                 divergence |= compare(
                     reference, _replay(current), data.held_back, language_model=language_model, real=data.real
                 )
@@ -169,7 +167,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     removed_blocks=_removed_blocks(structure_before, structure, graph),
                 )
             )
-            del before
+            del before, previous
 
         # thresholds on the result
         quality = compare(reference, _replay(current), data.held_back, language_model=language_model, real=data.real)
@@ -186,7 +184,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         )
         report.parameters = (report.parameters[0], parameter_count(graph))
         report.active_parameters = (report.active_parameters[0], active_parameter_count(graph))
-        view = inspection(graph, structure)
+        with bars.step("taking stock"):
+            view = inspection(graph, structure)
         report.structure["after"] = view.summary()
         compiled = Compiled(graph=graph, structure=structure, report=report, plan=saved, recipe=request.recipe)
         if request.backend is None or not lower:
@@ -214,7 +213,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer)
             compiled.artifact = artifact
             _finish(compiled, clock)
-            write_outputs(compiled, view, folder, target)
+            with bars.step("writing"):
+                write_outputs(compiled, view, folder, target)
         compiled.artifact.folder = target
         return compiled
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from surgeon.contract import Observer, Pass, Plan
-from surgeon.errors import ObserveError
+from surgeon.errors import ObserveError, PlanError
 from surgeon.gradients import observe_gradients
 from surgeon.observe import Batch, Execution, Stretch, observe
 from surgeon.progress import Progress
@@ -47,7 +47,7 @@ def run_pass(
 
     Raises:
         ObserveError: the pass needs data and there is none.
-        PlanError: the pass refuses.
+        PlanError: the pass refuses, or finds nothing to do.
     """
     observers = step.observers(structure) if saved is None or step.apply_reads_statistics else {}
     backward = {key: observer for key, observer in observers.items() if observer.gradient}
@@ -61,7 +61,7 @@ def run_pass(
             observe(
                 editor.graph, progress.track(batches(), f"{step.name}: observing", len(batches())), forward
             )
-        plan = saved if saved is not None else step.plan(editor.graph, structure, observers)
+        plan = saved if saved is not None else _some(step, structure, step.plan(editor.graph, structure, observers))
         step.check(editor.graph, structure, plan)
         step.apply(editor, structure, plan, observers)
         return plan, _tokens(observers)
@@ -123,7 +123,20 @@ def _sweep(
         step.check(editor.graph, outside, plan)
         step.apply(editor, outside, plan, observers)
     plans.append(plan)
-    return (saved if saved is not None else plans[0].joined(plans[1:])), tokens
+    return (saved if saved is not None else _some(step, structure, plans[0].joined(plans[1:]))), tokens
+
+
+def _some(step: Pass[Any], structure: Structure, plan: Plan[Any]) -> Plan[Any]:
+    """The plan, refused where it neither does anything nor says why."""
+    if plan.decisions or plan.notes:
+        return plan
+    asked = [f"{field}: {value!r}" for field in ("blocks", "names") if (value := getattr(step, field)) is not None]
+    parts = dict.fromkeys(region.kind for block in structure.blocks for region in block.regions)
+    sites = ", ".join(site.name for site in structure.linears[:4])
+    raise PlanError(
+        f"there is nothing to do{' at ' + ' and '.join(asked) if asked else ''}: the model has {len(structure.blocks)} "
+        f"blocks of {', '.join(parts)}, and linears such as {sites}"
+    )
 
 
 def _in_order(graph: fx.Graph, structure: Structure) -> list[tuple[Block, bool]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from surgeon.accounting import active_parameter_count, parameter_count
-from surgeon.data import synthetic_batches
+from surgeon.data import load_data, synthetic_batches
 from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -19,6 +19,7 @@ from surgeon.passes.drop_blocks import DropBlock, DropBlocksPlan
 from surgeon.passes.drop_experts import DropExpertsPlan, KeepExperts
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
+from surgeon.tracing import trace
 from surgeon.verify import check_parameters, relative_error
 from tests.conftest import Patient, Trained
 from tests.models import NAMES, tiny, with_layer_deleted
@@ -60,6 +61,23 @@ def test_dropping_a_block_is_the_model_without_the_layer(patient: MakePatient, n
     assert not [key for key in dropped.graph.parameters() if key in set(subject.structure.blocks[block].weights)]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dropping_a_block_of_a_model_without_a_head(name: str) -> None:
+    """The stack inside a causal language model, whose output is its last hidden state."""
+    module, inputs = tiny(name)
+    graph = trace(module.base_model, inputs)  # type: ignore[arg-type]  # a module
+    subject = Patient(graph, discover(graph), load_data(None, graph))
+    for block in (0, 2):
+        dropped = subject.operate(
+            {"drop_blocks": {"count": 1}}, DropBlocksPlan(decisions=(DropBlock(site=f"blocks.{block}"),))
+        )
+        shorter = with_layer_deleted(name, module, block).base_model
+        for batch in [inputs, *synthetic_batches(graph)]:
+            with torch.no_grad():
+                wanted = shorter(**batch, use_cache=False).last_hidden_state  # type: ignore[operator]  # a module
+                assert torch.equal(dropped.graph(**batch)["last_hidden_state"], wanted)
+
+
 def test_neighbouring_blocks_drop_together(patient: MakePatient) -> None:
     subject = patient("llama")
     plan = DropBlocksPlan(decisions=(DropBlock(site="blocks.0"), DropBlock(site="blocks.1")))
@@ -80,6 +98,45 @@ def test_all_experts_active_is_the_dense_ffn(patient: MakePatient, name: str, ro
     assert largest_error(split.graph, subject.graph, synthetic_batches(subject.graph)) < 1e-5
     assert make_pass(step).exact(split.plan)
     assert [region.kind for region in split.structure.blocks[0].regions].count("moe") == 1
+
+
+class Feedforward(torch.nn.Module):
+    """A residual stack of FFNs behind a mixer, gated or not, with biases or not."""
+
+    def __init__(self, gated: bool, bias: bool) -> None:
+        super().__init__()
+        linear = torch.nn.Linear
+        self.mix = torch.nn.ModuleList(linear(24, 24) for _ in range(2))
+        self.up = torch.nn.ModuleList(linear(24, 48, bias=bias) for _ in range(2))
+        self.gate = torch.nn.ModuleList(linear(24, 48, bias=bias) for _ in range(2) if gated)
+        self.down = torch.nn.ModuleList(linear(48, 24, bias=bias) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        functional = torch.nn.functional
+        for index in range(2):
+            q = self.mix[index](x)
+            x = x + functional.scaled_dot_product_attention(q, q, q)
+            up = self.up[index](x)
+            inner = functional.silu(self.gate[index](x)) * up if self.gate else functional.gelu(up)
+            x = x + self.down[index](inner)
+        return x
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_kind_of_ffn_splits(gated: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    module = Feedforward(gated, bias).eval()
+    graph = trace(module, {"x": torch.randn(2, 5, 24)})
+    batches = [{"x": torch.randn(2, 5, 24)} for _ in range(3)]
+    subject = Patient(graph, discover(graph), load_data(batches, graph))
+    assert len(list(subject.structure.ffns())) == 2
+    whole = subject.operate({"moefy_ffn": {"experts": 6, "top_k": 6}})
+    assert largest_error(whole.graph, subject.graph, batches) < 1e-5
+    part = subject.operate({"moefy_ffn": {"experts": 6, "top_k": 2}})
+    neurons = 48 * (24 * (2 if gated else 1) + 24 + (2 if gated else 1) * bias)
+    assert active_parameter_count(part.graph) == parameter_count(part.graph) - 2 * neurons * 4 // 6
+    assert parameter_count(part.graph) == parameter_count(graph) + 2 * 6 * (24 + 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

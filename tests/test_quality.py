@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from typing import Any
 
 import pytest
 import torch
 
+from surgeon.accounting import parameter_count
 from surgeon.passes.drop_blocks import DropBlock, DropBlocksPlan
 from surgeon.passes.drop_experts import DropExpertsPlan, KeepExperts
 from surgeon.passes.merge_experts import MergeExpertsPlan, MergeGroups
-from tests.conftest import Trained
+from tests.conftest import MODELS, Trained
 
 RANDOM = 5
 
@@ -28,9 +30,15 @@ def compare(subject: Trained, step: dict[str, Any], random_plans: list[Any]) -> 
 
 
 def test_trained_models_are_trained(tiny_llama: Trained, tiny_mixtral: Trained) -> None:
-    for model in (tiny_llama, tiny_mixtral):
+    for model, name in ((tiny_llama, "tiny-llama"), (tiny_mixtral, "tiny-mixtral")):
         assert model.held_out is not None
-        assert model.loss(model.held_out) < 3.0  # ln(1024) = 6.93 nats is knowing nothing
+        loss = model.loss(model.held_out)
+        assert loss < 3.0  # ln(1024) = 6.93 nats is knowing nothing
+        log = [json.loads(line) for line in (MODELS / name / "training_log.jsonl").read_text().splitlines()]
+        assert log[-1]["heldout_loss"] == pytest.approx(loss, abs=0.35)  # shorter windows of the same text
+        assert log[-1]["heldout_loss"] < log[0]["heldout_loss"] - 1
+        assert 1e6 < parameter_count(model.graph) < 5e6
+    assert {site.part.experts for site in tiny_mixtral.structure.moes()} == {8}
 
 
 def test_dropping_similar_blocks_beats_random_blocks(tiny_llama: Trained) -> None:

@@ -485,6 +485,23 @@ def test_a_hub_id_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> No
         trace("nobody/no-such-model")
 
 
+def test_a_hub_id_in_the_cache_is_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's own layout: a reference names a commit, whose snapshot holds links to the files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit, stored = "0" * 40, tmp_path / "models--owner--name"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(commit)
+    module, inputs = tiny("gpt2", layers=1)
+    module.save_pretrained(stored / "snapshots" / commit)  # type: ignore[operator]  # of the library's base class
+    graph = trace("owner/name")
+    assert graph.source.description == "owner/name"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            graph(**inputs)["logits"], module(**inputs, use_cache=False).logits, rtol=1e-5, atol=1e-5
+        )
+
+
 # -- callables --------------------------------------------------------------------------------------------------------
 
 
