@@ -211,7 +211,8 @@ def parse(text: str, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise RecipeError(f"{place}: not YAML: {error.problem}{context}") from None
+        hint = "; text that starts with * or & needs quotes" if "alias" in context or "anchor" in context else ""
+        raise RecipeError(f"{place}: not YAML: {error.problem}{context}{hint}") from None
     except ReaderError as error:
         before = text[: error.position]
         line, column = before.count("\n") + 1, error.position - (before.rfind("\n") + 1) + 1

@@ -164,6 +164,10 @@ M = "model: m\nbackend: null\n"
         ("model: m: n\n", ["1:9: not YAML: mapping values are not allowed here"]),
         ("model: m\n\tbackend: null\n", ["2:1: not YAML: found character '\\t' that cannot start any token"]),
         ("model: *m\n", ["1:8: not YAML: found undefined alias 'm'"]),
+        (
+            "names: *.ffn.*\n",
+            ["1:9: not YAML: expected alphabetic or numeric character, but found '.' (while scanning an alias); text that "]
+        ),
         ("model: a\n---\nmodel: b\n", ["2:1: not YAML: but found another document (expected a single document"]),
         ("model: a\x07\n", ["1:9: not YAML: special characters are not allowed"]),
         ("a: " + "[" * 5000, [" nested too deeply"]),
