@@ -30,6 +30,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "merge_experts": ("mixtral", {"groups": 4}),
     "moefy_ffn": ("llama", {"experts": 4, "top_k": 2}),
     "quantize": ("mixtral", {"scheme": "int4", "group": 16}),
+    "upcycle_ffn": ("llama", {"experts": 4, "top_k": 2}),
 }
 SHAPELESS = {"drop_blocks"}
 """Passes that read no weight, and so may follow quantization."""
