@@ -24,6 +24,7 @@ MakePatient = Callable[[str], Patient]
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     # pass: a model that it can act on, and fields with which it acts on every block
+    "densify_moe": ("mixtral", {}),
     "drop_blocks": ("llama", {"count": 1}),
     "drop_experts": ("mixtral", {"keep": 4}),
     "low_rank": ("gpt2", {"ratio": 0.5}),
