@@ -29,6 +29,7 @@ from surgeon.backends import _onnx_ops as emit
 from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
 from surgeon.backends._onnx_weights import LowBit
+from surgeon.gates import gate
 from surgeon.graph import Graph, assign_tensor
 
 aten = torch.ops.aten
@@ -41,7 +42,19 @@ KERNEL_ACTIVATIONS = {"relu": "relu", "silu": "silu", "identity": "identity", "g
 from it and 8e-5 from the exact one, so the exact gelu is not theirs."""
 
 GATED_ALPHA = {"silu": 1.0, "quick_gelu": 1.702}
-"""Gated activations: the kernel's swiglu is gate * sigmoid(alpha * gate) * up."""
+"""Gated activations that are gate * sigmoid(alpha * gate); ``swish`` brings its own alpha."""
+
+
+def _swiglu(activation: str) -> dict[str, float] | None:
+    """Attributes of the kernel's swiglu, g = min(gate, limit): g sigmoid(alpha g) (clamp(up, -limit, limit) + beta)."""
+    form = gate(activation)
+    alpha = GATED_ALPHA.get(form.base, form.alpha)
+    if alpha is None or form.cap is not None or form.gate_max != form.up_limit:
+        return None
+    found = {"activation_alpha": alpha}
+    found.update({"activation_beta": form.offset} if form.offset else {})
+    found.update({"swiglu_limit": form.up_limit} if form.up_limit is not None else {})
+    return found
 
 
 class Lowering:
@@ -190,8 +203,11 @@ class Lowering:
         attributes: dict[str, Any]
         if rows == inner and activation in KERNEL_ACTIVATIONS:
             attributes = {"activation_type": KERNEL_ACTIVATIONS[activation]}
-        elif rows == 2 * inner and activation in GATED_ALPHA:
-            attributes = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": GATED_ALPHA[activation]}
+        elif rows == 2 * inner:
+            swiglu = _swiglu(activation)
+            if swiglu is None:
+                return None
+            attributes = {"activation_type": "swiglu", "swiglu_fusion": 1, **swiglu}
         else:
             return None
         if not routing.distinct_in_row(index, k) or not routing.never_negative(self.graph, weight):

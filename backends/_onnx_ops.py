@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
-from surgeon.activations import activation as lookup
+from surgeon.gates import gate as lookup
 
 Linear = tuple[Any, ...]
 """A linear map as arguments of a node: ``("float", w[K, N], b?)``, ``("nbits", packed, scale, zero_point?, b?, bits,
@@ -317,7 +317,7 @@ def sorted_experts(
     back = torch.zeros_like(order).scatter(0, order, torch.arange(tokens * k))  # the inverse permutation
     token = order.div(k, rounding_mode="floor")
     source = x if quantized is None else quantized[0]
-    function = lookup(activation).function
+    entry = lookup(activation)
     # Sizes that only the data knows; the exporter needs them as symbols, the runtime reads ``counts`` itself.
     sizes: list[Any] = counts.tolist()
     for size in sizes:
@@ -335,10 +335,9 @@ def sorted_experts(
         codes = None if quantized is None else (piece, quantized[1], quantized[2])
         pre = _expert(piece, codes, how_in, x.dtype)
         if pre.shape[1] == inner:
-            hidden = function(pre)
+            hidden = entry.alone(pre)
         else:
-            gate, up = pre[:, :inner], pre[:, inner:]
-            hidden = function(gate) * up
+            hidden = entry.joined(pre[:, :inner], pre[:, inner:])
         results.append(_expert(hidden, None, how_out, x.dtype))
     if skips:
         results.append(torch.zeros((pieces[-1].shape[0], results[0].shape[1]), dtype=x.dtype))

@@ -4,7 +4,8 @@ Paper:
     SEER-MoE (Muzio et al. 2024, arXiv:2404.05089), hard counting; Unified MoE Compression (He et al. 2024,
     arXiv:2406.02500), Expert Drop.
 Formula:
-    ``c_e = sum_t 1[e in top-k(t)]`` over calibration tokens; in each layer the experts of smallest c_e go.
+    ``c_e = sum_t 1[e in top-k(t)]`` over calibration tokens; in each layer the experts of smallest c_e go, equally many
+    of each group where the router selects groups first.
 Shapes:
     w_in [E, O, H], w_out [E, H, I], router [E, H] -> the same with E' experts.
 Units:
@@ -14,7 +15,8 @@ Reads:
 Changes:
     Expert tensors, router rows and per-expert corrections are sliced; top-k stays.
 Errors:
-    PlanError where fewer than top-k experts would remain, where the router was not recognised, or on packed weights.
+    PlanError where fewer than top-k experts would remain, where groups would not stay equal, where the router was not
+    recognised, or on packed weights.
 Example:
     ``- drop_experts: {keep: 6}`` or ``- drop_experts: {ratio: 0.25}``
 """
@@ -26,12 +28,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, fx
 
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.observe import Routing
+from surgeon.resizing import expert_tensors, keep_experts
 from surgeon.rewrite import Editor
 from surgeon.structure import MoE, Selection, Site, Structure
 
@@ -85,17 +87,15 @@ class DropExperts(Pass[DropExpertsPlan]):
             keep = self.keep if self.keep is not None else moe.experts - int((self.ratio or 0.0) * moe.experts)
             if keep > moe.experts:
                 raise PlanError(f"{site.name}: keep {keep} asked, the mixture has {moe.experts} experts")
-            if keep < moe.top_k:
-                raise PlanError(f"{site.name}: {keep} experts would remain, the router chooses {moe.top_k} per token")
+            _refuse_budget(site.name, moe, keep)
             if keep == moe.experts:
                 notes.append(f"{site.name}: all {keep} experts stay")
                 continue
             observer = statistics[site.name]
             assert isinstance(observer, Routing)
-            order = torch.argsort(observer.counts, descending=True, stable=True)
             share = observer.counts / observer.counts.sum().clamp_min(1.0)
             decisions.append(
-                KeepExperts(site=site.name, keep=tuple(sorted(order[:keep].tolist())), scores=tuple(share.tolist()))
+                KeepExperts(site=site.name, keep=_most_chosen(moe, observer.counts, keep), scores=tuple(share.tolist()))
             )
         if not decisions and not notes:
             raise PlanError("no mixture of experts is selected on this model")
@@ -113,14 +113,16 @@ class DropExperts(Pass[DropExpertsPlan]):
                 raise PlanError(
                     f"{decision.site}: keep {list(decision.keep)} must be ascending experts of 0 to {moe.experts - 1}"
                 )
-            if len(decision.keep) < moe.top_k:
-                raise PlanError(f"{decision.site}: {len(decision.keep)} experts would remain, the router chooses {moe.top_k}")
+            _refuse_budget(decision.site, moe, len(decision.keep))
+            kept = torch.tensor(decision.keep) // (moe.experts // moe.groups)
+            if len(set(torch.bincount(kept, minlength=moe.groups).tolist())) > 1:
+                raise PlanError(f"{decision.site}: its router has {moe.groups} groups; keep equally many experts of each")
 
     def apply(self, editor: Editor, structure: Structure, plan: DropExpertsPlan, statistics: Statistics) -> None:
         """Slice experts, router and corrections."""
         sites = {site.name: site.part for site in structure.select(Selection()).moes()}
         for decision in plan.decisions:
-            slice_experts(editor, sites[decision.site], torch.tensor(decision.keep))
+            keep_experts(editor, sites[decision.site], torch.tensor(decision.keep))
 
     def exact(self, plan: DropExpertsPlan) -> bool:
         """Removing experts changes the model, unless none is removed."""
@@ -132,7 +134,7 @@ class DropExperts(Pass[DropExpertsPlan]):
         delta = 0
         for decision in plan.decisions:
             moe = sites[decision.site]
-            for name, _ in sliced_tensors(graph, moe):
+            for name, _ in expert_tensors(graph, moe):
                 tensor = graph.tensor(name)
                 if isinstance(tensor, torch.nn.Parameter):
                     delta -= tensor.numel() // moe.experts * (moe.experts - len(decision.keep))
@@ -162,45 +164,37 @@ def refuse_opaque(graph: Graph, site: Site[MoE]) -> None:
         )
 
 
-def sliced_tensors(graph: Graph, moe: MoE) -> list[tuple[str, int]]:
-    """Names and expert dimensions of all tensors with one entry per expert: experts, router, corrections of its scores."""
-    assert moe.router is not None
-    assert moe.logits is not None
-    found = [(name, 0) for name in (moe.w_in, moe.w_out, moe.b_in, moe.b_out) if name is not None]
-    found.append((moe.router.weight, 1 if moe.router.transposed else 0))
-    if moe.router.bias is not None:
-        found.append((moe.router.bias, 0))
-    known = {name for name, _ in found}
-    for node in _selection_nodes(moe):
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and str(source.target) not in known:
-                shape = list(graph.tensor(str(source.target)).shape)
-                if shape.count(moe.experts) == 1:
-                    known.add(str(source.target))
-                    found.append((str(source.target), shape.index(moe.experts)))
-    return found
+def _chosen_per_token(moe: MoE) -> int:
+    """Experts that must remain: k, or one where a token is routed to every expert anyway."""
+    return 1 if moe.top_k == moe.experts else moe.top_k
 
 
-def slice_experts(editor: Editor, moe: MoE, keep: Tensor) -> None:
-    """Keep only some experts of a mixture."""
-    for name, axis in sliced_tensors(editor.graph, moe):
-        editor.set_tensor(name, editor.tensor(name).detach().index_select(axis, keep))
+def _refuse_budget(site: str, moe: MoE, keep: int) -> None:
+    """Refuse a number of experts that the router cannot choose from.
+
+    Raises:
+        PlanError: names the site and the numbers.
+    """
+    if keep < _chosen_per_token(moe):
+        raise PlanError(f"{site}: {keep} experts would remain, the router chooses {moe.top_k} per token")
+    if keep % moe.groups:
+        raise PlanError(
+            f"{site}: its router has {moe.groups} groups of equal size, {keep} experts cannot be; "
+            f"keep a multiple of {moe.groups}"
+        )
+    members = keep // moe.groups
+    if moe.groups > 1 and keep < moe.experts and members < 2:
+        raise PlanError(f"{site}: {members} experts would remain in each of {moe.groups} groups, needed 2 to rank groups by")
+    if moe.groups > 1 and members * moe.top_groups < moe.top_k:
+        raise PlanError(
+            f"{site}: {moe.top_groups} groups of {members} experts would remain to choose from, "
+            f"the router chooses {moe.top_k} per token"
+        )
 
 
-def _selection_nodes(moe: MoE) -> set[fx.Node]:
-    """Nodes between the router's scores and the choice."""
-    after: set[fx.Node] = set()
-    frontier = [moe.logits] if moe.logits is not None else []
-    while frontier:
-        for user in frontier.pop().users:
-            if user not in after and user is not moe.node:
-                after.add(user)
-                frontier.append(user)
-    before: set[fx.Node] = set()
-    frontier = [moe.index, moe.weight]
-    while frontier:
-        node = frontier.pop()
-        if node in after and node not in before:
-            before.add(node)
-            frontier.extend(node.all_input_nodes)
-    return before
+def _most_chosen(moe: MoE, counts: torch.Tensor, keep: int) -> tuple[int, ...]:
+    """The most chosen experts, equally many of each group."""
+    members = moe.experts // moe.groups
+    order = torch.argsort(counts.reshape(moe.groups, members), dim=1, descending=True, stable=True)
+    chosen = order[:, : keep // moe.groups] + members * torch.arange(moe.groups)[:, None]
+    return tuple(sorted(chosen.flatten().tolist()))

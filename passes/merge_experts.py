@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
@@ -139,9 +139,11 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             for name, tensor in merged.items():
                 editor.set_tensor(name, tensor)
             with editor.before(moe.node):
+                chosen = moe.node.args[1]  # not moe.index: pairs of token and expert may be rows of their own
+                assert isinstance(chosen, fx.Node)
                 read = editor.add_tensor(f"{moe.w_in}_group", table)
-                index = editor.call(torch.ops.aten.index.Tensor, read, [moe.index])
-            moe.node.replace_input_with(moe.index, index)
+                index = editor.call(torch.ops.aten.index.Tensor, read, [chosen])
+            moe.node.replace_input_with(chosen, index)
 
     def _merge(self, tensors: dict[str, Tensor], moe: MoE, decision: MergeGroups) -> dict[str, Tensor]:
         """Weighted means per group, one expert in memory beside the result."""

@@ -23,6 +23,7 @@ Rules, with x the input and y the output of a node:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,24 @@ def canonicalise(
         TraceError: the graph writes into a tensor, holds nested graphs, or needs a size no input gives.
     """
     return _Builder(exported, tensors or {}).build(inputs)
+
+
+class _Arithmetic(PythonReferenceAnalysis):
+    """Arithmetic of sizes as nodes of a graph; Python's own rounding would ask a node for its value."""
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: Any) -> Any:
+        """Largest integer below."""
+        return _call(math.floor, x)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: Any) -> Any:
+        """Smallest integer above."""
+        return _call(math.ceil, x)
+
+
+def _call(function: Any, x: Any) -> Any:
+    return x.tracer.create_proxy("call_function", function, (x,), {}) if isinstance(x, fx.Proxy) else function(x)
 
 
 class _Builder:
@@ -209,9 +228,19 @@ class _Builder:
             with self.mode, torch.no_grad():
                 value = target(*args, **kwargs)
         node.meta["val"] = value
+        self._root(node)
         if not _random(target):
             self.known[key] = node
         return node
+
+    def _root(self, node: fx.Node) -> None:
+        """Where sizes that only data gives can be read: from the first tensor that has them (rule 8 knows no input)."""
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            sizes: list[Any] = list(value.shape)  # numbers and symbolic ones
+            for dim, size in enumerate(sizes):
+                if _unbacked(size) and isinstance(size.node.expr, sympy.Symbol):
+                    self.roots.setdefault(size.node.expr, (node, dim))
 
     # -- tensors and sizes --------------------------------------------------------------------------------------
 
@@ -261,7 +290,7 @@ class _Builder:
             node, dim = self.roots[expression]
             return self.emit(aten.sym_size.int, (node, dim), {})
         parts = {symbol: self._proxy(self._size_of(symbol)) for symbol in sorted(free, key=str)}
-        result = sympy_interp(PythonReferenceAnalysis, parts, expression)
+        result = sympy_interp(_Arithmetic, parts, expression)
         return self._adopt(result.node)
 
     def _size_of(self, symbol: sympy.Symbol) -> fx.Node:

@@ -4,8 +4,9 @@
 ``batched_mm``, ...).  :func:`use_semantic_experts` adds an implementation that calls our operator, for the modules
 whose arithmetic our operator reproduces.  That is decided by evaluation, not by class or parameter names: tiny random
 weights are put in place of the module's own, the library's implementation is run on them, and the operator is run on
-the same weights under every assignment of roles and layouts that the shapes allow and every known activation.  Clamped
-or shifted gates, norms after an expert and the like match none and are left alone, with the reason.
+the same weights under every assignment of roles and layouts that the shapes allow and every known activation.  Where
+none fits, the constants of a clamped or shifted gate are read off its values (:mod:`surgeon.gates`).  Gates with learned
+parts, norms after an expert and the like match nothing and are left alone, with the reason.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.activations import ACTIVATIONS
+from surgeon.gates import recognise_alone, recognise_gate
 from surgeon.ops import moe
 
 _NAME = "surgeon"
@@ -41,7 +43,7 @@ class _Roles:
         gated: O = 2 I rather than I.
         transposed: whether the matrices are stored input-major.
         interleaved: whether gate and up rows alternate rather than follow each other; only where ``gated``.
-        activation: a name in :data:`surgeon.activations.ACTIVATIONS`.
+        activation: name of a gate.
     """
 
     w_in: str
@@ -153,26 +155,29 @@ def _recognise(module: nn.Module) -> _Roles | str:
     if isinstance(candidates, str):
         return candidates
     broken = []
+    reference = _Reference(module)
     for roles in candidates:
-        parameters, x, index, weight = _probe(module, roles)
+        parameters, x, index, weight = _probe(roles)
         try:
-            expected = torch.func.functional_call(_Reference(module), parameters, (x, index, weight))
+            expected = torch.func.functional_call(reference, parameters, (x, index, weight))
         except (RuntimeError, IndexError) as error:  # a wrong assignment of roles: its shapes do not multiply
             broken.append(str(error).splitlines()[0])
             continue
         own = {name.removeprefix("experts."): tensor for name, tensor in parameters.items()}
-        for interleaved, name in itertools.product((False, True) if roles.gated else (False,), ACTIVATIONS):
-            found = replace(roles, interleaved=interleaved, activation=name)
-            difference = (found.run(own, x, index, weight) - expected).abs() / (1 + expected.abs())
-            if bool((difference <= 1e-6).all()):
-                return found
+        for interleaved in (False, True) if roles.gated else (False,):
+            layout = replace(roles, interleaved=interleaved)
+            for name in itertools.chain(ACTIVATIONS, _constants(reference, layout)):
+                found = replace(layout, activation=name)
+                difference = (found.run(own, x, index, weight) - expected).abs() / (1 + expected.abs())
+                if bool((difference <= 1e-6).all()):
+                    return found
     if len(broken) == len(candidates):
         return (
             f"it holds more than matrices and an activation, {_REFERENCE} fails on weights of another size: {broken[0]}"
         )
     return (
         "on random weights it equals act(gate) * up, or act, between two matrices for no known activation "
-        f"({', '.join(ACTIVATIONS)}): its gate is clamped, shifted or otherwise its own, or a norm follows"
+        f"({', '.join(ACTIVATIONS)}), clamped and shifted gates included: its gate is its own, or a norm follows"
     )
 
 
@@ -216,13 +221,33 @@ class _Reference(nn.Module):
         return y
 
 
-def _probe(module: nn.Module, roles: _Roles) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Random weights of a tiny size that no two dimensions share, and tokens that reach far beyond any usual clamp.
+def _constants(reference: _Reference, roles: _Roles) -> Iterator[str]:
+    """The gate with constants that the module computes, as a name, if there is one."""
 
-    Returns:
-        the parameters by their name in :class:`_Reference`, x [T, 5], index and weight [T, 2]; all float64.
-    """
-    experts, width, inner, tokens = 4, 5, 3, 48
+    def function(g: Tensor, u: Tensor) -> Tensor:
+        # Token n is the n-th unit vector and column n of the first matrix holds (g_n, u_n), so that neuron 0 of token n
+        # sees exactly these; the second matrix writes that neuron to feature 0.
+        count = g.numel()
+        own = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in _shapes(roles, 2, count, 2).items()}
+        first, second = (own[name].mT if roles.transposed else own[name] for name in (roles.w_in, roles.w_out))
+        first[:, 0] = g
+        if roles.gated:
+            first[:, 1 if roles.interleaved else 2] = u
+        second[:, 0, 0] = 1.0
+        index, weight = torch.zeros(count, 1, dtype=torch.int64), torch.ones(count, 1, dtype=torch.float64)
+        arguments = (torch.eye(count, dtype=torch.float64), index, weight)
+        parameters = {f"experts.{name}": tensor for name, tensor in own.items()}
+        y: Tensor = torch.func.functional_call(reference, parameters, arguments)
+        return y[:, 0]
+
+    with torch.no_grad():
+        found = recognise_gate(function) if roles.gated else recognise_alone(lambda g: function(g, g))
+    if found is not None:
+        yield found.name
+
+
+def _shapes(roles: _Roles, experts: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the module's parameters at other sizes."""
     rows = 2 * inner if roles.gated else inner
     shapes: dict[str, tuple[int, ...]] = {roles.w_in: (experts, rows, width), roles.w_out: (experts, width, inner)}
     if roles.transposed:
@@ -231,6 +256,17 @@ def _probe(module: nn.Module, roles: _Roles) -> tuple[dict[str, Tensor], Tensor,
         shapes[roles.b_in] = (experts, rows)
     if roles.b_out is not None:
         shapes[roles.b_out] = (experts, width)
+    return shapes
+
+
+def _probe(roles: _Roles) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Random weights of a tiny size that no two dimensions share, and tokens that reach far beyond any usual clamp.
+
+    Returns:
+        the parameters by their name in :class:`_Reference`, x [T, 5], index and weight [T, 2]; all float64.
+    """
+    experts, width, inner, tokens = 4, 5, 3, 48
+    shapes = _shapes(roles, experts, width, inner)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

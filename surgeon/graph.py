@@ -67,6 +67,7 @@ class Source:
         weights: ``real``, or ``fake`` where the graph was traced without their values (see ``surgeon.fake_weights``).
         model_class: name of the source model's class, for backends that write it again.
         generation: what the source says about generating with it: ``eos_token_id``, ``pad_token_id`` ...
+        left: weights that looked like those of experts and were left as they were, by name, with the reason.
     """
 
     description: str = "nn.Module"
@@ -77,6 +78,7 @@ class Source:
     weights: str = "real"
     model_class: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 class Graph:

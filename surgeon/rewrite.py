@@ -120,6 +120,10 @@ class Editor:
         reader.replace_input_with(old, new)
         self._dirty.add(reader)
 
+    def touch(self, node: fx.Node) -> None:
+        """Say that a node's constants were changed, so that shapes behind it are computed again."""
+        self._dirty.add(node)
+
     def current(self, node: fx.Node) -> fx.Node:
         """The node that stands for ``node`` after the replacements so far (structures name nodes of before the edit)."""
         while node in self._successor:

@@ -123,7 +123,8 @@ class MoE:
         experts: number of experts E.
         top_k: experts per token k.
         scoring: ``softmax``, ``sigmoid``, ``topk_softmax`` (softmax over the selected logits only), ``uniform`` (all
-            weights equal) or ``other``.
+            weights equal), ``relu``, ``sparsemixer``, ``expert_choice`` ... (:mod:`surgeon.discovery.routing`) or
+            ``other``.
         normalised: the selected weights are divided by their sum.
         width: intermediate neurons per expert.
         gated: experts are gated FFNs.
@@ -134,6 +135,12 @@ class MoE:
         b_out: name of their biases [E, H] or None.
         shared: FFNs that every token passes through beside the routed experts.
         scale: factor of all routing weights, beyond what ``scoring`` and ``normalised`` say.
+        shared_gate: the linear with one output that scales the shared experts, or None.
+        selection_bias: name of the vector that is added to the scores for the selection only, or None.
+        groups: groups of equal size that the experts stand in; 1 for none.
+        top_groups: groups that a token's experts are selected from.
+        capacity: tokens that an expert takes (of one sequence, where tokens are counted per sequence), or None.
+        input_scaled: the weights multiply the experts' inputs instead of their outputs.
     """
 
     node: fx.Node
@@ -155,6 +162,12 @@ class MoE:
     b_out: str | None
     shared: tuple[FFN, ...] = ()
     scale: float = 1.0
+    shared_gate: Linear | None = None
+    selection_bias: str | None = None
+    groups: int = 1
+    top_groups: int = 1
+    capacity: int | None = None
+    input_scaled: bool = False
 
 
 @dataclass(frozen=True)

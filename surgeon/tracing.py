@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from surgeon.caches import PAST, SUM
 from surgeon.canonical import canonicalise
@@ -26,6 +28,7 @@ from surgeon.errors import TraceError, nearest
 from surgeon.experts import use_semantic_experts
 from surgeon.functional import is_functional
 from surgeon.graph import Dim, Graph, Port
+from surgeon.raising import raise_mixtures
 from surgeon.source import (
     LoadedSource,
     calling,
@@ -34,6 +37,7 @@ from surgeon.source import (
     resized,
     size_of,
 )
+from surgeon.unrolling import unrolled
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted max|graph - source| / max|source| by the coarsest floating-point type of the weights: about 80
@@ -101,6 +105,8 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         module = canonicalise(exported, [_identifier(name) for name in example], _tensors(loaded.module))
         graph = _graph(module, program, example, dims, list(outputs), loaded)
         _refuse_missing(graph, loaded)
+        graph, left = raise_mixtures(graph, adopt=loaded.source.path is not None)
+        graph = graph.with_source(left=left)
         if fake:  # no numbers to compare
             return graph
         _compare(graph, expected, example, "the example")
@@ -177,14 +183,19 @@ def _export(loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, re
     """Export in functional ATen, every named dimension symbolic; what the model returns is appended to ``returned``."""
     module = loaded.module
     try:
-        program = _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
+        try:
+            return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
+        except (GuardOnDataDependentSymNode, UserError) as error:
+            if "data-dependent" not in str(error):
+                raise
+        with unrolled():
+            return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
     except TraceError:
         raise
     except Exception as error:  # torch.export raises many unrelated classes
         if dims and "specialized it to be a constant" in str(error):
             _explain_specialised(loaded, example, dims, error)
         raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(error)}") from error
-    return program
 
 
 def _export_with(
@@ -273,7 +284,31 @@ def _exportable(module: nn.Module) -> Iterator[None]:
             stack.enter_context(_library_patches())
             stack.enter_context(_sdpa(module))
         stack.enter_context(use_semantic_experts(module))
+        stack.enter_context(_settled())
         yield
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """A module that its owner's forward moves to the type and device it has already stays as it is.
+
+    Moving it would replace its parameters, which an export cannot follow.
+    """
+    original = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        types = {t.dtype for t in tensors if t.is_floating_point()}
+        devices = {t.device.type for t in tensors}
+        same = (dtype is None or types <= {dtype}) and (device is None or devices <= {device.type})
+        return self if same else original(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign, assignment]  # put back below
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]  # the original
 
 
 @contextmanager

@@ -317,12 +317,15 @@ def check_experts(tmp_path: Path, module: nn.Module, operator: str | None, toler
     ("activation", "gated"),
     [
         ("relu", False), ("silu", False), ("gelu", False), ("gelu_tanh", False), ("identity", False),
-        ("quick_gelu", False), ("silu", True), ("quick_gelu", True), ("gelu", True),
+        ("quick_gelu", False), ("silu", True), ("quick_gelu", True), ("gelu", True), ("silu(cap=1)", False),
+        ("quick_gelu(gate_max=0.5,up_limit=0.5,offset=1)", True), ("swish(alpha=1.3)", True),
+        ("silu(cap=0.5,up_limit=0.5)", True), ("silu(gate_max=0.5)", True),
     ],
 )  # fmt: skip
 def test_experts_equal_torch_for_every_activation(tmp_path: Path, activation: str, gated: bool) -> None:
     torch.manual_seed(0)
-    kernel = (activation in ("silu", "quick_gelu")) if gated else activation in ("relu", "silu", "gelu_tanh", "identity")
+    swiglu = ("silu", "quick_gelu", "swish(alpha=1.3)", "quick_gelu(gate_max=0.5,up_limit=0.5,offset=1)")
+    kernel = activation in (swiglu if gated else ("relu", "silu", "gelu_tanh", "identity"))
     check_experts(tmp_path, Experts(activation, gated), "com.microsoft.MoE" if kernel else None, 2e-6)
 
 

@@ -1,38 +1,22 @@
-"""Mixtures of experts: one ``surgeon::moe`` node and the routing in front of it.
+"""Mixtures of experts: one ``surgeon::moe`` node, the routing in front of it, and the shared experts beside it.
 
-The routing is evaluated on random scores z [T, E] and compared with, for the experts i that it selects:
+Two forms of the node are one mixture: weights on the experts' outputs, and weights on their inputs (``input_scaled``), where
+every pair of a token and an expert is a row of its own:
 
-    softmax        w_i = s softmax(z)_i, divided by their sum over the selected where normalised
-    topk_softmax   the same numbers as normalised softmax, but the softmax is taken of the selected scores only
-    sigmoid        w_i = s sigmoid(z_i), likewise
-    uniform        w_i = s
-    other          none of these
-
-with one factor s for all tokens.
+    moe(x, index, weight)        sum over j of moe(weight_j x, index_j, 1)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from surgeon.discovery import operators, probe
+from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears, stored
+from surgeon.discovery.routing import Routing, recognise_routing, without_router
 from surgeon.structure import FFN, Linear, MoE
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How selected experts are weighted."""
-
-    scoring: str
-    normalised: bool
-    scale: float
-    reason: str = ""
 
 
 def find_mixtures(
@@ -53,6 +37,9 @@ def _mixture(
     flow: Flow, linears: Linears, path: frozenset[fx.Node], node: fx.Node, shared: tuple[FFN, ...]
 ) -> tuple[MoE, str]:
     x, index, weight, w_in, w_out = (_node(argument) for argument in node.args[:5])
+    scaled = _scaled_inputs(flow, x, index)
+    if scaled is not None:
+        x, index, weight = scaled
     names = [_name(flow, argument) for argument in (w_in, w_out)]
     biases = [operators.argument(node, position, key) for position, key in ((5, "b_in"), (6, "b_out"))]
     bias_names = [None if bias is None else _name(flow, bias) for bias in biases]
@@ -62,9 +49,9 @@ def _mixture(
     logits = None if router is None else router.node
     routing = Routing("other", False, 1.0)
     if router is not None:
-        routing = _routing(flow, router.node, index, weight)
+        routing = recognise_routing(flow, router.node, index, weight)
     elif operators.shape(index)[1] == experts:
-        routing = _without_router(flow, weight)
+        routing = without_router(flow, weight)
     mixture = MoE(
         node=node,
         input=flow.plain(x) if operators.kind(x) == operators.FAKE_QUANTIZE else x,
@@ -86,6 +73,12 @@ def _mixture(
         # a router with a hidden layer looks like an FFN beside the experts
         shared=tuple(ffn for ffn in shared if router is None or ffn.down.node is not router.node),
         scale=routing.scale,
+        shared_gate=_shared_gate(flow, linears, path, shared),
+        selection_bias=routing.selection_bias,
+        groups=routing.groups,
+        top_groups=routing.top_groups,
+        capacity=routing.capacity,
+        input_scaled=scaled is not None,
     )
     reason = "; ".join(text for text in (reason, routing.reason) if text)
     return mixture, f"{node.name}: {reason}" if reason else ""
@@ -127,57 +120,32 @@ def _router(
     return None, f"the router is the linear with {experts} outputs that selects the experts; found {sizes}"
 
 
-def _routing(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.Node) -> Routing:
-    shape = operators.shape(logits)
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(shape, generator=generator)
-    dtype = operators.value(logits).dtype
-    try:
-        chosen, found = probe.evaluate(flow, [index, weight], {logits: scores.to(dtype)})
-    except RuntimeError as error:
-        return Routing("other", False, 1.0, f"the routing could not be evaluated: {error}")
-    z = scores.to(dtype).to(torch.float64).reshape(-1, shape[-1])
-    found = found.to(torch.float64)
-    if chosen.shape != found.shape or chosen.shape[0] != z.shape[0]:
-        return Routing("other", False, 1.0, "index and weight do not have one row per row of the router's output")
-    tolerance = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
-    for scoring, values in (("softmax", z.softmax(-1)), ("sigmoid", z.sigmoid()), ("uniform", torch.ones_like(z))):
-        selected = values.gather(1, chosen)
-        total = selected.sum(-1, keepdim=True)
-        for normalised in (False, True):
-            scale = _ratio(found, selected / total if normalised else selected, tolerance)
-            if scale is None:
+def _scaled_inputs(flow: Flow, x: fx.Node, index: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Input, index and weight of a mixture whose rows are pairs of a token and an expert, scaled by the weight."""
+    pairs = flow.plain(index)
+    product = flow.plain(x)
+    if operators.shape(index)[-1] != 1 or operators.kind(product) != "aten::mul" or len(operators.shape(product)) != 3:
+        return None
+    factors = [n for n in product.all_input_nodes if operators.kind(n) == "aten::unsqueeze"]
+    if len(factors) != 2 or operators.shape(pairs)[-1] != operators.shape(product)[1]:
+        return None
+    inputs = [_node(n.args[0]) for n in factors if operators.shape(n)[1] == 1]
+    weights = [_node(n.args[0]) for n in factors if operators.shape(n)[2] == 1]
+    rows = index if operators.kind(index) != "aten::reshape" else _node(index.args[0])
+    return (inputs[0], rows, weights[-1]) if inputs and weights else None
+
+
+def _shared_gate(flow: Flow, linears: Linears, path: frozenset[fx.Node], shared: tuple[FFN, ...]) -> Linear | None:
+    """The linear with one output whose value multiplies a shared expert's."""
+    for ffn in shared:
+        for node in flow.ordered(path):
+            if operators.kind(node) != "aten::mul" or not flow.depends(node, ffn.down.node):
                 continue
-            if scoring == "softmax" and normalised and _softmax_of_selected(flow, logits, weight):
-                scoring = "topk_softmax"
-            return Routing(scoring, normalised, scale)
-    return Routing("other", False, 1.0, "the weights of the selected experts are no known function of the router's output")
-
-
-def _without_router(flow: Flow, weight: fx.Node) -> Routing:
-    """All experts are selected whatever the input: uniform where all weights are equal."""
-    if weight not in flow.constant:
-        return Routing("other", False, 1.0)
-    (found,) = probe.evaluate(flow, [weight], {})
-    scale = _ratio(found.to(torch.float64), torch.ones_like(found, dtype=torch.float64), 1e-5)
-    return Routing("other", False, 1.0) if scale is None else Routing("uniform", False, scale)
-
-
-def _ratio(found: Tensor, expected: Tensor, tolerance: float) -> float | None:
-    """The one factor between two tensors, None where there is none."""
-    if not found.numel() or not bool(torch.isfinite(found).all()):
-        return None
-    ratio = found / expected
-    scale = float(ratio.median())
-    if not bool(((ratio - scale).abs() <= tolerance * max(abs(scale), 1e-12)).all()):
-        return None
-    return 1.0 if abs(scale - 1) <= tolerance else round(scale, 6)
-
-
-def _softmax_of_selected(flow: Flow, logits: fx.Node, weight: fx.Node) -> bool:
-    """Whether the softmax in front of the weights reads what a top-k selected."""
-    for node in flow.between(logits, weight):
-        if operators.kind(node) in operators.SOFTMAXES:
-            inside = flow.between(logits, node)
-            return any(operators.kind(n) == operators.TOPK or operators.kind(n) == "aten::gather" for n in inside)
-    return False
+            for factor in flow.inputs(node):
+                if flow.depends(factor, ffn.down.node):
+                    continue
+                source = flow.strip(factor, lambda n: n not in linears.whole and n in path)
+                linear = linears.whole.get(source)
+                if linear is not None and linear.out_features == 1:
+                    return linear
+    return None

@@ -5,8 +5,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # ships no stubs
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+_SOME = 2
 
 RESHAPES = frozenset(
     f"aten::{name}"
@@ -151,13 +155,15 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 
 def hint(size: Any) -> int:
-    """The number behind a symbolic size: the one the graph was traced with."""
+    """The number behind a symbolic size: the one the graph was traced with; for one that only data gives, some number."""
     node = getattr(size, "node", None)
     if node is None:
         return int(size)
+    unknown = free_unbacked_symbols(size)
+    if unknown:
+        return int(node.shape_env.size_hint(node.expr.xreplace(dict.fromkeys(unknown, sympy.Integer(_SOME)))))
     found = node.hint
     return int(found) if found is not None else int(node.shape_env.size_hint(node.expr))
-
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, whether it was given by position or by name."""

@@ -47,7 +47,8 @@ class Classifier:
             kind = "parallel" if ffns or mixtures else "attention"
             reasons.extend(self._beside(path, attentions))
         else:
-            mixing = self._mixes(entry, exit, path)
+            # experts may choose tokens, or count them: that is part of the mixture
+            mixing = False if mixtures else self._mixes(entry, exit, path)
             if mixing is True and ffns and all(self._shifts(entry, exit, ffn) for ffn in ffns):
                 kind = "ffn"
                 reasons.append("reads other positions too, moved to its own place")
@@ -151,6 +152,10 @@ class Classifier:
 
 
 def _opaque(flow: Flow, path: frozenset[fx.Node], unfed: list[str]) -> str:
+    read = {name for node in path for source in node.all_input_nodes for name in flow.weights.get(source, ())}
+    left = [f"{name}: {reason}" for name, reason in flow.graph.source.left.items() if name in read]
+    if left:
+        return f"nearest rule: mixture of experts, but {left[0]}"
     if unfed:
         return f"nearest rule: FFN, but {unfed[0]}"
     names = ", ".join(dict.fromkeys(operators.kind(node) for node in flow.ordered(path)))

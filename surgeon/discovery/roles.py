@@ -124,7 +124,11 @@ class Remaining:
         else:
             where = f"in {place[:-1]}" if place else "outside of the blocks"
             shape = list(operators.shape(node))
-            self.unrecognised[name] = f"{shape} is read {where} by {reader.name} = {kind}, and no rule gives that a part"
+            left = self.flow.graph.source.left.get(name)
+            experts = f"; it is no weight of experts, because {left}" if left else ""
+            self.unrecognised[name] = (
+                f"{shape} is read {where} by {reader.name} = {kind}, and no rule gives that a part{experts}"
+            )
             return
         self.naming.claim(name, role)
 

@@ -3,7 +3,7 @@
     blocks.I.attention.{q,k,v,o}    fused projections join their letters: qkv, kv; ``head.J.`` in front where each head
                                     has projections of its own
     blocks.I.ffn.{up,gate,down}     gate_up where one linear is both
-    blocks.I.moe.router, blocks.I.moe.shared.{up,gate,down}
+    blocks.I.moe.router, blocks.I.moe.shared.{up,gate,down}, blocks.I.moe.shared_gate
     blocks.I.linear.J, linear.J     linears that no rule gave a part
     head                            the last linear on a stream behind its last block (head.0 ... where several have one)
     embedding.J                     look-up tables
@@ -82,6 +82,10 @@ class Naming:
                         self.claim(tensor, f"{name}.{key}_{part}")
             for shared_name, ffn in numbered(f"{name}.shared", list(moe.shared)):
                 self._ffn(shared_name, block.index, ffn)
+            if moe.shared_gate is not None:
+                self._linear(f"{name}.shared_gate", block.index, moe.shared_gate.node)
+            if moe.selection_bias is not None:
+                self.claim(moe.selection_bias, f"{name}.selection_bias")
         rest = (node for node in block.nodes if node in self.linears.whole and node not in self._sites)
         for number, node in enumerate(rest):
             self._linear(f"{block.name}.linear.{number}", block.index, node)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgeon.activations import activation as lookup
 from surgeon.errors import RewriteError
+from surgeon.gates import gate as lookup
 
 
 class _Groups(NamedTuple):
@@ -122,12 +122,11 @@ def _unsort(rows: Tensor, groups: _Groups, tokens: int, k: int) -> Tensor:
 
 
 def _inner(pre: Tensor, inner: int, activation: str) -> Tensor:
-    """Pre-activations [..., O] -> hidden [..., I]: act(pre), or act(gate) * up when O = 2 I with rows [gate | up]."""
-    function = lookup(activation).function
+    """Pre-activations [..., O] -> hidden [..., I]: act(pre), or h(gate, up) when O = 2 I with rows [gate | up]."""
+    entry = lookup(activation)
     if pre.shape[-1] == inner:
-        return function(pre)
-    gate, up = pre.chunk(2, dim=-1)
-    return function(gate) * up
+        return entry.alone(pre)
+    return entry.joined(*pre.chunk(2, dim=-1))
 
 
 def _check_moe(
@@ -181,7 +180,7 @@ def moe(
     """Mixture of experts behind a router: y_t = sum_j weight[t, j] f_e(x_t), e = index[t, j].
 
     f_e(x) = w_out[e] h + b_out[e];  plain (O = I): h = act(w_in[e] x + b_in[e]);  gated (O = 2 I):
-    [gate | up] = w_in[e] x + b_in[e], h = act(gate) * up.
+    [gate | up] = w_in[e] x + b_in[e], h = act(gate) * up, or with the constants of :class:`surgeon.gates.Gate`.
 
     Args:
         x: [T, H].
@@ -192,7 +191,7 @@ def moe(
         w_out: [E, G, I].
         b_in: [E, O] or None.
         b_out: [E, G] or None.
-        activation: a name in :data:`surgeon.activations.ACTIVATIONS`.
+        activation: a name in :data:`surgeon.activations.ACTIVATIONS`, or of a gate with constants.
 
     Returns:
         [T, G] in the dtype of x.
@@ -242,8 +241,8 @@ def moe_backward(
 
     For a pair s = (t, j) of expert e, with a = w_in[e] x_t + b_in[e] recomputed (kept memory is O(inputs)),
     c = weight[t, j] and g = grad[t]:  q = w_out[e]^T g;  dc = q . h + g . b_out[e];  dw_out[e] += c g h^T;
-    db_out[e] += c g;  dh = c q;  da = act'(a) dh, or [act'(gate) up dh | act(gate) dh];  dw_in[e] += da x_t^T;
-    db_in[e] += da;  dx_t += w_in[e]^T da.
+    db_out[e] += c g;  dh = c q;  da = act'(a) dh, or [act'(gate) f(up) dh | act(gate) f'(up) dh],
+    f the factor of up;  dw_in[e] += da x_t^T;  db_in[e] += da;  dx_t += w_in[e]^T da.
 
     Args:
         grad: [T, G] gradient of the output.
@@ -254,7 +253,7 @@ def moe_backward(
         w_out: [E, G, I].
         b_in: [E, O] or None.
         b_out: [E, G] or None.
-        activation: a name in :data:`surgeon.activations.ACTIVATIONS`.
+        activation: as there.
         needed: six flags, for x, weight, w_in, w_out, b_in, b_out.
 
     Returns:
@@ -275,8 +274,8 @@ def moe_backward(
     if need_x or need_weight or need_w_in or need_b_in or need_w_out:
         pre = _grouped_linear(rows, w_in, b_in, groups)
         gate, up = pre.chunk(2, dim=-1) if gated else (pre, None)
-        active = entry.function(gate)
-        hidden = active if up is None else active * up
+        active = entry.alone(gate)
+        hidden = active if up is None else active * entry.factor(up)
         if need_w_out:
             grads["w_out"] = _grouped_outer(scaled, hidden, experts, groups)
     if need_x or need_weight or need_w_in or need_b_in:
@@ -288,11 +287,13 @@ def moe_backward(
             grads["weight"] = _unsort(dot, groups, tokens, k).squeeze(-1).to(weight.dtype)
     if need_x or need_w_in or need_b_in:
         inner_grad = (pulled * scale).to(x.dtype)
-        slope = entry.derivative(gate)
+        slope = entry.slope(gate)
         if up is None:
             pre_grad = slope * inner_grad
         else:
-            pre_grad = torch.cat([slope * up * inner_grad, active * inner_grad], dim=-1)
+            flat = entry.factor_slope(up)
+            up_grad = active * inner_grad if flat is None else active * flat * inner_grad
+            pre_grad = torch.cat([slope * entry.factor(up) * inner_grad, up_grad], dim=-1)
         if need_b_in:
             grads["b_in"] = _grouped_sum(pre_grad, experts, groups)
         if need_w_in:

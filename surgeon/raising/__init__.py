@@ -1,0 +1,180 @@
+"""Mixtures of experts in any spelling, raised to one ``surgeon::moe`` node each.
+
+A model may loop over its experts, compute all of them, gather each token's weights or sort tokens by expert; it may store
+one tensor for all experts or one each.  From the expert weights, and not from the router, this package looks for
+
+1. the *exit*: a node that everything computed from them passes through (post-dominators, ``cuts``);
+2. the *cut*: the experts' input and what the router hands over, such that the exit follows from these alone;
+3. the *roles* of the weights and the activation (``weights``, ``match``), found by running the region.
+
+A region is replaced only where it equals the operator on random inputs, weights and routings; a proof counts for every
+region of the same signature.  Otherwise it stays as it was and the reason is kept.  Routing stays in front of the node as
+it was spelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from surgeon.discovery import operators
+from surgeon.discovery.flow import Flow
+from surgeon.graph import Graph
+from surgeon.raising import cuts
+from surgeon.raising.match import Mixture, Trial, transfer
+from surgeon.raising.region import Region, is_sized
+from surgeon.raising.replace import insert, settle_layout
+from surgeon.rewrite import Editor
+
+__all__ = ["raise_mixtures"]
+
+SKIP = 3
+"""How many of a group of weights may come before the experts': gate and up of a shared expert."""
+
+PATIENCE = 25
+"""Exits without a cut after which a weight is taken to belong to no experts."""
+
+KEPT = 64
+"""Cuts that are remembered: every step of a loop over experts is an exit, only the last ones matter."""
+
+
+def raise_mixtures(graph: Graph, *, adopt: bool = False) -> tuple[Graph, dict[str, str]]:
+    """Replace every mixture of experts that can be proven to be one.
+
+    Args:
+        graph: a canonical graph, edited in place.
+        adopt: let the source's own parameters become views of stacked ones, so that no weight is held twice; for
+            sources that nobody else holds.
+
+    Returns:
+        The graph, and why weights that look like those of experts were left alone, by name.
+    """
+    editor = Editor(graph)
+    flow = Flow(graph)
+    found, reasons = find_mixtures(flow)
+    for mixture in found:
+        insert(editor, flow, mixture, adopt=adopt)
+    settle_layout(editor, adopt=adopt)
+    return editor.finish(), reasons
+
+
+def find_mixtures(flow: Flow) -> tuple[list[Mixture], dict[str, str]]:
+    """Every mixture of a graph that is not one node yet, in graph order, and why others are none."""
+    seeds = list(_seeds(flow))
+    if not seeds:
+        return [], {}
+    follower = cuts.followers(flow)
+    proofs: dict[Any, Mixture | str] = {}
+    found: list[Mixture] = []
+    reasons: dict[str, str] = {}
+    taken: set[str] = set()
+    for reads, experts in seeds:
+        names = tuple(str(node.target) for node in reads)
+        if any(name in taken for name in names):
+            continue
+        result: Mixture | str = ""
+        for read in reads[:SKIP]:
+            result = _search(flow, follower, read, names, experts, proofs)
+            if isinstance(result, Mixture):
+                break
+        if isinstance(result, Mixture):
+            found.append(result)
+            taken.update(result.region.names)
+        elif result and (len(names) == 1 or len(names) > 3):  # two or three alike are gate and up, or query, key and value
+            reasons.update(dict.fromkeys(names, result))
+    return found, {name: reason for name, reason in reasons.items() if name not in taken}
+
+
+def _search(
+    flow: Flow,
+    follower: dict[fx.Node, fx.Node],
+    read: fx.Node,
+    names: tuple[str, ...],
+    experts: set[int],
+    proofs: dict[Any, Mixture | str],
+) -> Mixture | str:
+    reader = cuts.first_reader(flow, read)
+    if reader is None:
+        return ""
+    reason = ""
+    for x in cuts.inputs(flow, reader[1]):
+        for trial in reversed(_trials(flow, follower, read, x, names, experts)):  # as much as possible, so last exits first
+            key = (trial.routing.kind, trial.routing.k, len(trial.bases), trial.region.signature())
+            if key not in proofs:
+                proofs[key] = trial.solve()
+            known = proofs[key]
+            if isinstance(known, Mixture):
+                return transfer(known, trial)
+            reason = reason or known
+    return reason or "no input and no routing were found that its experts follow from alone"
+
+
+def _trials(
+    flow: Flow, follower: dict[fx.Node, fx.Node], read: fx.Node, x: fx.Node, names: tuple[str, ...], experts: set[int]
+) -> list[Trial]:
+    """Exits with the cuts that they follow from; what a node follows from only grows along the exits."""
+    tokens = _count(x) // operators.shape(x)[-1]
+    found: list[Trial] = []
+    waiting = PATIENCE
+    for exit in cuts.exits(flow, follower, read):
+        shape = operators.shape(exit)
+        if not flow.depends(exit, x) or not shape or _count(exit) != tokens * shape[-1]:
+            continue
+        trials = []
+        for routing in cuts.routings(flow, exit, x, tokens, experts):
+            bases = tuple(cuts.bases(flow, exit, routing))
+            region = Region(flow, exit, (x, *routing.nodes, *bases), flow.index[x] - cuts.REACH)
+            if region.complete and 2 * len(set(names) & set(region.names)) >= len(names):
+                trials.append(Trial(region, x, routing, bases))
+        if not trials:
+            waiting -= 1
+            if found or waiting == 0:
+                break
+        found = [*found[-KEPT:], *reversed(trials)]
+    return found
+
+
+def _seeds(flow: Flow) -> Iterator[tuple[list[fx.Node], set[int]]]:
+    """Weights that may belong to the experts of one mixture, and possible numbers of experts.
+
+    Case 1: one tensor [E, A, B], or a matrix that is only read as one.
+    Case 2: several matrices of one shape that multiply the same tensor, or rows gathered from it.
+    """
+    siblings: dict[tuple[fx.Node, tuple[int, ...]], list[fx.Node]] = {}
+    for nodes in flow.readers.values():
+        node = nodes[0]
+        if not operators.is_float(node) or all(operators.kind(user) == operators.MOE for user in node.users):
+            continue
+        shapes = {operators.shape(node), *(operators.shape(user) for user in node.users if user in flow.constant)}
+        deep = {shape[0] for shape in shapes if len(shape) == 3 and shape[0] > 1 and min(shape) > 1}
+        reader = cuts.first_reader(flow, node) if deep or len(operators.shape(node)) == 2 else None
+        if reader is None or operators.kind(reader[0]) in operators.CONVOLUTIONS:
+            continue
+        if deep and operators.kind(reader[0]) not in ("aten::add", "aten::mul", "aten::sub"):  # Case 1
+            yield [node], deep
+        elif len(operators.shape(node)) == 2 and operators.kind(reader[0]) in operators.PRODUCTS:  # Case 2
+            source = _source(flow, reader[1])
+            siblings.setdefault((source, operators.shape(node)), []).append(node)
+    for group in siblings.values():
+        if len(group) > 1:
+            counts = {len(group) - shared for shared in (0, 1, 2)}  # a shared expert may read the same tensor
+            yield group, {n for n in counts | {n // 2 for n in counts} if n > 1}
+
+
+def _source(flow: Flow, node: fx.Node) -> fx.Node:
+    """The tensor whose rows a product reads."""
+    while not is_sized(node) or operators.is_reshape(node) or operators.kind(node) in operators.REPETITIONS:
+        sources = flow.inputs(node)
+        if len(sources) != 1 or not (operators.is_movement(node) or operators.kind(node) in operators.LOOKUPS):
+            return node
+        node = sources[0]
+    return node
+
+
+def _count(node: fx.Node) -> int:
+    result = 1
+    for size in operators.shape(node):
+        result *= size
+    return result

@@ -1,0 +1,145 @@
+"""Export of models that loop over the experts that were chosen, or skip an expert without tokens.
+
+    for expert in (mask.sum((-1, -2)) > 0).nonzero(): ...        if mask.any(): ...        if tokens.numel() == 0: continue
+
+Such code decides in Python about data, which a graph cannot.  Inside :func:`unrolled` it is traced as if every expert had
+tokens: a loop over the places where a vector of fixed length is true visits all of them, a condition on whether anything
+was selected holds, and a number of selected things is not zero.  What is done for an expert without tokens changes nothing
+in a mixture of experts; whether that is so in the model at hand is decided by comparing the graph with the model on other
+inputs, as every trace is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+
+_SOME = 3
+"""The number of selected things where Python asks for one: neither none nor one."""
+
+
+class _Place(list[int]):
+    """A row of ``nonzero`` as Python integers: indexes tensors like the row does, and is a number where one is needed."""
+
+    def item(self) -> int:
+        """The only entry."""
+        (number,) = self
+        return number
+
+    def tolist(self) -> list[int]:
+        """The entries."""
+        return list(self)
+
+    def squeeze(self, *_: int) -> int:
+        """The only entry."""
+        return self.item()
+
+    def __int__(self) -> int:
+        return self.item()
+
+    def __index__(self) -> int:
+        return self.item()
+
+
+@contextmanager
+def unrolled() -> Iterator[list[str]]:
+    """Trace decisions on data as the module's docstring says.
+
+    Yields:
+        What was decided so, in words, as it happens.
+    """
+    decided: list[str] = []
+    places: dict[int, tuple[Tensor, int]] = {}
+
+    def nonzero(original: Callable[..., Any]) -> Callable[..., Any]:
+        def patched(value: Any, *args: Any, **kwargs: Any) -> Any:
+            whole = not args and not kwargs.get("as_tuple") and isinstance(value, Tensor) and value.dim() == 1
+            if not whole or not isinstance(value.shape[0], int):
+                return original(value, *args, **kwargs)
+            decided.append(f"a vector of {value.shape[0]} conditions is taken to hold everywhere")
+            rows = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
+            places[id(rows)] = (rows, int(value.shape[0]))  # held, so that its id stays its own
+            return rows
+
+        return patched
+
+    def iterate(original: Callable[[Tensor], Iterator[Any]]) -> Callable[[Tensor], Iterator[Any]]:
+        def patched(value: Tensor) -> Iterator[Any]:
+            if id(value) in places:
+                return iter([_Place([number]) for number in range(places[id(value)][1])])
+            return original(value)
+
+        return patched
+
+    def to_list(original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def patched(value: Tensor) -> Any:
+            if id(value) in places:
+                return [[number] for number in range(places[id(value)][1])]
+            return original(value)
+
+        return patched
+
+    def truth(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def patched(value: Any) -> bool:
+            try:
+                return original(value)
+            except GuardOnDataDependentSymNode:
+                holds = True if isinstance(value, Tensor) else _usual(value)
+                decided.append(f"a condition on data is taken to be {holds}")
+                return holds
+
+        return patched
+
+    def bincount(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def patched(value: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+            if weights is not None or not isinstance(minlength, int) or minlength == 0:
+                return original(value, weights, minlength)
+            decided.append(f"numbers below {minlength} are counted")
+            return (value.unsqueeze(-1) == torch.arange(minlength, device=value.device)).long().sum(0)
+
+        return patched
+
+    with ExitStack() as stack:
+        for owner, name, make in (
+            (torch, "nonzero", nonzero),
+            (torch.Tensor, "nonzero", nonzero),
+            (torch.Tensor, "__iter__", iterate),
+            (torch.Tensor, "tolist", to_list),
+            (torch.Tensor, "__bool__", truth),
+            (torch.SymBool, "__bool__", truth),
+            (torch, "bincount", bincount),
+            (torch.Tensor, "bincount", bincount),
+        ):
+            stack.enter_context(_patched(owner, name, make))
+        yield decided
+
+
+def _usual(condition: Any) -> bool:
+    """A condition on numbers that only data gives, where flags are set and counts are neither zero nor one."""
+    node = condition.node
+    ranges = node.shape_env.var_to_range
+    numbers = {}
+    for symbol in free_unbacked_symbols(condition):
+        flag = symbol in ranges and ranges[symbol].upper == 1
+        numbers[symbol] = 1 if flag else _SOME
+    expression = node.expr.xreplace(numbers)
+    backed = {symbol: node.shape_env.size_hint(symbol) for symbol in expression.free_symbols}
+    return bool(expression.xreplace(backed))
+
+
+@contextmanager
+def _patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    own = owner.__dict__.get(name)
+    setattr(owner, name, make(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
