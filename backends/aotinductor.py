@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ class AotInductor(Backend):
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})
-                nodes = len(program.graph.nodes)
+                calls = [node for node in program.graph.nodes if node.op == "call_function"]
+                operators = Counter(str(getattr(node.target, "__name__", node.target)).split(".")[0] for node in calls)
                 if self.device == "cuda":
                     from torch.export.passes import move_to_device_pass
 
@@ -111,7 +113,8 @@ class AotInductor(Backend):
             raise LowerError(f"aotinductor: torch cannot compile the graph: {reason}") from error
         used = sum(lowered.kernels.values()) if self.low_bit != "dequantize" else 0
         details = {
-            "nodes": nodes,
+            "nodes": len(calls),
+            "operators": dict(operators.most_common()),
             "torch": torch.__version__,
             "device": self.device,
             "fused": dict(lowered.kernels) if used else {},

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from surgeon.backends import _trt_dialect as onnx_dialect
+from surgeon.backends._onnx_export import operators as operators_of
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -127,13 +128,14 @@ class TensorRT(Backend):
             checked = _check_onnx(graph, path, self.accepted_error(graph))
             engine, layers = self._build(library, flavour, graph, path, profile)
             (folder / FILE).write_bytes(engine)
-            nodes = len(model.graph)
+            nodes, operators = len(model.graph), operators_of(model)
         details = {
             "flavour": flavour,
             "version": library.__version__,
             "compute_capability": [f"{value:.1f}" for value in self._capabilities(flavour)],
             "profile": {name: list(sizes) for name, sizes in profile.items()},
             "nodes": nodes,
+            "operators": operators,
             "layers": layers,
             "experts": experts if _has_experts(graph) else None,
             "onnx_relative_error": checked,

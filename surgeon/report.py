@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from surgeon import formatting
 from surgeon.terminal import render_terminal
 
 __all__ = ["Comparison", "Latency", "PassReport", "Report", "render_terminal"]
@@ -140,6 +141,33 @@ class Report(_Data):
         """
         return cls.model_validate_json(text)
 
+    def lowering_table(self) -> list[tuple[str, str]]:
+        """What became of the graph in the artefact: nodes, fused ones, the others by kind, bytes, seconds.
+
+        Node counts are those of the runtime's own operators where the backend knows them (``details`` of the artefact:
+        ``nodes``, ``fused``, ``operators``); operators of a runtime's own domain (``domain.Name``) are fused kernels.
+        """
+        if self.artifact is None:
+            return []
+        details = self.artifact.get("details", {})
+        rows = [("nodes", str(details["nodes"]))] if "nodes" in details else []
+        for name in ("fused", "experts"):
+            found = details.get(name)
+            if isinstance(found, dict) and found:
+                rows.append((name, _counts(found)))
+        operators = details.get("operators", {})
+        others = {kind: count for kind, count in operators.items() if "." not in kind and kind not in details.get("fused", {})}
+        if others:
+            rows.append((f"{sum(others.values())} other nodes", _counts(others)))
+        left = details.get("dequantized_at_run_time")
+        if left:
+            rows.append(("dequantized at run time", f"{len(left)} weights"))
+        rows.append(("size", formatting.size(sum(file["bytes"] for file in self.artifact["files"]))))
+        for phase, name in (("lower", "lowered in"), ("check", "checked in")):
+            if phase in self.seconds:
+                rows.append((name, formatting.seconds(self.seconds[phase])))
+        return rows
+
     def quality_table(self) -> list[tuple[str, float | None, float | None]]:
         """Quality by measure: name, the graph's figure, the artefact's figure."""
         names = dict.fromkeys(name.removeprefix("artifact_") for name in self.quality)
@@ -155,3 +183,11 @@ class Report(_Data):
             )
             for name in outputs
         }
+
+
+def _counts(found: dict[str, int], shown: int = 8) -> str:
+    """The most frequent kinds with their counts: ``Reshape 28, Mul 17, 5 of 3 more kinds``."""
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    text = [f"{formatting.label(kind).strip()} {count}" for kind, count in ordered[:shown]]
+    rest = ordered[shown:]
+    return ", ".join(text + ([f"{sum(count for _, count in rest)} of {len(rest)} more kinds"] if rest else []))

@@ -51,6 +51,7 @@ def render_terminal(report: Report, console: Console) -> None:
         _latency(report) if report.latency else None,
         _quality(report) if report.quality else None,
         _passes(report.passes) if report.passes else None,
+        _lowering(report) if report.artifact else None,
         _check(report) if report.comparisons else None,
     ]
     for table in filter(None, tables):
@@ -226,6 +227,16 @@ def _passes(passes: Iterable[PassReport]) -> Table:
             what.append(f"\n{note}", "dim italic")
         sizes = number(step.parameters[1]), number(step.active_parameters[1]), size(step.bytes[1])
         table.add_row(str(index + 1), what, *sizes, seconds(step.seconds))
+    return table
+
+
+def _lowering(report: Report) -> Table:
+    assert report.artifact is not None
+    table = _table(f"lowered to {report.artifact['backend']}")
+    table.add_column("", no_wrap=True)
+    table.add_column("", ratio=1)
+    for name, value in report.lowering_table():
+        table.add_row(name, Text(value))
     return table
 
 

@@ -243,3 +243,23 @@ def test_blocks_keep_their_place(report: Report) -> None:
 
 def test_blocks_without_structure_are_left_out(bare: Report) -> None:
     assert blocks_picture(bare) is None
+
+
+def test_report_says_what_became_of_the_graph(report: Report) -> None:
+    kinds = {f"Kind{number}": 10 - number for number in range(10)}
+    assert report.artifact is not None
+    report.artifact["details"] = {
+        "nodes": 60, "fused": {"matmul_nbits": 4}, "operators": {"com.microsoft.MatMulNBits": 4, **kinds},
+    }  # fmt: skip
+    report.seconds |= {"lower": 12.0, "check": 0.5}
+    rows = dict(report.lowering_table())
+    assert rows["nodes"] == "60"
+    assert rows["fused"] == "matmul nbits 4"
+    assert rows["55 other nodes"].startswith("Kind0 10, Kind1 9,")
+    assert rows["55 other nodes"].endswith("Kind7 3, 3 of 2 more kinds")
+    assert (rows["size"], rows["lowered in"], rows["checked in"]) == ("21.4 MB", "12.0 s", "0.50 s")
+    text = printed(report)
+    assert "lowered to onnxruntime" in text
+    assert "matmul nbits 4" in Page(render_html(report)).text
+    report.artifact = None
+    assert report.lowering_table() == []
