@@ -112,6 +112,33 @@ def test_what_needs_values_is_refused_with_what_to_do() -> None:
         surgeon.trace(module, inputs, weights="none")
 
 
+class RunningSum(nn.Module):
+    """Mixes positions without softmax attention, so that whether it does is measured."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.spread = nn.Linear(8, width, dtype=torch.bfloat16)
+        self.gather = nn.Linear(width, 8, dtype=torch.bfloat16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.table(ids).bfloat16()
+        return x + self.gather(self.spread(x).cumsum(1))
+
+
+@pytest.mark.parametrize("width", [32, 2**26])
+def test_weights_that_would_fill_the_memory_are_not_drawn(width: int) -> None:
+    with surgeon.fake_weights():
+        module = RunningSum(width)
+    (block,) = surgeon.discover(surgeon.trace(module, {"ids": torch.randint(0, 16, (2, 5))})).blocks
+    (region,) = block.regions
+    assert region.reason is not None
+    if width == 32:
+        assert region.kind == "mixer"
+    else:
+        assert "could not be measured: it reads 1,140,850,696 weights that are not in memory" in region.reason
+
+
 def test_inspect_says_that_nothing_was_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from surgeon import cli
 

@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 
+_DRAWN = 2**29
+"""Largest number of weights that are drawn for one evaluation: 1 GiB in a type of 16 bits."""
+
 
 def evaluate(flow: Flow, targets: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> list[Any]:
     """Values of ``targets`` when some nodes have the values ``given``.
@@ -28,7 +31,7 @@ def evaluate(flow: Flow, targets: Sequence[fx.Node], given: Mapping[fx.Node, Any
         One value per target.
 
     Raises:
-        RuntimeError: an operator does not accept the given values.
+        RuntimeError: an operator does not accept the given values, or too many weights would be drawn.
     """
     return _run(flow, targets, given)
 
@@ -61,8 +64,10 @@ def _run(
     plain_norms: bool = False,
 ) -> list[Any]:
     values: dict[fx.Node, Any] = dict(given)
+    needed = flow.ordered(_needed(targets, values))
+    _refuse_large(flow, needed)
     with torch.no_grad():
-        for node in flow.ordered(_needed(targets, values)):
+        for node in needed:
             if plain_norms and operators.kind(node) in operators.NORMS_OVER_POSITIONS:
                 values[node] = values[node.args[0]]  # type: ignore[index]  # the input of a normalisation
             else:
@@ -105,16 +110,27 @@ def _value(flow: Flow, node: fx.Node, values: Mapping[fx.Node, Any], elementwise
     return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function target
 
 
+def _refuse_large(flow: Flow, nodes: Sequence[fx.Node]) -> None:
+    """Weights that are not in memory are not drawn where they would fill it."""
+    names = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
+    missing = [tensor.numel() for tensor in map(flow.graph.tensor, names) if _is_fake(tensor)]
+    if sum(missing) > _DRAWN:
+        raise RuntimeError(f"it reads {sum(missing):,} weights that are not in memory, at most {_DRAWN:,} are drawn at random")
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
 def _tensor(tensor: Tensor, seed: int) -> Tensor:
-    if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+    if not _is_fake(tensor):
         return tensor.detach()
     shape = tuple(operators.hint(size) for size in tensor.shape)
     generator = torch.Generator().manual_seed(seed)
     if not tensor.is_floating_point():
         return torch.zeros(shape, dtype=tensor.dtype)
     fan_in = shape[-1] if len(shape) > 1 else 1
-    noise: Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
-    return noise.to(tensor.dtype)
+    return torch.randn(shape, generator=generator, dtype=tensor.dtype).div_(fan_in**0.5)
 
 
 def _noise(node: fx.Node, generator: torch.Generator) -> Tensor:
