@@ -32,6 +32,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -42,7 +43,7 @@ from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.mixtures import rows
-from surgeon.numerics import NumericsError, train_linear_router, train_mlp_router
+from surgeon.numerics import NumericsError, output_factor, train_linear_router, train_mlp_router
 from surgeon.rewrite import Editor
 from surgeon.routers import Choice, Router
 from surgeon.samples import Sample
@@ -179,9 +180,9 @@ class MoefyAttention(Pass[MoefyAttentionPlan]):
             x, results = _sampled(statistics, decision.site)
             try:
                 router = self._router(editor.graph, output, decision, x, results)
+                choice = self._choice(editor.graph, output, decision, router, x, results)
             except NumericsError as error:
                 raise PlanError(f"{decision.site}: {error}") from error
-            choice = self._choice(editor.graph, output, decision, router, x, results)
             _mask(editor, query, output, decision, router, choice)
 
     def _router(self, graph: Graph, output: Linear, decision: RouteGroups, x: Tensor, results: Tensor) -> Router:
@@ -210,11 +211,7 @@ class MoefyAttention(Pass[MoefyAttentionPlan]):
         matrix = rows(graph, output).reshape(-1, decision.groups, parts.shape[2])[:, routed].flatten(1)
         found = (parts * runs[:, :, None]).flatten(1) @ matrix.T
         wanted = parts.flatten(1) @ matrix.T
-        energy = float(found.double().square().sum())
-        if energy == 0:
-            raise PlanError(f"{decision.site}: the chosen groups give 0 on all calibration data; scaling cannot be fitted")
-        factor = float((found.double() * wanted.double()).sum()) / energy
-        return Choice(self.select, decision.top_k, threshold, "one", round(factor, 6))
+        return replace(choice, factor=output_factor(found, wanted, "least_squares"))
 
     def exact(self, plan: MoefyAttentionPlan) -> bool:
         """With every group chosen nothing is masked."""

@@ -48,6 +48,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -69,7 +70,14 @@ from surgeon.mixtures import (
     put_in_place,
     refuse_ffn,
 )
-from surgeon.numerics import NumericsError, centroid_router, ridge_regression, train_linear_router, train_mlp_router
+from surgeon.numerics import (
+    NumericsError,
+    centroid_router,
+    output_factor,
+    ridge_regression,
+    train_linear_router,
+    train_mlp_router,
+)
 from surgeon.observe import AbsoluteRegression
 from surgeon.rewrite import Editor
 from surgeon.routers import Choice, Router
@@ -228,14 +236,14 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
         if self.split == "importance":
             importance = self._importance(neurons, site, statistics)
             shared = splits.widely_important(importance, size, self.shared * size)
-            left = _without(width, shared)
+            left = splits.without(width, shared)
             return left[splits.split_importance(importance[:, left], size, overlap=self.overlap)], shared
         shared = torch.empty(0, dtype=torch.int64)
         hidden = None
         if f"{site.name}.sample" in statistics:
             hidden = neurons.hidden(_sampled(statistics, site.name)[0])
             shared = splits.widely_active(hidden, size, self.shared * size)
-        left = _without(width, shared)
+        left = splits.without(width, shared)
         if self.split == "kmeans":
             return left[splits.split_kmeans(neurons.keys[left], routed, self.seed)], shared
         assert hidden is not None
@@ -312,7 +320,8 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
             solution = ridge_regression(observer.second_moment, mass).to(dtype)
             return Router({"weight": solution[:-1].T, "bias": solution[-1]})
         x = _sampled(statistics, site)[0]
-        targets = _targets(neurons, experts, neurons.hidden(x), self.target)
+        predicted = neurons.masses if self.target == "mass" else neurons.norms
+        targets = predicted(neurons.hidden(x), experts)
         if self.router == "linear":
             weight, bias = train_linear_router(x, targets)
             return Router({"weight": weight.to(dtype), "bias": bias.to(dtype)})
@@ -337,20 +346,12 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
         runs = torch.zeros(x.shape[0], routed, dtype=x.dtype, device=x.device).scatter(1, index, weight)
         hidden = neurons.hidden(x)
         if self.scaling == "mean_output":
-            return choice, _mean_when_skipped(neurons, experts, hidden, runs)
-        taken = torch.zeros_like(hidden)
-        for number, expert in enumerate(experts):
-            taken[:, expert] += runs[:, number : number + 1] * hidden[:, expert]
-        left = _without(hidden.shape[1], torch.tensor(decision.shared, dtype=torch.int64))
-        found, wanted = taken @ neurons.down.T, hidden[:, left] @ neurons.down[:, left].T
-        energy = float(found.double().square().sum())
-        if energy == 0:
-            raise PlanError(f"{decision.site}: the chosen experts give 0 on all calibration data; scaling cannot be fitted")
-        if self.scaling == "norm":
-            factor = (float(wanted.double().square().sum()) / energy) ** 0.5
-        else:
-            factor = float((wanted.double() * found.double()).sum()) / energy
-        return Choice(self.select, decision.top_k, self.threshold or 0.0, "one", round(factor, 6)), None
+            return choice, neurons.means_when_skipped(hidden, experts, runs)
+        routed_neurons = splits.without(hidden.shape[1], torch.tensor(decision.shared, dtype=torch.int64))
+        wanted = hidden[:, routed_neurons] @ neurons.down[:, routed_neurons].T
+        preserve: Literal["norm", "least_squares"] = "norm" if self.scaling == "norm" else "least_squares"
+        factor = output_factor(neurons.mixed(hidden, experts, runs), wanted, preserve)
+        return replace(choice, factor=factor), None
 
     # -- accounting ---------------------------------------------------------------------------------------------
 
@@ -409,27 +410,6 @@ def _sampled(statistics: Statistics, site: str, kind: str = "sample") -> list[Te
     observer = statistics[f"{site}.{kind}"]
     assert isinstance(observer, Sample)
     return observer.values()
-
-
-def _without(width: int, neurons: Tensor) -> Tensor:
-    """The other neurons, ascending."""
-    left = torch.ones(width, dtype=torch.bool)
-    left[neurons] = False
-    return left.nonzero().flatten()
-
-
-def _targets(neurons: Neurons, experts: Tensor, hidden: Tensor, target: str) -> Tensor:
-    """What a router is to predict, hidden [T, I] -> [T, R]."""
-    if target == "mass":
-        return torch.stack([hidden[:, expert].abs().sum(1) for expert in experts], dim=1)
-    return torch.stack([(hidden[:, e] @ neurons.down[:, e].T).norm(dim=1) for e in experts], dim=1)
-
-
-def _mean_when_skipped(neurons: Neurons, experts: Tensor, hidden: Tensor, runs: Tensor) -> Tensor:
-    """Mean output of every expert over the tokens that skip it, [R, G]; 0 where none does."""
-    skipped = (runs == 0).to(hidden.dtype)
-    share = skipped / skipped.sum(0).clamp_min(1)
-    return torch.stack([neurons.down[:, e] @ (share[:, n] @ hidden[:, e]) for n, e in enumerate(experts)])
 
 
 def _replace(

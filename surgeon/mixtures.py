@@ -72,10 +72,32 @@ class Neurons:
         up = linear(x, self.up, self.up_bias)
         return function(up) if self.gate is None else function(linear(x, self.gate, self.gate_bias)) * up
 
-    def outputs(self, hidden: Tensor, experts: Tensor) -> Tensor:
-        """Output of every expert without the down bias, hidden [T, I] and experts [E, m] -> [T, E, G]."""
-        parts = [hidden[:, expert] @ self.down[:, expert].T for expert in experts]
-        return torch.stack(parts, dim=1)
+    def masses(self, hidden: Tensor, experts: Tensor) -> Tensor:
+        """``sum_{i in e} |h_i|`` of every token and expert, hidden [T, I] and experts [E, m] -> [T, E]."""
+        return torch.stack([hidden[:, expert].abs().sum(1) for expert in experts], dim=1)
+
+    def norms(self, hidden: Tensor, experts: Tensor) -> Tensor:
+        """``|E_e(x)|_2`` of every token and expert, hidden [T, I] and experts [E, m] -> [T, E]."""
+        return torch.stack([(hidden[:, e] @ self.down[:, e].T).norm(dim=1) for e in experts], dim=1)
+
+    def means_when_skipped(self, hidden: Tensor, experts: Tensor, runs: Tensor) -> Tensor:
+        """Mean output of every expert over the tokens for which its weight is 0, [E, G]; 0 where there are none.
+
+        Args:
+            hidden: [T, I].
+            experts: [E, m].
+            runs: weights, [T, E].
+        """
+        skipped = (runs == 0).to(hidden.dtype)
+        share = skipped / skipped.sum(0).clamp_min(1)
+        return torch.stack([self.down[:, e] @ (share[:, n] @ hidden[:, e]) for n, e in enumerate(experts)])
+
+    def mixed(self, hidden: Tensor, experts: Tensor, runs: Tensor) -> Tensor:
+        """``sum_e w_e E_e(x)``, arguments as above, [T, G]."""
+        taken = torch.zeros_like(hidden)
+        for number, expert in enumerate(experts):
+            taken[:, expert] += runs[:, number : number + 1] * hidden[:, expert]
+        return taken @ self.down.T
 
     def experts(self, experts: Tensor) -> Experts:
         """Stacked weights of experts [E, m]; a neuron may be in several."""

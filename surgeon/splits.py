@@ -90,3 +90,10 @@ def widely_active(hidden: Tensor, size: int, count: int) -> Tensor:
 def widely_important(importance: Tensor, size: int, count: int) -> Tensor:
     """The ``count`` neurons that most experts want, importance [E, I] -> [count]."""
     return shared_neurons(importance, size, count)
+
+
+def without(width: int, neurons: Tensor) -> Tensor:
+    """The other neurons of ``width``, ascending."""
+    left = torch.ones(width, dtype=torch.bool)
+    left[neurons] = False
+    return left.nonzero().flatten()
