@@ -2,6 +2,7 @@
 
     python benchmarks/moe.py                 all rows (a quarter of an hour on two cores)
     python benchmarks/moe.py --only 'kmeans*'  some rows; the others keep the figures that are there
+    python benchmarks/moe.py --missing         rows that have no figures yet
 
 Writes ``benchmarks/results/moe.json`` and ``moe.md``.  A new method is one more ``Row`` in ``ROWS``; a claim of a paper
 about the order of two of them is one more line in ``CLAIMS``.  All rows of one model see the same calibration windows and
@@ -395,6 +396,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="shell pattern over methods")
+    parser.add_argument("--missing", action="store_true", help="only rows that have no figures yet")
     parser.add_argument("--no-latency", action="store_true", help="skip lowering")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -403,7 +405,7 @@ def main() -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     results: dict[str, Any] = {}
     for row in ROWS:
-        if fnmatchcase(row.method, options.only):
+        if fnmatchcase(row.method, options.only) and not (options.missing and row.key in before):
             found = measure(row, not options.no_latency)
             results[row.key] = {**before.get(row.key, {}), **found} if options.no_latency else found
             print(f"{row.key:90}{results[row.key]['loss']:9.4f}{results[row.key]['seconds']:8.1f} s", flush=True)
