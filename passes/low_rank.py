@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgeon.accounting import freed_parameter_count
+from surgeon.accounting import freed_parameter_count, nodes_of
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -156,7 +156,7 @@ class LowRank(Pass[LowRankPlan]):
         parts = {site.name: site.part for site in structure.linears if site.name in ranks}
         added = sum(ranks[name] * (part.out_features + part.in_features) for name, part in parts.items())
         names = {part.weight for part in parts.values()}
-        return added - freed_parameter_count(graph, [part.node for part in parts.values()], names)
+        return added - freed_parameter_count(graph, nodes_of(parts.values()), names)
 
     def summary(self, plan: LowRankPlan) -> str:
         """How many linears, and their ranks."""

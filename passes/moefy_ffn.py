@@ -380,8 +380,8 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
             delta += self._router_size(inputs, count)
             averaged = self.scaling == "mean_output"
             delta += (count + 1) * outputs if averaged else 0
-            delta -= freed_parameters(graph, ffn, keep_down_bias=not averaged)
-        return delta
+        split = [sites[decision.site] for decision in plan.decisions]
+        return delta - freed_parameters(graph, split, keep_down_bias=self.scaling != "mean_output")
 
     def _router_size(self, inputs: int, experts: int) -> int:
         if self.router == "mlp":

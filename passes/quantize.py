@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 from torch import fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
-from surgeon.accounting import Key, freed_parameter_count, memory
+from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
 from surgeon.contract import Decision, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -213,7 +213,9 @@ class Quantize(Pass[QuantizePlan]):
             name for part in products for name in ((part.weight,) if isinstance(part, Linear) else (part.w_in, part.w_out))
         }
         distinct = {memory(graph.tensor(name)): graph.tensor(name).numel() for name in names}
-        return sum(distinct.values()) - freed_parameter_count(graph, [part.node for part in products], names)
+        readers = nodes_of(part for part in products if isinstance(part, Linear))
+        readers |= {part.node for part in products}
+        return sum(distinct.values()) - freed_parameter_count(graph, readers, names)
 
     def summary(self, plan: QuantizePlan) -> str:
         """Scheme and number of sites."""

@@ -333,8 +333,7 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
             biased = any(part.bias for part in (ffn.gate, ffn.up) if part is not None)
             per_neuron = matrices * (ffn.up.in_features + biased) + ffn.down.out_features
             delta += copies * ffn.width * per_neuron + decision.experts * ffn.up.in_features
-            delta -= freed_parameters(graph, ffn, keep_down_bias=True)
-        return delta
+        return delta - freed_parameters(graph, [sites[d.site] for d in plan.decisions], keep_down_bias=True)
 
     def summary(self, plan: UpcycleFFNPlan) -> str:
         """Number of FFNs and the shape of the mixtures."""

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.errors import DiscoverError, RecipeError, nearest
 from surgeon.graph import Graph
+from surgeon.structure import Linear
 
 _DEQUANTIZE = torch.ops.surgeon.dequantize.default
 _MOE = torch.ops.surgeon.moe.default
@@ -361,6 +362,26 @@ def _node_flops(node: fx.Node, size: _Sizes) -> int:
 
 
 # -- what a rewrite frees -----------------------------------------------------------------------------------------
+
+
+def nodes_of(linears: Iterable[Linear]) -> set[fx.Node]:
+    """The nodes that some linears consist of, from their inputs (excluded) on, without what other nodes read too.
+
+    A linear can be several nodes: a transposition of the weight, the product, the bias added behind it.
+    """
+    found: set[fx.Node] = set()
+    ends = set()
+    for linear in linears:
+        ends.add(linear.node)
+        stack = [linear.node]
+        while stack:
+            node = stack.pop()
+            if node is not linear.input and node not in found and node.op == "call_function":
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+    while shared := {n for n in found - ends if any(user not in found for user in n.users)}:
+        found -= shared
+    return found
 
 
 def freed_parameter_count(graph: Graph, readers: Collection[fx.Node], names: Collection[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]  # ships no stubs
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
@@ -225,7 +226,7 @@ class _Builder:
         node = self.graph.call_function(target, args, kwargs)
         if value is None:
             args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-            with self.mode, torch.no_grad():
+            with self.mode, enable_python_dispatcher(), torch.no_grad():  # rules of shapes in Python take symbols
                 value = target(*args, **kwargs)
         node.meta["val"] = value
         self._root(node)

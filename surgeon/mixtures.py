@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
-from surgeon.accounting import freed_parameter_count
+from surgeon.accounting import freed_parameter_count, nodes_of
 from surgeon.activations import activation as lookup
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -261,13 +261,13 @@ def put_in_place(editor: Editor, ffn: FFN, terms: Sequence[fx.Node], offset: Ten
     editor.replace(ffn.down.node, out)
 
 
-def freed_parameters(graph: Graph, ffn: FFN, *, keep_down_bias: bool) -> int:
-    """Weights that nothing reads any more once the FFN's linears are gone."""
-    linears = [part for part in (ffn.gate, ffn.up, ffn.down) if part is not None]
+def freed_parameters(graph: Graph, ffns: Sequence[FFN], *, keep_down_bias: bool) -> int:
+    """Weights that nothing reads any more once the linears of some FFNs are gone."""
+    linears = [part for ffn in ffns for part in (ffn.gate, ffn.up, ffn.down) if part is not None]
     names = {part.weight for part in linears} | {part.bias for part in linears if part.bias is not None}
-    if keep_down_bias and ffn.down.bias is not None:
-        names.discard(ffn.down.bias)
-    return freed_parameter_count(graph, [part.node for part in linears], names)
+    if keep_down_bias:
+        names -= {ffn.down.bias for ffn in ffns if ffn.down.bias is not None}
+    return freed_parameter_count(graph, nodes_of(linears), names)
 
 
 def only_for(node: fx.Node, keep: fx.Node) -> list[fx.Node]:

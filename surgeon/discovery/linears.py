@@ -169,7 +169,7 @@ class Linears:
             if not held:
                 continue
             if operators.is_movement(node) and len(self.flow.inputs(node)) == 1:
-                values[node] = _move(node, values)
+                values[node] = _move(self.flow, node, values)
             else:
                 found.update({n: _numbers(values[n]) for n in held if isinstance(values[n], Tensor)})
         if target in values:
@@ -240,7 +240,7 @@ def _numbers(held: Tensor) -> tuple[int, ...]:
     return tuple(torch.unique(once).tolist())
 
 
-def _move(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def _move(flow: Flow, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """Evaluate a node that only moves values, on integers."""
     if operators.kind(node) in operators.CASTS:
         return values[next(n for n in node.all_input_nodes if n in values)]
@@ -248,6 +248,8 @@ def _move(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     def read(n: fx.Node) -> Any:
         if n in values:
             return values[n]
+        if n.op == "get_attr" and not operators.is_float(n):  # places of an index
+            return flow.graph.tensor(str(n.target))
         size = n.meta.get("val")
         return torch.empty(operators.shape(n)) if isinstance(size, Tensor) else operators.hint(size)
 

@@ -117,13 +117,21 @@ def is_reshape(node: fx.Node) -> bool:
 
 def is_narrowing(node: fx.Node) -> bool:
     """Whether the output holds some of the input's values; includes the ``getitem`` after a split."""
-    return kind(node) in NARROWINGS or kind(node) == GETITEM
+    return kind(node) in NARROWINGS or kind(node) == GETITEM or _is_fixed_index(node)
+
+
+def _is_fixed_index(node: fx.Node) -> bool:
+    """Whether a node selects by constant places, ``x[:, [-1]]``."""
+    places = node.args[1] if kind(node) == "aten::index" else None
+    if not isinstance(places, list | tuple):
+        return False
+    return all(n is None or (isinstance(n, fx.Node) and n.op == "get_attr") for n in places)
 
 
 def is_movement(node: fx.Node) -> bool:
     """Whether values are only moved, selected or repeated."""
     name = kind(node)
-    return name in RESHAPES or name in CASTS or name in NARROWINGS or name in REPETITIONS or name == GETITEM
+    return name in RESHAPES or name in CASTS or name in REPETITIONS or is_narrowing(node)
 
 
 def value(node: fx.Node) -> Any:

@@ -6,7 +6,8 @@
 3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
    positions with weights.  Then it is a skip around a stack, and the inner ones count.
 4. A sum of x and the end of another sublayer that something else reads too is no sublayer: the hidden state goes on past the
-   sum, and x is context that enters several layers, such as position codes.
+   sum, and x is context that enters several layers, such as position codes.  Nor is a sum of learned codes and what a
+   sublayer that starts elsewhere ends in.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _outermost(flow: Flow, residuals: list[Residual], mixes: Callable[[Residual]
     kept: list[Residual] = []
     for outer in sorted(residuals, key=lambda residual: len(residual.path)):
         ending = sorted((r for r in kept if r.exit in outer.path), key=lambda r: flow.index[r.exit])
-        if ending and _goes_on(flow, outer, ending):
+        if ending and (_goes_on(flow, outer, ending) or _comes_in(flow, outer, ending)):
             continue
         inside = [r for r in ending if r.entry in outer.path or r.entry is outer.entry]
         if len(inside) > 1 and _is_stack(flow, inside, mixes):
@@ -176,6 +177,11 @@ def _outermost(flow: Flow, residuals: list[Residual], mixes: Callable[[Residual]
         kept = [residual for residual in kept if residual not in inside] if inside else kept
         kept.append(outer)
     return kept
+
+
+def _comes_in(flow: Flow, outer: Residual, ending: list[Residual]) -> bool:
+    """Case 4 for learned codes: a sublayer that starts elsewhere ends inside of the sum."""
+    return outer.entry in flow.constant and not all(flow.depends(r.entry, outer.entry) for r in ending)
 
 
 def _goes_on(flow: Flow, outer: Residual, ending: list[Residual]) -> bool:

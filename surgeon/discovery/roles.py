@@ -85,6 +85,7 @@ class Remaining:
         self.unrecognised: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
         self._norms: dict[fx.Node, str] = {}
+        self._gains: set[str] = set()
 
     def assign(self) -> None:
         """Go through all tensors in the order in which activations meet them."""
@@ -98,9 +99,11 @@ class Remaining:
         kind = operators.kind(reader)
         part = self.places.part(reader)
         trained = isinstance(tensor, torch.nn.Parameter)
-        norm = self._norm(reader)
-        if norm is not None:
-            role = f"{norm}.{self._gain_or_offset(reader, operand)}"
+        norm = self._norm(reader) if trained or kind in operators.NORMS else None
+        gain = f"{norm}.{self._gain_or_offset(reader, operand)}"
+        if norm is not None and gain not in self._gains:  # a second vector behind it is no gain
+            self._gains.add(gain)
+            role = gain
         elif kind in operators.CONVOLUTIONS:
             label = "patch_embedding" if self.places.prefix(reader) else "convolution"
             part = "weight" if reader.args[1] is operand else "bias"
