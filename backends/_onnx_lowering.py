@@ -8,6 +8,7 @@ linear with a float weight of one reader       MatMul with the weight stored tra
 linear with a low-bit weight                   ``com.microsoft.MatMulNBits`` where a block of 16 to 256 fits the group
 ... of 8 bits per row, dynamic input           DynamicQuantizeLinear (shared) + MatMulInteger + Mul (+ Add)
 embedding of a low-bit table                   ``com.microsoft.GatherBlockQuantized``, or Gather and unpack
+attention over a cache                         Attention, which appends the new keys and values (opset 23, CPU)
 moe                                            ``com.microsoft.MoE`` / ``QMoE`` where the kernel computes exactly this,
                                                else tokens sorted by expert, one small matmul per expert
 anything else that reads a low-bit weight      unpacked in the graph; ONNX Runtime folds that when a session is created
@@ -31,11 +32,13 @@ from surgeon.backends import _onnx_weights as layout
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.gates import gate
 from surgeon.graph import Graph, assign_tensor
+from surgeon.ops import attend
 
 aten = torch.ops.aten
 DEQUANTIZE = torch.ops.surgeon.dequantize.default
 DYNAMIC = torch.ops.surgeon.fake_quantize_dynamic.default
 MOE = torch.ops.surgeon.moe.default
+ATTENTION = torch.ops.surgeon.attention.default
 
 KERNEL_ACTIVATIONS = {"relu": "relu", "silu": "silu", "identity": "identity", "gelu_tanh": "gelu"}
 """What the expert kernels call the plain activations that they compute.  Their ``gelu`` is the tanh form: measured 2e-7
@@ -63,14 +66,16 @@ class Lowering:
     Attributes:
         graph: the clone.
         level: accuracy level of low-bit matmuls.
+        appends: whether the runtime's attention appends to caches.
         fused_experts: whether mixtures may become one kernel.
         weights: for the record, what became of every low-bit weight: operator, bits, block, symmetric, shape.
         fused: number of uses of each fused form.
     """
 
-    def __init__(self, graph: Graph, level: int, fused_experts: bool) -> None:
+    def __init__(self, graph: Graph, level: int, fused_experts: bool, appends: bool = True) -> None:
         self.graph = graph.clone()
         self.level = level
+        self.appends = appends
         self.fused_experts = fused_experts
         self.weights: dict[str, dict[str, Any]] = {}
         self.fused: Counter[str] = Counter()
@@ -88,6 +93,7 @@ class Lowering:
         rules: dict[Any, Callable[[fx.Node], None]] = {
             DYNAMIC: self._quantize_once,
             aten.scaled_dot_product_attention.default: self._attention,
+            ATTENTION: self._cached_attention,
             aten.linear.default: self._linear,
             aten.embedding.default: self._embedding,
             MOE: self._moe,
@@ -308,6 +314,23 @@ class Lowering:
         part = self._nodes.call_function(aten.select.int, (source, 0, index))
         return self._nodes.call_function(aten.t.default, (part,)) if transposed else part
 
+    def _cached_attention(self, node: fx.Node) -> None:
+        """``Attention`` (opset 23), which appends new keys and values to a cache itself; in ATen elsewhere."""
+        args: tuple[Any, ...] = node.args
+        q, k, v, mask, is_causal, scale = args
+        halves = [_appended(k), _appended(v)]
+        if not self.appends or is_causal or None in halves:
+            self._replace(node, attend, args)
+            return
+        (past_k, new_k), (past_v, new_v) = (half for half in halves if half is not None)
+        results = self._nodes.call_function(emit.cached_attention, (q, new_k, new_v, mask, past_k, past_v, scale))
+        parts = [self._nodes.call_function(operator.getitem, (results, index)) for index in range(3)]
+        order = {n: i for i, n in enumerate(self._nodes.nodes)}
+        for old, new in zip((node, k, v), parts, strict=True):
+            # What is read before this point stays the concatenation that it is.
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[parts[-1]])
+        self.fused["cached_attention"] += 1
+
     def _attention(self, node: fx.Node) -> None:
         """Attention without a dimension of heads gets one: ONNX knows the four-dimensional form only."""
         rank = node.meta["val"].dim()
@@ -405,6 +428,14 @@ class Lowering:
         node.replace_all_uses_with(new)
         self._nodes.erase_node(node)
         self.fused[function.__name__] += 1
+
+
+def _appended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(past, new) where a node is an input of the graph with new positions appended, [B, K, T, D]."""
+    if node.target != aten.cat.default or node.args[1:] not in ((2,), (-2,)):
+        return None
+    parts: Any = node.args[0]
+    return (parts[0], parts[1]) if len(parts) == 2 and parts[0].op == "placeholder" else None
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -190,6 +190,36 @@ def gather_dequantize(
     return unpack(packed[index], scale[index], zero, bits, group, columns)
 
 
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past_k: Tensor, past_v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Attention``: of q [B, N, S, D] over the past [B, K, P, D] with the new k and v [B, K, S, D] appended.
+
+    Args:
+        q: queries.
+        k: new keys.
+        v: new values.
+        mask: booleans or floats that broadcast to [B, N, S, P + S], or None.
+        past_k: keys so far.
+        past_v: values so far.
+        scale: factor of the scores.
+
+    Returns:
+        [B, N, S, D], and keys and values [B, K, P + S, D].
+    """
+    longer = past_k.shape[2] + k.shape[2]
+    shapes = ((*q.shape[:3], v.shape[3]), (*k.shape[:2], longer, k.shape[3]), (*v.shape[:2], longer, v.shape[3]))
+    output, keys, values = onnx_ops.symbolic_multi_out(
+        "Attention",
+        (q, k, v, mask, past_k, past_v),
+        {"is_causal": 0, "scale": scale},
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        shapes=shapes,
+        version=23,
+    )
+    return output, keys, values
+
+
 def routed_logits(index: Tensor, weight: Tensor, experts: int) -> Tensor:
     """Logits [T, E] whose renormalised top-k softmax is weight / sum(weight) at index: log(weight), -inf elsewhere.
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from surgeon.contract import Refusal
 from surgeon.graph import Graph
 
-OURS = frozenset({"surgeon::moe", "surgeon::dequantize", "surgeon::fake_quantize_dynamic"})
+OURS = frozenset({"surgeon::moe", "surgeon::attention", "surgeon::dequantize", "surgeon::fake_quantize_dynamic"})
 """Semantic operators that ``_onnx_lowering`` rewrites."""
 
 NO_KERNELS = {

@@ -105,7 +105,8 @@ class OnnxRuntime(Backend):
         from surgeon.backends import _onnx_file as onnx_file
         from surgeon.backends._onnx_lowering import Lowering
 
-        lowering = Lowering(graph, self.accuracy_level, self.experts == "fused")
+        appends = self.opset >= 23 and self.provider == "cpu"  # measured there
+        lowering = Lowering(graph, self.accuracy_level, self.experts == "fused", appends)
         model = onnx_export.export(graph, lowering.run(), self.opset, self.provider)
         onnx_export.annotate(model, graph, lowering.weights)
         names = [*onnx_file.save(model, folder), *([genai.write(graph, folder, self.threads)] if self.genai else [])]

@@ -232,6 +232,7 @@ def flops(graph: Graph, nodes: Collection[fx.Node] | None = None, sizes: Mapping
     convolution                                   2 x elements of the result x weights per output channel
     (transposed convolution)                      2 x elements of the input x weights per input channel
     scaled_dot_product_attention                  2 x L x S x (D + Dv) for each batch and query head, masked or not
+    surgeon::attention                            likewise
     surgeon::moe                                  2 x T x k x (O H + G I)
     einsum                                        as ``torch.utils.flop_counter`` counts it
     ============================================  ==============================================================
@@ -348,7 +349,7 @@ def _node_flops(node: fx.Node, size: _Sizes) -> int:
         return 2 * math.prod(size.of(_operand(node, 0))) * math.prod(size.of(_operand(node, 1))[1:])
     if packet in _CONVOLUTIONS:
         return 2 * math.prod(size.of(node)) * math.prod(size.of(_operand(node, 1))[1:])
-    if packet is _aten.scaled_dot_product_attention:
+    if packet in (_aten.scaled_dot_product_attention, torch.ops.surgeon.attention):
         query, key, value = (size.of(_operand(node, position)) for position in range(3))
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     if packet is torch.ops.surgeon.moe:

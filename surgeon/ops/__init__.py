@@ -1,4 +1,6 @@
-"""The semantic operators: ``surgeon::moe``, ``surgeon::dequantize``, ``surgeon::fake_quantize_dynamic``.
+"""The semantic operators.
+
+``surgeon::moe``, ``surgeon::attention``, ``surgeon::dequantize``, ``surgeon::fake_quantize_dynamic``.
 
 Each is one node of a graph whatever spelling the source model used, with an eager reference that is fast (nothing loops
 over tokens), a shape rule for symbolic shapes (``torch.export`` with dynamic dimensions), an explicit backward, and a
@@ -19,11 +21,13 @@ from typing import Any
 import torch
 
 from surgeon.numerics import quantization
+from surgeon.ops.attention import attend, attention
 from surgeon.ops.mixture import moe, moe_backward, moe_dense, moe_gathered, moe_grouped
 from surgeon.ops.quantized import dequantize, fake_quantize_dynamic
 
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     torch.ops.surgeon.moe.default: moe_dense,
+    torch.ops.surgeon.attention.default: attend,
     torch.ops.surgeon.dequantize.default: quantization.dequantize,
     torch.ops.surgeon.fake_quantize_dynamic.default: quantization.fake_quantize_dynamic,
 }
@@ -32,6 +36,8 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 
 __all__ = [
     "DECOMPOSITIONS",
+    "attend",
+    "attention",
     "dequantize",
     "fake_quantize_dynamic",
     "moe",

@@ -1,4 +1,4 @@
-"""Mixtures of experts in any spelling, raised to one ``surgeon::moe`` node each.
+"""Mixtures of experts in any spelling, raised to one ``surgeon::moe`` node each (attention over caches: ``attention``).
 
 A model may loop over its experts, compute all of them, gather each token's weights or sort tokens by expert; it may store
 one tensor for all experts or one each.  From the expert weights, and not from the router, this package looks for
@@ -23,12 +23,13 @@ from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 from surgeon.graph import Graph
 from surgeon.raising import cuts
+from surgeon.raising.attention import raise_attention
 from surgeon.raising.match import Mixture, Trial, transfer
 from surgeon.raising.region import Region, is_sized
 from surgeon.raising.replace import insert, settle_layout
 from surgeon.rewrite import Editor
 
-__all__ = ["raise_mixtures"]
+__all__ = ["raise_attention", "raise_mixtures"]
 
 SKIP = 3
 """How many of a group of weights may come before the experts': gate and up of a shared expert."""
