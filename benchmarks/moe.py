@@ -395,7 +395,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="shell pattern over methods")
+    parser.add_argument("--only", nargs="+", default=["*"], help="shell patterns over methods")
     parser.add_argument("--missing", action="store_true", help="only rows that have no figures yet")
     parser.add_argument("--no-latency", action="store_true", help="skip lowering")
     options = parser.parse_args()
@@ -405,7 +405,8 @@ def main() -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     results: dict[str, Any] = {}
     for row in ROWS:
-        if fnmatchcase(row.method, options.only) and not (options.missing and row.key in before):
+        wanted = any(fnmatchcase(row.method, pattern) for pattern in options.only)
+        if wanted and not (options.missing and row.key in before):
             found = measure(row, not options.no_latency)
             results[row.key] = {**before.get(row.key, {}), **found} if options.no_latency else found
             print(f"{row.key:90}{results[row.key]['loss']:9.4f}{results[row.key]['seconds']:8.1f} s", flush=True)

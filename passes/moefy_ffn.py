@@ -22,7 +22,8 @@ Formula:
     1 - threshold).  ``threshold``: those with ``r_e >= threshold sum_j r_j``; the largest always; at most ``top_k``.
     scaling ``sum``: w = 1, preserves what each neuron contributes, and the dense FFN where all run.
     ``expectation``: w = R / (number that run), preserves the expected output if experts were chosen by lot.
-    ``softmax``: w = R softmax(r over the chosen), the same for equal scores, and lets gradients reach the router.
+    ``softmax``: w = R softmax(r over the chosen), the same for equal scores, and lets gradients reach the router: for
+    training afterwards, since predictions as large as these make one expert weigh nearly all.
     ``norm``: one w per layer, preserves the root mean square of the routed output on calibration data.
     ``least_squares``: one w per layer, least squared error there (preserves the part that lies along the output).
     ``mean_output``: w = 1, an expert that does not run is replaced by its mean output over the calibration tokens that
