@@ -8,9 +8,11 @@ Formula:
     With c the mean over tokens of the sum of a token's routing weights, and a_e the weight of expert e, sum a_e = 1:
     1/E (``weights: uniform``) or its share of all routing weight (``mass``):
     ``sum``: all experts side by side, ``y = c sum_e a_e E_e(x)``, E times as wide.
-    ``top_columns``: the same with the width/E neurons of largest norm of each expert.
+    ``top_columns``: the width/E neurons of largest norm of each expert, side by side, ``y = c sum_e E a_e [E_e](x)``:
+    at uniform weights they are as they were, the published form.
     ``mean``: one expert of the weights ``sum_e a_e W_e``.  ``svd``: of ``sum_e a_e [W_e]_r``, [.]_r the best
-    approximation of rank r = ``rank``.  ``learned``: as mean, with the a_e that minimise the squared error of y on
+    approximation of rank r = ``rank`` (the paper's is the full rank over E, which loses more than distillation brings back
+    where there is none).  ``learned``: as mean, with the a_e that minimise the squared error of y on
     calibration tokens.
     ``align``: neurons of each expert are first permuted to match those of the heaviest (assignment on all weights).
     ``refit``: the down projection is then fitted anew, by ridge regression of the mixture's output on h.
@@ -89,8 +91,9 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
 
     method: Literal["mean", "sum", "top_columns", "svd", "learned"] = "mean"
     """How experts are joined: averaged, side by side, their largest neurons, low-rank parts, or with fitted weights."""
-    weights: Literal["mass", "uniform"] = "mass"
-    """Weight of each expert: its share of the routing weight on calibration data, or equal. learned starts from it."""
+    weights: Literal["mass", "uniform"] | None = None
+    """Weight of each expert: its share of the routing weight on calibration data, or equal; by default equal for
+    top_columns, mass otherwise. learned starts from it."""
     align: bool = True
     """Match the experts' neurons before averaging them."""
     refit: bool = False
@@ -98,7 +101,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
     width: Annotated[int, Field(ge=1)] | None = None
     """For top_columns: neurons of the dense FFN, a multiple of the experts; by default as many as one expert has."""
     rank: Annotated[int, Field(ge=1)] | None = None
-    """For svd: rank kept of each expert; by default the full rank divided by the experts."""
+    """For svd: rank kept of each expert; by default half of the full rank."""
     steps: Annotated[int, Field(ge=1)] = 200
     """For learned: optimisation steps."""
     tokens: Annotated[int, Field(ge=32)] = 8192
@@ -135,7 +138,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             width = self._width(site)
             scale = float(routing.mass.sum()) / routing.tokens
             share = torch.full_like(routing.mass, 1 / site.part.experts)
-            if self.weights == "mass" and scale > 0:
+            by_mass = self.weights == "mass" or (self.weights is None and self.method != "top_columns")
+            if by_mass and scale > 0:
                 share = routing.mass / routing.mass.sum()
             if self.method == "learned":
                 share = self._learned(graph, site, share, scale, statistics)
@@ -171,7 +175,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         return width
 
     def _rank(self, moe: MoE) -> int:
-        return self.rank or max(1, min(moe.width, _features(moe)) // moe.experts)
+        return self.rank or max(1, min(moe.width, _features(moe)) // 2)
 
     def _learned(
         self, graph: Graph, site: Site[MoE], share: Tensor, scale: float, statistics: Statistics
@@ -252,7 +256,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         numbers = torch.arange(moe.experts)[:, None]
         inner = chosen if not moe.gated else torch.cat([chosen, chosen + moe.width], dim=1)
         rows = experts.w_in[numbers, inner]
-        columns = experts.w_out.transpose(1, 2)[numbers, chosen] * (weights * decision.scale).to(rows.dtype)[:, None, None]
+        factor = weights * decision.scale * (moe.experts if self.method == "top_columns" else 1)
+        columns = experts.w_out.transpose(1, 2)[numbers, chosen] * factor.to(rows.dtype)[:, None, None]
         b_in = None if experts.b_in is None else experts.b_in[numbers, inner]
         b_out = None if experts.b_out is None else weighted_sum(experts.b_out, weights) * decision.scale
 

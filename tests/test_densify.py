@@ -112,12 +112,12 @@ def test_each_method_is_its_formula(patient: MakePatient) -> None:
     total = c * sum(a[e] * expert(w_in[e], w_out[e]) for e in range(experts))
     np.testing.assert_allclose(dense_of(dense, x), total, rtol=1e-3, atol=1e-5)
 
-    dense = densify(subject, method="top_columns", width=experts * 5)
+    dense = densify(subject, method="top_columns", width=experts * 5, weights="mass")
     total = np.zeros_like(total)
     for e in range(experts):
         norm = (w_in[e] ** 2).sum(1).reshape(2, width).sum(0) + (w_out[e] ** 2).sum(0)
         kept = np.sort(np.argsort(-norm)[:5])
-        total += c * a[e] * expert(w_in[e][np.concatenate([kept, kept + width])], w_out[e][:, kept])
+        total += c * experts * a[e] * expert(w_in[e][np.concatenate([kept, kept + width])], w_out[e][:, kept])
     np.testing.assert_allclose(dense_of(dense, x), total, rtol=1e-3, atol=1e-5)
 
     dense = densify(subject, method="mean", align=False)
