@@ -1,6 +1,6 @@
 """Every way between dense networks and experts on the trained models: held-out loss, size, latency, seconds.
 
-    python benchmarks/moe.py                 all rows (a quarter of an hour on two cores)
+    python benchmarks/moe.py                 all rows (about half an hour on one core)
     python benchmarks/moe.py --only 'kmeans*'  some rows; the others keep the figures that are there
     python benchmarks/moe.py --missing         rows that have no figures yet
 
