@@ -91,6 +91,10 @@ class Gate:
         return s + self.alpha * x * s * (1 - s)
 
 
+_CONSTANTS = tuple(f.name for f in fields(Gate) if f.name != "base")
+"""Found here once: a branch of ``torch.cond``, where a name is read too, can not ask a class for its fields."""
+
+
 @cache
 def gate(name: str) -> Gate:
     """The gate of that name.
@@ -101,11 +105,10 @@ def gate(name: str) -> Gate:
     match = _NAME.fullmatch(name)
     base = match[1] if match else name
     constants: dict[str, float] = {}
-    known = [f.name for f in fields(Gate) if f.name != "base"]
     for part in filter(None, ((match[2] or "") if match else "").split(",")):
         key, _, value = part.partition("=")
-        if key not in known:
-            raise RegistryError(f"unknown constant {key!r} in the activation {name!r}; known: {', '.join(known)}")
+        if key not in _CONSTANTS:
+            raise RegistryError(f"unknown constant {key!r} in the activation {name!r}; known: {', '.join(_CONSTANTS)}")
         try:
             constants[key] = float(value)
         except ValueError as error:
