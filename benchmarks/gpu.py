@@ -1,0 +1,454 @@
+"""Mixtral-8x7B-shaped layers on a GPU: eager transformers, torch.compile and our artefacts, whole and operated on.
+
+Random weights, hidden 4096, expert width 14336, 8 experts of which 2 are chosen, bfloat16.  Variants: ``whole``; experts
+``merged`` from 8 to 4; a quarter of the blocks ``dropped``; ``int4`` weights; ``dropped int4``.  Cells: prefill of 2048 tokens
+at batch 1, decode of one token behind 2048 cached positions at batch 1 and 16.  Beside each decode stands the floor: bytes
+that a step must read (weights of the experts that are hit in expectation, and the caches) over the card's bandwidth.
+
+Eager and torch.compile run a model of the variant's shape (fewer layers, fewer experts); they have no int4, and run bfloat16
+there.  Every cell runs in a process of its own, so that one that fails or runs out of memory leaves the others, and says why.
+
+Targets: decode within 1.3x of the floor in bfloat16; faster than torch.compile in each cell; ``dropped int4`` more than 6.05x
+as fast as eager ``whole`` with less than 23 % of its memory.
+
+    python benchmarks/gpu.py                 one command: table, and benchmarks/results/gpu.json
+    python benchmarks/gpu.py --rehearse      the same flow with tiny shapes on the CPU, nothing written
+
+Without a GPU it says so and exits with 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+NO_GPU = 3
+MERGE = {"merge_experts": {"groups": 4, "align": False}}
+DROP = {"drop_blocks": {"ratio": 0.25}}
+INT4 = {"quantize": {"scheme": "int4", "group": 128}}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "whole": [],
+    "merged": [MERGE],
+    "dropped": [DROP],
+    "int4": [INT4],
+    "dropped int4": [DROP, INT4],
+}
+RUNTIMES = ("eager", "torch.compile", "aotinductor", "onnxruntime")
+TARGETS = {"floor": 1.3, "compound_speed": 6.05, "compound_memory": 0.23}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of the cells."""
+
+    hidden: int = 4096
+    width: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    experts: int = 8
+    top_k: int = 2
+    layers: int = 4
+    vocabulary: int = 32000
+    prefill: int = 2048
+    batches: tuple[int, ...] = (1, 16)
+    group: int = 128
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.hidden // self.heads
+
+
+TINY = Shape(64, 128, 4, 2, 8, 2, 4, 160, 32, (1, 2), 32, "float32", "cpu")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure."""
+
+    phase: str
+    batch: int
+    length: int
+
+
+def cells(shape: Shape) -> list[Cell]:
+    return [Cell("prefill", 1, shape.prefill), *(Cell("decode", batch, shape.prefill) for batch in shape.batches)]
+
+
+# -- the floor --------------------------------------------------------------------------------------------------------
+
+
+def layers_and_experts(shape: Shape, variant: str) -> tuple[int, int]:
+    layers = shape.layers - round(shape.layers * 0.25) if "dropped" in variant else shape.layers
+    return layers, 4 if variant == "merged" else shape.experts
+
+
+def weight_bytes(shape: Shape, variant: str, experts_read: float) -> float:
+    """Bytes of the weights of one step that reads so many experts per layer; embedding rows are not counted."""
+    layers, choices = layers_and_experts(shape, variant)[0], shape.experts
+    element = getattr(torch, shape.dtype).itemsize
+    linear = 0.5 + element / shape.group if "int4" in variant else float(element)  # bytes per weight, with its scale
+    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    expert = 3 * shape.hidden * shape.width
+    router = shape.hidden * choices * element
+    return layers * (linear * (attention + experts_read * expert) + router) + linear * shape.hidden * shape.vocabulary
+
+
+def experts_hit(shape: Shape, variant: str, tokens: int) -> float:
+    """Expected number of experts that some of ``tokens`` independent tokens choose, each top_k of all at random.
+
+    Merged experts stand for two choices each: one is hit unless both of its choices are missed.
+    """
+    count, k = shape.experts, shape.top_k
+    each = count // layers_and_experts(shape, variant)[1]
+    missed = 1.0
+    for drawn in range(k):  # k draws without repetition all miss these `each` choices
+        missed *= (count - each - drawn) / (count - drawn)
+    return count / each * (1 - missed**tokens)
+
+
+def floor_bytes(shape: Shape, variant: str, cell: Cell) -> float:
+    """Bytes that one decode step cannot avoid to read."""
+    layers, _ = layers_and_experts(shape, variant)
+    caches = 2 * layers * cell.batch * cell.length * shape.kv_heads * shape.head_dim * getattr(torch, shape.dtype).itemsize
+    return weight_bytes(shape, variant, experts_hit(shape, variant, cell.batch)) + caches
+
+
+def bandwidth() -> tuple[float, str]:
+    """Bytes per second that the card reads, and how that is known: a reduction over 4 GiB, the best of 20."""
+    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    best = 0.0
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        data.sum()
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, data.nbytes / (start.elapsed_time(end) / 1e3))
+    known = torch.cuda.get_device_properties(0)
+    clock, width = getattr(known, "memory_clock_rate", 0), getattr(known, "memory_bus_width", 0)
+    peak = 2e3 * clock * width / 8  # kHz, two transfers per clock, bits
+    return (peak, "the card's own figure") if peak > best else (best, "measured: sum over 4 GiB")
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def model_of(shape: Shape, layers: int, experts: int, device: str) -> Any:
+    """A random Mixtral of that shape, made on the device without a copy elsewhere."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.width, num_hidden_layers=layers, vocab_size=shape.vocabulary,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, num_local_experts=experts,
+        num_experts_per_tok=shape.top_k, max_position_embeddings=2 * shape.prefill, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, shape.dtype))
+    try:
+        with torch.device("meta"):
+            model = MixtralForCausalLM(config)
+        model = model.to_empty(device=device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    finally:
+        torch.set_default_dtype(default)
+    rotary = model.model.rotary_emb  # its tables are computed, not stored
+    fresh = type(rotary)(config=config, device=device)
+    for name, value in fresh.named_buffers():
+        setattr(rotary, name, value)
+    return model.eval()
+
+
+def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
+    """Trace, operate and lower; returns seconds and bytes."""
+    import surgeon
+    from surgeon.registry import make_backend
+
+    start = time.perf_counter()
+    module = model_of(shape, shape.layers, shape.experts, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, shape.vocabulary, (2, 16), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    passes = [
+        {"quantize": {**step["quantize"], "group": shape.group}} if "quantize" in step else step for step in VARIANTS[variant]
+    ]
+    compiled = surgeon.compile(
+        module, passes, calibration=[batch, batch], backend=None, task="text-generation", progress=False
+    )
+    assert compiled.graph is not None
+    prepared = time.perf_counter()
+    key = {"aotinductor": "device", "onnxruntime": "provider"}[runtime]
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact = make_backend({runtime: {key: shape.device}}).lower(compiled.graph, folder)
+    manifest = {
+        "options": artifact.options, "details": artifact.details, "files": [asdict(file) for file in artifact.files],
+        "inputs": [_port(port) for port in artifact.inputs], "outputs": [_port(port) for port in artifact.outputs],
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest, default=str))
+    return {
+        "prepare_seconds": prepared - start,
+        "lower_seconds": time.perf_counter() - prepared,
+        "bytes": artifact.nbytes,
+        "details": {name: artifact.details.get(name) for name in ("nodes", "fused", "experts")},
+    }
+
+
+def _port(port: Any) -> dict[str, Any]:
+    from surgeon.ports import port_data
+
+    return port_data(port)
+
+
+# -- one cell ---------------------------------------------------------------------------------------------------------
+
+
+def synchronised(function: Any, device: str) -> Any:
+    """The function, returning when the device is done."""
+
+    def run() -> None:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, Any], int]:
+    from surgeon.bench import Case, inputs_for
+    from surgeon.registry import backend_class
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    artifact = backend_class(runtime).load(folder, manifest)
+    runs = {}
+    for cell in cells(shape):
+        case = Case("decode" if cell.phase == "decode" else "prefill", cell.batch, cell.length)
+        inputs = inputs_for(artifact.inputs, case, {"input_ids": [0, shape.vocabulary - 1]})
+        runs[cell] = partial(artifact.run, {name: value.to(shape.device) for name, value in inputs.items()})
+    return runs, artifact.nbytes
+
+
+def module_runs(shape: Shape, variant: str, compiled: bool) -> tuple[dict[Cell, Any], int]:
+    """Eager transformers, or the same compiled as that library recommends: static caches, CUDA graphs for decode."""
+    from transformers import DynamicCache, StaticCache
+
+    model = model_of(shape, *layers_and_experts(shape, variant), shape.device)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    prefill = model.forward
+    decode = model.forward
+    if compiled:
+        prefill = torch.compile(model.forward, dynamic=False)
+        decode = torch.compile(model.forward, dynamic=False, mode="reduce-overhead" if shape.device == "cuda" else None)
+    runs: dict[Cell, Any] = {}
+    for cell in cells(shape):
+        count = cell.length if cell.phase == "prefill" else 1
+        ids = torch.randint(0, shape.vocabulary, (cell.batch, count), generator=generator).to(shape.device)
+        if cell.phase == "prefill":
+            runs[cell] = partial(prefill, input_ids=ids, use_cache=True)
+            continue
+        room = cell.length + 1
+        cache = StaticCache(config=model.config, max_cache_len=room) if compiled else DynamicCache(config=model.config)
+        filled = torch.randint(0, shape.vocabulary, (cell.batch, cell.length), generator=generator).to(shape.device)
+        argument = "cache" if "cache" in _parameters(model) else "past_key_values"
+        model(input_ids=filled, use_cache=True, **{argument: cache})
+        runs[cell] = _step(decode, ids, cache, argument, cell.length, compiled)
+    return runs, size
+
+
+def _parameters(model: Any) -> Any:
+    import inspect
+
+    return inspect.signature(model.forward).parameters
+
+
+def _step(forward: Any, ids: Any, cache: Any, argument: str, length: int, static: bool) -> Any:
+    positions = torch.full((ids.shape[0], 1), length, device=ids.device)
+
+    def step() -> None:
+        forward(input_ids=ids, position_ids=positions, use_cache=True, **{argument: cache})
+        if static:
+            for layer in cache.layers:  # the next step writes to the same place
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length.fill_(length) if torch.is_tensor(layer.cumulative_length) else setattr(
+                        layer, "cumulative_length", length
+                    )
+        else:
+            cache.crop(-1)
+
+    return step
+
+
+def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
+    """Build if need be, and time every cell of one variant on one runtime."""
+    from surgeon.latency import measure
+
+    facts: dict[str, Any] = {}
+    with torch.no_grad():
+        if runtime in ("aotinductor", "onnxruntime"):
+            facts = build(shape, variant, runtime, folder)
+            runs, size = artifact_runs(shape, runtime, folder)
+        else:
+            runs, size = module_runs(shape, variant, compiled=runtime == "torch.compile")
+        figures = []
+        for cell, run in runs.items():
+            try:
+                timing = measure(synchronised(run, shape.device), warmup=5, seconds=2.0 if shape.device == "cuda" else 0.0)
+                tokens = cell.batch * (cell.length if cell.phase == "prefill" else 1)
+                figures.append({**asdict(cell), **asdict(timing), "tokens_per_second": 1e3 * tokens / timing.median_ms})
+            except Exception as error:  # one cell that fails leaves the others
+                figures.append({**asdict(cell), "problem": f"{type(error).__name__}: {error}"[:500]})
+    peak = torch.cuda.max_memory_allocated() if shape.device == "cuda" else 0
+    return {**facts, "bytes": size, "peak_bytes": peak, "cells": figures}
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float) -> dict[str, Any]:
+    """Run every variant on every runtime, each in a process of its own."""
+    rate, known = (0.0, "none: a rehearsal") if rehearse else bandwidth()
+    if not rehearse:
+        torch.cuda.empty_cache()
+    results: dict[str, Any] = {
+        "device": "cpu (a rehearsal)" if rehearse else torch.cuda.get_device_name(),
+        "torch": torch.__version__, "bandwidth": rate, "bandwidth_known_from": known, "shape": asdict(shape), "cells": {},
+    }  # fmt: skip
+    for variant in variants:
+        for runtime in RUNTIMES:
+            with tempfile.TemporaryDirectory(prefix="surgeon-gpu-") as scratch:
+                answer = Path(scratch) / "answer.json"
+                command = [sys.executable, __file__, "--cell", variant, runtime, "--folder", scratch, "--answer", str(answer)]
+                command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+                    last = next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}")
+                except subprocess.TimeoutExpired:
+                    last = f"not done after {seconds:.0f} s"
+                found = json.loads(answer.read_text()) if answer.is_file() else {"problem": last[:500], "cells": []}
+            results["cells"].setdefault(variant, {})[runtime] = found
+            print(line(variant, runtime, found), file=sys.stderr, flush=True)
+    return results
+
+
+def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
+    if "problem" in found:
+        return f"{variant:14}{runtime:16}{found['problem']}"
+    figures = [f"{cell['tokens_per_second']:.4g}" if "problem" not in cell else "failed" for cell in found["cells"]]
+    return f"{variant:14}{runtime:16}" + "".join(f"{figure:>14}" for figure in figures) + f"{found['bytes'] / 1e9:>10.2f} GB"
+
+
+def print_table(shape: Shape, results: dict[str, Any]) -> None:
+    """Tokens per second by cell; of decode also the times over the floor."""
+    rate = results["bandwidth"]
+    print(f"\n{results['device']}, torch {results['torch']}; {rate / 1e12:.2f} TB/s ({results['bandwidth_known_from']})")
+    heads = [f"{cell.phase} b{cell.batch}" for cell in cells(shape)]
+    print(f"{'tokens/s':14}{'':16}" + "".join(f"{head:>14}" for head in heads) + f"{'bytes':>13}")
+    for variant, runtimes in results["cells"].items():
+        for runtime, found in runtimes.items():
+            print(line(variant, runtime, found))
+            for cell in found["cells"]:
+                if "problem" in cell:
+                    print(f"{'':30}{cell['phase']} b{cell['batch']}: {cell['problem']}")
+                elif cell["phase"] == "decode" and rate:
+                    floor = 1e3 * floor_bytes(shape, variant, Cell("decode", cell["batch"], cell["length"])) / rate
+                    cell["floor_ms"], cell["over_floor"] = floor, cell["median_ms"] / floor
+                    over = f"{cell['over_floor']:.2f}x of its floor of {floor:.3f} ms"
+                    print(f"{'':30}decode b{cell['batch']}: {cell['median_ms']:.3f} ms, {over}")
+    for text in judged(results):
+        print(text)
+
+
+def judged(results: dict[str, Any]) -> list[str]:
+    """The targets, and whether they were met; a figure that is missing meets none."""
+    ours = ("aotinductor", "onnxruntime")
+    found = results["cells"]
+
+    def speed(variant: str, runtime: str, index: int) -> float | None:
+        listed = found.get(variant, {}).get(runtime, {}).get("cells", [])
+        value: float | None = listed[index].get("tokens_per_second") if index < len(listed) else None
+        return value
+
+    verdicts = []
+    for variant in found:
+        for index, name in enumerate(("prefill b1", "decode b1", "decode b16")):
+            best = max((s for runtime in ours if (s := speed(variant, runtime, index)) is not None), default=None)
+            peer = speed(variant, "torch.compile", index)
+            if best is None or peer is None:
+                verdicts.append(f"{variant}, {name}: not measured against torch.compile")
+            else:
+                verdicts.append(f"{variant}, {name}: {best / peer:.2f}x torch.compile, needed more than 1: {_met(best > peer)}")
+    over = [
+        cell["over_floor"]
+        for runtime in ours
+        for cell in found.get("whole", {}).get(runtime, {}).get("cells", [])
+        if "over_floor" in cell
+    ]
+    if over:
+        met = _met(min(over) <= TARGETS["floor"])
+        verdicts.append(f"whole, decode: {min(over):.2f}x of the floor at best, needed {TARGETS['floor']}x: {met}")
+    base, base_bytes = speed("whole", "eager", 1), found.get("whole", {}).get("eager", {}).get("bytes")
+    for runtime in ours:
+        compound, size = speed("dropped int4", runtime, 1), found.get("dropped int4", {}).get(runtime, {}).get("bytes")
+        if base and base_bytes and compound and size:
+            met = _met(compound / base > TARGETS["compound_speed"] and size / base_bytes < TARGETS["compound_memory"])
+            verdicts.append(
+                f"dropped int4 on {runtime}: {compound / base:.2f}x eager, {size / base_bytes:.1%} of its bytes, needed "
+                f"{TARGETS['compound_speed']}x and {TARGETS['compound_memory']:.0%}: {met}"
+            )
+    return verdicts
+
+
+def _met(condition: bool) -> str:
+    return "met" if condition else "missed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the whole model; 2.9 GB each in bfloat16")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one variant on one runtime")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, nothing written")
+    parser.add_argument("--cell", nargs=2, metavar=("VARIANT", "RUNTIME"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        print("benchmarks/gpu.py: no CUDA device is here; nothing was measured (--rehearse tries the flow on the CPU)")
+        return NO_GPU
+    base = TINY if options.rehearse else Shape()
+    shape = Shape(**{**asdict(base), "layers": options.layers, "batches": base.batches})
+    if options.cell:
+        answer = run_cell(shape, *options.cell, options.folder)
+        options.answer.write_text(json.dumps(answer, default=str))
+        return 0
+    variants = options.variants.split(",")
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    results = collect(shape, variants, options.rehearse, options.timeout)
+    print_table(shape, results)
+    if not options.rehearse:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
