@@ -37,10 +37,9 @@ def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> i
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
         for port in graph.inputs
     )
-    with quiet():
+    with quiet(), torch.no_grad():  # a mask that can be trained has another attention kernel, with other strides
         try:
-            with torch.no_grad():
-                program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,

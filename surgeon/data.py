@@ -169,7 +169,8 @@ def tokenize_file(
 def collate(rows: Sequence[Mapping[str, list[int]]], graph: Graph, tokenizer: Any) -> dict[str, Tensor]:
     """Pad rows to one length and stack them, [rows, length] each.
 
-    Inputs that the tokenizer does not make but the graph takes are refused by ``Graph.bind``.
+    A decoder that has an encoder before it reads the same text.  Other inputs that the tokenizer does not make but the graph
+    takes are refused by ``Graph.bind``.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     if all(len(row["input_ids"]) == longest for row in rows):
@@ -181,6 +182,8 @@ def collate(rows: Sequence[Mapping[str, list[int]]], graph: Graph, tokenizer: An
     for port in graph.inputs:
         if port.name == "attention_mask" and port.name not in batch:
             batch[port.name] = torch.ones_like(batch["input_ids"])
+        if port.name == "decoder_input_ids" and port.name not in batch:
+            batch[port.name] = batch["input_ids"]
     graph.bind(batch)
     return batch
 

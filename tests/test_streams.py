@@ -24,6 +24,7 @@ from surgeon.observe import SecondMoment, observe
 from surgeon.passes.drop_blocks import DropBlock, DropBlocksPlan
 from surgeon.passes.low_rank import LowRank
 from surgeon.progress import Progress
+from surgeon.registry import make_backend
 from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Block, Selection, Structure
@@ -371,6 +372,34 @@ def test_skips_between_layers_stay_within_one_stream() -> None:
     assert [region.exit for region in stream.transitions] == [stream.blocks[3].entry, stream.blocks[4].entry]
 
 
+def test_the_first_hidden_state_and_value_embeddings_enter_every_layer() -> None:
+    class Mixed(Layers):
+        """``x = a x + b x0`` before each layer, a skip over two layers, values with embeddings of their own."""
+
+        def __init__(self) -> None:
+            super().__init__(depth=4)
+            self.scales = nn.Parameter(torch.rand(4, 2))
+            self.values = nn.Embedding(9, 32)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            x = first = F.rms_norm(self.start(x), (32,))
+            extra, skipped = self.values(ids), x
+            for number, layer in enumerate(self.layers):
+                if number == 3:
+                    x = x + 0.5 * skipped
+                x = self.scales[number, 0] * x + self.scales[number, 1] * first
+                y = layer.norms[0](x)
+                q, k = layer.attend.q(y), layer.attend.k(y)
+                v = layer.attend.v(y) + 0.5 * extra
+                x = x + layer.attend.o(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+                x = x + layer.ffn(layer.norms[1](x))
+                skipped = x if number == 0 else skipped
+            return self.end(x)
+
+    (stream,) = traced(Mixed(), x=X, ids=torch.tensor([[0, 1, 2, 3, 4, 5]] * 2)).streams
+    assert [block.kind for block in stream.blocks] == ["attention+ffn"] * 4
+
+
 @pytest.mark.parametrize("post", [False, True])
 def test_positions_that_enter_every_layer_are_context(post: bool) -> None:
     class Coded(Layers):
@@ -401,6 +430,24 @@ def test_nested_residuals_around_one_layer_are_one_block() -> None:
 
     (stream,) = traced(Nested(), x=X).streams
     assert [block.kind for block in stream.blocks] == ["parallel"] * 3
+
+
+def test_sums_in_other_spellings() -> None:
+    class Lerp(Layers):
+        """``x + w (y - x)`` and ``x + w y`` in one operator each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(2))
+
+        def run(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.lerp(x, layer.attend(x), self.weight[0])
+                x = torch.addcmul(x, self.weight[1:], layer.ffn(x))
+            return x
+
+    (stream,) = traced(Lerp(), x=X).streams
+    assert [block.kind for block in stream.blocks] == ["attention+ffn"] * 3
 
 
 def test_a_stream_into_which_another_is_put_is_another_stream() -> None:
@@ -450,3 +497,13 @@ def test_a_stream_without_any_residual_is_refused_with_the_nearest_part() -> Non
 
     with pytest.raises(DiscoverError, match=r"no residual stream: .* Nearest: the part from \S+ to mul\S*"):
         traced(Gated(), x=X)
+
+
+def test_an_encoder_decoder_runs_in_onnx_runtime(tmp_path: Any) -> None:
+    """Its attention reads a bias that can be trained."""
+    _, graph, _ = found("t5")
+    artifact = make_backend("onnxruntime").lower(graph, tmp_path)
+    got = artifact.run(dict(graph.example))
+    with torch.no_grad():
+        for key, value in graph(**graph.example).items():
+            assert relative_error(got[key], value) < 1e-5

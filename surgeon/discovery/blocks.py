@@ -4,10 +4,9 @@
    change of resolution.  Reshapes belong to the sublayer before them.  A sum of two branches that both start at one cut, with
    attention in it, is a sublayer whose shortcut is not the identity.
 2. Sublayers are M (mix positions), X (read from outside of the stream) or F (position by position, or by convolution right
-   behind an attention).  Where M, X and F repeat
-   with a period, a block is one period; it ends earlier where an F is followed by an M or X, unless it starts with an F.
-   Where nothing repeats, a block starts at each M, and at an X behind an F.  A block never crosses a change of the hidden
-   state's size.
+   behind an attention).  Where they repeat with a period, a block is one period; it ends earlier where an F is followed by
+   an M or X, unless it starts with an F.  Where nothing repeats, a block starts at each M (but not right behind an X that
+   starts one), and at an X behind an F.  A block never crosses a change of the hidden state's size.
 3. A single convolution before blocks that have attention, and an F behind repeated blocks, stand outside of the blocks;
    so do Fs after a change of size at the end.
 4. What stands between the last sublayer of one block and the first of the next belongs to the block before, as far as it is
@@ -185,9 +184,13 @@ def _groups(letters: list[str]) -> list[Group]:
     if period:
         starts = [s for s in range(count) if s % period == 0 or (letters[0] != "F" and _begins(letters, s))]
     else:
-        starts = [s for s in range(1, count) if letters[s] == "M" or _begins(letters, s)]
         first = letters.index("M") if "M" in letters else 0
-        starts = [0, *(s for s in starts if s != first or ("F" in letters[:s] and "X" in letters[:s]))]
+        starts = [0]
+        for s in range(1, count):
+            leading = s == first and not ("F" in letters[:s] and "X" in letters[:s])
+            behind = letters[s - 1] == "X" and starts[-1] == s - 1
+            if (letters[s] == "M" and not leading and not behind) or (letters[s] == "X" and letters[s - 1] == "F"):
+                starts.append(s)
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 

@@ -65,7 +65,7 @@ NORMS_OVER_POSITIONS = frozenset({"aten::group_norm", "aten::instance_norm"})
 """Those whose statistics run over positions too."""
 
 SCANS = frozenset(
-    f"aten::{name}" for name in "cumsum cumprod logcumsumexp cummax flip select fft_fft fft_rfft _fft_r2c _fft_c2c".split()
+    f"aten::{name}" for name in "cumsum cumprod logcumsumexp cummax flip fft_fft fft_rfft _fft_r2c _fft_c2c".split()
 )
 """What recurrences and spectral mixers are written with."""
 

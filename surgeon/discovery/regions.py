@@ -84,7 +84,7 @@ class Classifier:
     def only_convolves(self, region: Region) -> bool:
         """Whether convolutions are all that mixes positions: nothing multiplies activations with each other, or scans."""
         kinds = {operators.kind(node) for node in region.nodes}
-        if not kinds & operators.CONVOLUTIONS or kinds & operators.SCANS:
+        if not kinds & operators.CONVOLUTIONS or kinds & (operators.SCANS | {"aten::select"}):
             return False
         return all(node in self._products for node in region.nodes if operators.kind(node) in operators.PRODUCTS)
 

@@ -5,9 +5,10 @@
    from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
 3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
    positions with weights.  Then it is a skip around a stack, and the inner ones count.
-4. A sum of x and the end of another sublayer that something else reads too is no sublayer: the hidden state goes on past the
-   sum, and x is context that enters several layers, such as position codes.  Nor is a sum of learned codes and what a
-   sublayer that starts elsewhere ends in.
+4. A sum with a term that is the end of another sublayer with weights, with nothing but norms or scales behind it, is no
+   sublayer: the hidden state goes on there, and x is added to it, such as position codes that enter every layer, or a skip.
+   Neither is one into which another sublayer leads that starts elsewhere: then x is context, and the hidden state passes by.
+   Nor is a sum of learned codes and what a sublayer that starts elsewhere ends in.
 """
 
 from __future__ import annotations
@@ -36,11 +37,19 @@ _PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Residual:
-    """One residual sublayer; ``path`` are the nodes from ``entry`` (without it) to ``exit`` (with it)."""
+    """One residual sublayer.
+
+    Attributes:
+        entry: x.
+        exit: y.
+        path: nodes from ``entry`` (without it) to ``exit`` (with it).
+        terms: the terms of the sum beside x.
+    """
 
     entry: fx.Node
     exit: fx.Node
     path: frozenset[fx.Node]
+    terms: tuple[fx.Node, ...]
 
 
 def find_residuals(flow: Flow, mixes: Callable[[Residual], bool]) -> list[Residual]:
@@ -51,17 +60,11 @@ def find_residuals(flow: Flow, mixes: Callable[[Residual], bool]) -> list[Residu
         mixes: whether a sublayer mixes positions; asked only where sublayers nest.
     """
     found: list[Residual] = []
-    inner: set[fx.Node] = set()
-    for node in reversed(flow.nodes):
-        if node not in inner and is_sum(flow, node):
-            entry, tree = _entry(flow, node)
-            if entry is None:
-                continue
-            path = frozenset(flow.between(entry, node))
-            if not works(flow, path):
-                continue
-            found.append(Residual(entry, node, path))
-            inner |= tree
+    for node in flow.nodes:
+        if is_sum(flow, node):
+            residual = _residual(flow, node)
+            if residual is not None and works(flow, residual.path):
+                found.append(residual)
     kept = _outermost(flow, found, mixes)
     return sorted(kept, key=lambda residual: flow.index[residual.exit])
 
@@ -81,13 +84,16 @@ def works(flow: Flow, path: Iterable[fx.Node]) -> bool:
 # -- Cases 1 and 2 ------------------------------------------------------------------------------------------------
 
 
-def _entry(flow: Flow, node: fx.Node) -> tuple[fx.Node | None, set[fx.Node]]:
-    """The entry of the sublayer that ends in a sum, and the other additions of its tree."""
-    terms, tree = _terms(flow, node)
-    entry = _shared(flow, node, terms)
-    if entry is None and tree:
-        entry, tree = _shared(flow, node, _own_terms(flow, node)), set()
-    return entry, tree
+def _residual(flow: Flow, node: fx.Node) -> Residual | None:
+    """The sublayer that ends in a sum: of the whole tree of additions, or of the terms of the sum itself."""
+    own = _own_terms(flow, node)
+    leaves = _leaves(flow, own)
+    for terms in (leaves, own) if len(leaves) > len(own) else (own,):
+        found = _shared(flow, node, terms)
+        if found is not None:
+            entry, others = found
+            return Residual(entry, node, frozenset(flow.between(entry, node)), tuple(n for term in others for n in term))
+    return None
 
 
 def _own_terms(flow: Flow, node: fx.Node) -> list[Term]:
@@ -100,11 +106,10 @@ def _own_terms(flow: Flow, node: fx.Node) -> list[Term]:
     return terms
 
 
-def _terms(flow: Flow, node: fx.Node) -> tuple[list[Term], set[fx.Node]]:
-    """Leaves of the tree of additions below a sum, and the additions inside of it."""
+def _leaves(flow: Flow, terms: list[Term]) -> list[Term]:
+    """The terms with those that are additions of their own, and read by nothing else, taken apart."""
     leaves: list[Term] = []
-    tree: set[fx.Node] = set()
-    stack = _own_terms(flow, node)
+    stack = list(terms)
     while stack:
         term = stack.pop()
         below = term[0] if len(term) == 1 else None
@@ -112,15 +117,14 @@ def _terms(flow: Flow, node: fx.Node) -> tuple[list[Term], set[fx.Node]]:
             sources = flow.inputs(below)
             below = sources[0] if len(sources) == 1 else None
         if below is not None and len(below.users) == 1 and operators.kind(below) == operators.ADD and is_sum(flow, below):
-            tree.add(below)
             stack.extend(_own_terms(flow, below))
         else:
             leaves.append(term)
-    return leaves, tree
+    return leaves
 
 
-def _shared(flow: Flow, node: fx.Node, terms: list[Term]) -> fx.Node | None:
-    """The tensor that is one term and that all the other terms are computed from."""
+def _shared(flow: Flow, node: fx.Node, terms: list[Term]) -> tuple[fx.Node, list[Term]] | None:
+    """The tensor that is one term and that all the other terms are computed from, and these."""
     if len(terms) < 2:
         return None
     elements = prod(operators.shape(node))
@@ -131,7 +135,7 @@ def _shared(flow: Flow, node: fx.Node, terms: list[Term]) -> fx.Node | None:
         for entry in _origins(flow, term[0]):
             if all(any(flow.depends(n, entry) for n in other) for other in others):
                 started = entry not in flow.constant or flow.weights.get(entry)
-                return entry if started and prod(operators.shape(entry)) == elements else None
+                return (entry, others) if started and prod(operators.shape(entry)) == elements else None
     return None
 
 
@@ -169,7 +173,8 @@ def _outermost(flow: Flow, residuals: list[Residual], mixes: Callable[[Residual]
     kept: list[Residual] = []
     for outer in sorted(residuals, key=lambda residual: len(residual.path)):
         ending = sorted((r for r in kept if r.exit in outer.path), key=lambda r: flow.index[r.exit])
-        if ending and (_goes_on(flow, outer, ending) or _comes_in(flow, outer, ending)):
+        weighted = [r for r in ending if any(reads_weights(flow, node) for node in r.path)]
+        if (weighted and _goes_on(flow, outer, weighted)) or _comes_in(flow, outer, ending):
             continue
         inside = [r for r in ending if r.entry in outer.path or r.entry is outer.entry]
         if len(inside) > 1 and _is_stack(flow, inside, mixes):
@@ -186,12 +191,11 @@ def _comes_in(flow: Flow, outer: Residual, ending: list[Residual]) -> bool:
 
 def _goes_on(flow: Flow, outer: Residual, ending: list[Residual]) -> bool:
     """Case 4, with the sublayers that end inside of a sum, in order."""
-    for term in flow.inputs(outer.exit):
+    if any(r.entry is not outer.entry and r.entry not in outer.path for r in ending):
+        return True
+    for term in outer.terms:
         end = next((r.exit for r in reversed(ending) if flow.depends(term, r.exit)), None)
-        if end is None:
-            continue
-        way = flow.between(end, term) | {end}
-        if not works(flow, way - {end}) and any(u not in way and u is not outer.exit for node in way for u in node.users):
+        if end is not None and not works(flow, flow.between(end, term) - {end}):
             return True
     return False
 

@@ -116,11 +116,25 @@ def _joins(flow: Flow, before: fx.Node, entry: fx.Node) -> bool:
     gap = flow.between(before, entry)
     for node in gap:
         for source in flow.inputs(node):
-            inside = source in gap or source is before or source in flow.constant or flow.depends(before, source)
-            if not inside:
-                smaller = prod(operators.shape(source)) < prod(operators.shape(node))
-                if not (smaller and operators.is_pointwise(node)):
-                    return True
+            if source in gap or source is before or not _is_new(flow, before, source):
+                continue
+            smaller = prod(operators.shape(source)) < prod(operators.shape(node))
+            if not (smaller and operators.is_pointwise(node)):
+                return True
+    return False
+
+
+def _is_new(flow: Flow, before: fx.Node, source: fx.Node) -> bool:
+    """Whether a tensor holds anything but constants and what ``before`` is computed from, scaled or normalised."""
+    stack, seen = [source], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node in flow.constant or flow.depends(before, node):
+            continue
+        if not flow.inputs(node) or works(flow, [node]):
+            return True
+        seen.add(node)
+        stack.extend(flow.inputs(node))
     return False
 
 
