@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from surgeon.caches import asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -172,6 +173,7 @@ class AotInductorArtifact(Artifact):
         Raises:
             LowerError: an input does not fit, or the package fails.
         """
+        wanted = asked(self.inputs, self.outputs, inputs)
         inputs = check_inputs(self.path, self.inputs, inputs)
         if self._package is None:
             self._package = torch._inductor.aoti_load_package(str(self.path))
@@ -183,7 +185,7 @@ class AotInductorArtifact(Artifact):
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")
             raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
-        return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+        return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from surgeon.backends import _trt_dialect as onnx_dialect
 from surgeon.backends._onnx_export import operators as operators_of
+from surgeon.caches import SUM, asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -178,8 +179,8 @@ class TensorRT(Backend):
         return self.compute_capability or (8.9,)
 
     def _sizes(self, name: str) -> Sizes | None:
-        if name == "total" and name not in self.shapes:  # past and new tokens together, see surgeon.caches
-            past, new = self._sizes("past"), self._sizes("sequence")
+        if SUM in name and name not in self.shapes:  # past and new tokens together
+            past, new = (self._sizes(part) for part in name.split(SUM))
             return None if past is None or new is None else (past[0] + new[0], past[1] + new[1], past[2] + new[2])
         return self.shapes.get(name, DEFAULT_SHAPES.get(name))
 
@@ -283,6 +284,7 @@ class TensorRTArtifact(Artifact):
         """
         if self.unavailable:
             raise LowerError(f"{self.path}: {self.unavailable}")
+        wanted = asked(self.inputs, self.outputs, inputs)
         inputs = check_inputs(self.path, self.inputs, inputs)
         engine, context = self._open()
         held = {}
@@ -302,7 +304,7 @@ class TensorRTArtifact(Artifact):
             context.set_tensor_address(name, value.data_ptr() or spare.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise LowerError(f"{self.path}: TensorRT failed on inputs {({n: list(v.shape) for n, v in held.items()})}")
-        return {port.name: held[port.name] for port in self.outputs}
+        return {port.name: held[port.name] for port in wanted}
 
     def _open(self) -> tuple[Any, Any]:
         if self._held is None:

@@ -154,6 +154,15 @@ def test_families_generate_the_same_tokens(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_package_generates_the_same_tokens() -> None:
+    module, _ = tiny("llama", layers=2)
+    model = surgeon.compile(module, [], task="text-generation", backend="aotinductor", progress=False)
+    assert_same(model, module)
+    ids, mask = padded_prompts(2)
+    assert list(model(input_ids=ids, attention_mask=mask)) == ["logits"]
+
+
+@pytest.mark.slow
 def test_the_trained_mixtral_generates_what_it_did_before() -> None:
     model = surgeon.compile(MODELS / "tiny-mixtral", [], progress=False)
     assert_same(model, source("tiny-mixtral"), 40)
