@@ -208,7 +208,7 @@ class _Builder:
                 return found
         args, kwargs = _unbind(target, given)
         value = old.meta.get("val")
-        return self.emit(target, args, kwargs, value if _unbacked(value) else None)
+        return self.emit(target, args, kwargs, value if _unbacked(value) or _is_complex(value) else None)
 
     def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = None) -> fx.Node:
         """Append a call unless an equal one exists (rule 9).
@@ -443,6 +443,11 @@ def _unbacked(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(_unbacked(item) for item in value)
     return isinstance(value, Tensor | torch.SymInt) and bool(free_unbacked_symbols(value))
+
+
+def _is_complex(value: Any) -> bool:
+    """Whether a value is complex: torch's shape rules for complex operators would fix dynamic sizes."""
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _written(node: fx.Node) -> str:
