@@ -191,7 +191,8 @@ class Watching(LowRank):
 
     def plan(self, graph: Graph, structure: Structure, statistics: Any) -> Any:
         self.seen.update(statistics)
-        return super().plan(graph, structure.select(Selection(frozenset())), {})
+        nothing = super().plan(graph, structure.select(Selection(frozenset())), {})
+        return nothing.model_copy(update={"notes": ("only watches",)})
 
 
 SWEPT = chosen("t5", "clip", "llava", "detr", "mmdit", "swin", "jamba")
