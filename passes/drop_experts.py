@@ -1,24 +1,32 @@
-"""Remove the experts of a mixture that are chosen least.
+"""Remove the experts of a mixture that matter least.
 
 Paper:
     SEER-MoE (Muzio et al. 2024, arXiv:2404.05089), hard counting; Unified MoE Compression (He et al. 2024,
-    arXiv:2406.02500), Expert Drop.
+    arXiv:2406.02500), Expert Drop; REAP (Lasby et al. 2025, arXiv:2510.13999), router-weighted expert activation, and the
+    mean activation norm that it compares with.
 Formula:
-    ``c_e = sum_t 1[e in top-k(t)]`` over calibration tokens; in each layer the experts of smallest c_e go, equally many
-    of each group where the router selects groups first.
+    Over calibration tokens t, with the chosen experts T(t), their weights w_e(t) and outputs E_e(x_t):
+    ``frequency``: ``s_e = sum_t 1[e in T(t)]``, as a share of all choices.
+    ``gate_mass``: ``s_e = sum_t w_e(t)``, as a share of the sum over all experts.
+    ``activation_norm``: ``s_e = mean over t with e in T(t) of ||E_e(x_t)||``.
+    ``reap``: ``s_e = mean over t with e in T(t) of g_e(t) ||E_e(x_t)||``, g_e = w_e / sum of w over T(t).
+    ``random``: by lot, a baseline.
+    In each layer the experts of smallest s_e go, equally many of each group where the router selects groups first; an
+    expert that no token chose has s_e = 0.
 Shapes:
     w_in [E, O, H], w_out [E, H, I], router [E, H] -> the same with E' experts.
 Units:
-    c_e counts tokens.
+    Shares for ``frequency`` and ``gate_mass``; units of the hidden state for ``activation_norm`` and ``reap``.
 Reads:
-    The routing decisions of every selected mixture.
+    The routing decisions of every selected mixture; for ``activation_norm`` and ``reap`` also its input, at a sample of
+    the tokens; nothing for ``random``.
 Changes:
     Expert tensors, router rows and per-expert corrections are sliced; top-k stays.
 Errors:
     PlanError where fewer than top-k experts would remain, where groups would not stay equal, where the router was not
     recognised, or on packed weights.
 Example:
-    ``- drop_experts: {keep: 6}`` or ``- drop_experts: {ratio: 0.25}``
+    ``- drop_experts: {keep: 6}`` or ``- drop_experts: {ratio: 0.25, criterion: reap}``
 """
 
 from __future__ import annotations
@@ -28,13 +36,16 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
+from surgeon.expert_outputs import expert_output_norms, mean_by_expert
 from surgeon.graph import Graph
 from surgeon.observe import Routing
-from surgeon.resizing import expert_tensors, keep_experts
+from surgeon.resizing import expert_operands, expert_tensors, keep_experts
 from surgeon.rewrite import Editor
+from surgeon.samples import Sample
 from surgeon.structure import MoE, Selection, Site, Structure
 
 
@@ -44,7 +55,7 @@ class KeepExperts(Decision):
     Attributes:
         site: ``blocks.I.moe``.
         keep: their indices, ascending.
-        scores: c_e of every expert, share of all choices.
+        scores: s_e of every expert.
     """
 
     keep: tuple[int, ...]
@@ -56,7 +67,7 @@ class DropExpertsPlan(Plan[KeepExperts]):
 
 
 class DropExperts(Pass[DropExpertsPlan]):
-    """Remove the least used experts and their router rows."""
+    """Remove the experts that matter least, and their router rows."""
 
     name = "drop_experts"
     plan_type = DropExpertsPlan
@@ -65,8 +76,13 @@ class DropExperts(Pass[DropExpertsPlan]):
     """Experts to keep in each mixture; give this or ratio."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the experts to remove from each mixture, rounded down; give this or keep."""
-    criterion: Literal["frequency"] = "frequency"
-    """How experts are ranked: how often they are chosen on calibration data."""
+    criterion: Literal["frequency", "gate_mass", "activation_norm", "reap", "random"] = "frequency"
+    """How experts are ranked on calibration data: how often they are chosen, by how much weight, by the norm of what they
+    give, by that norm times their weight (reap), or by lot."""
+    tokens: Annotated[int, Field(ge=1)] = 8192
+    """Most tokens of calibration data at which activation_norm and reap run the experts; drawn at random beyond that."""
+    seed: int = 0
+    """Seed of random, and of the sample of tokens."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> DropExperts:
@@ -75,12 +91,20 @@ class DropExperts(Pass[DropExpertsPlan]):
         return self
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
-        """Routing counts of every selected mixture."""
-        return {s.name: Routing(s.part.index, s.part.weight, None, s.part.experts) for s in structure.moes()}
+        """Routing counts of every selected mixture, or tokens with their routing."""
+        if self.criterion == "random":
+            return {}
+        if self.criterion in ("frequency", "gate_mass"):
+            return {s.name: Routing(s.part.index, s.part.weight, None, s.part.experts) for s in structure.moes()}
+        return {
+            s.name: Sample(s.part.node.args[0], s.part.index, s.part.weight, limit=self.tokens, seed=self.seed)  # type: ignore[arg-type]  # x is a node
+            for s in structure.moes()
+        }
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> DropExpertsPlan:
-        """Keep the most chosen experts of each mixture."""
+        """Keep the experts of highest score in each mixture."""
         decisions, notes = [], []
+        lot = torch.Generator().manual_seed(self.seed)
         for site in structure.moes():
             moe = site.part
             refuse_opaque(graph, site)
@@ -91,15 +115,31 @@ class DropExperts(Pass[DropExpertsPlan]):
             if keep == moe.experts:
                 notes.append(f"{site.name}: all {keep} experts stay")
                 continue
-            observer = statistics[site.name]
-            assert isinstance(observer, Routing)
-            share = observer.counts / observer.counts.sum().clamp_min(1.0)
-            decisions.append(
-                KeepExperts(site=site.name, keep=_most_chosen(moe, observer.counts, keep), scores=tuple(share.tolist()))
-            )
+            if self.criterion == "random":
+                scores = torch.rand(moe.experts, generator=lot, dtype=torch.float64)
+            else:
+                scores = self._scores(graph, site, statistics[site.name])
+            decisions.append(KeepExperts(site=site.name, keep=_best(moe, scores, keep), scores=tuple(scores.tolist())))
         if not decisions and not notes:
             raise PlanError("no mixture of experts is selected on this model")
         return DropExpertsPlan(decisions=tuple(decisions), notes=tuple(notes))
+
+    def _scores(self, graph: Graph, site: Site[MoE], observer: Observer) -> Tensor:
+        """s_e of every expert, [E]."""
+        moe = site.part
+        if isinstance(observer, Routing):
+            seen = observer.counts if self.criterion == "frequency" else observer.mass
+            if observer.tokens == 0:
+                raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token)")
+            return seen / seen.sum()
+        assert isinstance(observer, Sample)
+        if observer.tokens == 0:
+            raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token)")
+        x, index, weight = observer.values()
+        norms = expert_output_norms(x, index, expert_operands(graph, moe), moe.activation)
+        if self.criterion == "reap":
+            norms = norms * (weight / weight.sum(-1, keepdim=True)).double()
+        return mean_by_expert(norms, index, moe.experts)
 
     def check(self, graph: Graph, structure: Structure, plan: DropExpertsPlan) -> None:
         """Mixtures and experts exist, and enough stay."""
@@ -192,9 +232,9 @@ def _refuse_budget(site: str, moe: MoE, keep: int) -> None:
         )
 
 
-def _most_chosen(moe: MoE, counts: torch.Tensor, keep: int) -> tuple[int, ...]:
-    """The most chosen experts, equally many of each group."""
+def _best(moe: MoE, scores: Tensor, keep: int) -> tuple[int, ...]:
+    """The experts of highest score, equally many of each group."""
     members = moe.experts // moe.groups
-    order = torch.argsort(counts.reshape(moe.groups, members), dim=1, descending=True, stable=True)
+    order = torch.argsort(scores.reshape(moe.groups, members), dim=1, descending=True, stable=True)
     chosen = order[:, : keep // moe.groups] + members * torch.arange(moe.groups)[:, None]
     return tuple(sorted(chosen.flatten().tolist()))

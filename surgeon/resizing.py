@@ -55,6 +55,34 @@ def keep_experts(editor: Editor, moe: MoE, keep: Tensor) -> None:
         editor.set_tensor(name, editor.tensor(name).detach().index_select(axis, keep))
 
 
+def expert_operands(graph: Graph, moe: MoE) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The experts' weights as the operator reads them, whatever layout they are stored in.
+
+    Returns:
+        w_in [E, O, H], w_out [E, G, I], b_in [E, O] or None, b_out [E, G] or None.
+    """
+    w_in, w_out, b_in, b_out = (operators.argument(moe.node, i + 3, key) for i, key in enumerate(_OPERANDS))
+    first, second = _constant(graph, w_in), _constant(graph, w_out)
+    assert first is not None
+    assert second is not None
+    return first, second, _constant(graph, b_in), _constant(graph, b_out)
+
+
+_OPERANDS = ("w_in", "w_out", "b_in", "b_out")
+
+
+def _constant(graph: Graph, node: fx.Node | None) -> Tensor | None:
+    """The value of a node that is computed from stored tensors only."""
+    if node is None:
+        return None
+    if node.op == "get_attr":
+        return graph.tensor(str(node.target)).detach()
+    with torch.no_grad():
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _constant(graph, source))
+        value: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function target
+    return value
+
+
 def routing_nodes(moe: MoE) -> set[fx.Node]:
     """Nodes between the router's scores and the choice."""
     assert moe.logits is not None
