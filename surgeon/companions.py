@@ -51,7 +51,7 @@ def companions(graph: Graph, structure: Structure, paths: Sequence[Path]) -> lis
     dtype = next((tensor.dtype for tensor in own.values() if tensor.is_floating_point()), None)
     found = []
     for path in paths:
-        other = trace(path, dtype=dtype)
+        other = trace(path, dtype=dtype, task=graph.source.task)
         theirs = other.parameters()
         if set(own) != set(theirs):
             missing, extra = sorted(set(own) - set(theirs)), sorted(set(theirs) - set(own))

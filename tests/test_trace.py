@@ -374,7 +374,7 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
 
 def test_a_directory(checkpoint: Path) -> None:
     module, inputs = tiny("llama", layers=1)
-    graph = trace(str(checkpoint))
+    graph = trace(str(checkpoint), task="forward")
     assert [p.name for p in graph.inputs] == ["input_ids", "attention_mask"]
     assert relative_error(graph(**inputs)["logits"], run(module, inputs)["logits"]) < 1e-5
     assert graph.fingerprint(weights=True) == trace(module, graph.example).fingerprint(weights=True)
