@@ -148,6 +148,27 @@ def test_merging_copies_of_an_expert_is_lossless(name: str) -> None:
     assert all(relative_error(found[key], expected[key]) < 1e-5 for key in expected)
 
 
+class Layers(nn.Module):
+    """A hand-written mixture and a dense network, several times."""
+
+    def __init__(self, name: str, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(written(name) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["where_loop", "dense_loop", "where_loop_stacked"])
+def test_every_layer_of_a_deep_model_is_raised(name: str) -> None:
+    count = 6
+    graph = trace(Layers(name, count).eval(), inputs(name), dynamic={"x": {0: "batch", 1: "sequence"}})
+    assert sum(node.target is MOE for node in graph.module.graph.nodes) == count
+    assert graph.source.left == {}
+
+
 def test_groups_stay_equal() -> None:
     from surgeon.errors import PlanError
 

@@ -37,6 +37,10 @@ SKIP = 3
 PATIENCE = 25
 """Exits without a cut after which a weight is taken to belong to no experts."""
 
+PATIENCE_ONE_EACH = 10
+"""The same where every expert has a weight of its own: weights follow an expert's last product, and dense models, all of
+whose projections are such candidates, are left soon."""
+
 KEPT = 64
 """Cuts that are remembered: every step of a loop over experts is an exit, only the last ones matter."""
 
@@ -101,7 +105,9 @@ def _search(
         return ""
     reason = ""
     for x in cuts.inputs(flow, reader[1]):
-        for trial in reversed(_trials(flow, follower, read, x, names, experts)):  # as much as possible, so last exits first
+        trials, unfit = _trials(flow, follower, read, x, names, experts)
+        reason = reason or unfit
+        for trial in reversed(trials):  # as much as possible, so last exits first
             key = (trial.routing.kind, trial.routing.k, len(trial.bases), trial.region.signature())
             if key not in proofs:
                 proofs[key] = trial.solve()
@@ -114,27 +120,44 @@ def _search(
 
 def _trials(
     flow: Flow, follower: dict[fx.Node, fx.Node], read: fx.Node, x: fx.Node, names: tuple[str, ...], experts: set[int]
-) -> list[Trial]:
-    """Exits with the cuts that they follow from; what a node follows from only grows along the exits."""
+) -> tuple[list[Trial], str]:
+    """Exits with the cuts that they follow from and weights that fit, and why none was found.
+
+    What a node follows from only grows along the exits, and so do its weights: the first exit behind others whose weights
+    fit no experts any more, because it reads into the next layer, is the last one that is looked at.
+    """
     tokens = _count(x) // operators.shape(x)[-1]
     found: list[Trial] = []
-    waiting = PATIENCE
+    unfit = ""
+    waiting = PATIENCE if len(names) == 1 else PATIENCE_ONE_EACH
+    computed = {read}  # from the experts' weights: a routing among it is one of a later layer
+    position = flow.index[read] + 1
     for exit in cuts.exits(flow, follower, read):
         shape = operators.shape(exit)
         if not flow.depends(exit, x) or not shape or _count(exit) != tokens * shape[-1]:
             continue
+        for node in flow.nodes[position : flow.index[exit] + 1]:
+            if any(source in computed for source in node.all_input_nodes):
+                computed.add(node)
+        position = flow.index[exit] + 1
         trials = []
         for routing in cuts.routings(flow, exit, x, tokens, experts):
+            if any(node in computed for node in routing.nodes):
+                continue
             bases = tuple(cuts.bases(flow, exit, routing))
             region = Region(flow, exit, (x, *routing.nodes, *bases), flow.index[x] - cuts.REACH)
             if region.complete and 2 * len(set(names) & set(region.names)) >= len(names):
-                trials.append(Trial(region, x, routing, bases))
+                trial = Trial(region, x, routing, bases)
+                if trial.fits():
+                    trials.append(trial)
+                else:
+                    unfit = unfit or trial.misfit()
         if not trials:
             waiting -= 1
             if found or waiting == 0:
                 break
         found = [*found[-KEPT:], *reversed(trials)]
-    return found
+    return found, "" if found else unfit
 
 
 def _seeds(flow: Flow) -> Iterator[tuple[list[fx.Node], set[int]]]:

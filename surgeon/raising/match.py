@@ -124,15 +124,14 @@ class Trial:
 
     def solve(self) -> Mixture | str:
         """The roles and the activation under which the region is a mixture, or why there are none."""
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(self.like.items())[:6])
         if sum(tensor.numel() for tensor in self.like.values()) > LARGEST:
-            return f"its weights are too large for a proof on random ones ({shapes})"
+            return f"its weights are too large for a proof on random ones ({self._shapes()})"
         limit = self._limit()
         if limit is not None:
             return f"{limit.name} = {operators.kind(limit)} holds tokens against a limit, which belongs to the routing"
         candidates = [r for r in self.roles() if self._fits(r.second.stack.shape[0])]
         if not candidates:
-            return f"its weights are not matrices [E, ., .] of two or three kinds with biases: {shapes}"
+            return self.misfit()
         if not self.vanishes(candidates[0].second.stack.shape[0]):
             return "it is no sum over experts with the router's weights as factors"
         node = self.routing.source if self.routing.kind == "dense" else self.routing.weight
@@ -175,6 +174,17 @@ class Trial:
             crowded = _mixture(x, index, weight, weights, name, scaled)
             return name if _equal(crowded, self.run(x, values, tensors), self.dtype) else None
         return None
+
+    def fits(self) -> bool:
+        """Whether the weights are matrices and biases of as many experts as the router knows, by their shapes."""
+        return any(self._fits(roles.second.stack.shape[0]) for roles in self.roles())
+
+    def misfit(self) -> str:
+        """Why the weights are none of experts."""
+        return f"its weights are not matrices [E, ., .] of two or three kinds with biases: {self._shapes()}"
+
+    def _shapes(self) -> str:
+        return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(self.like.items())[:6])
 
     def _limit(self) -> fx.Node | None:
         """Where a running count is compared with a number: tokens are dropped by something inside of the region."""
