@@ -170,9 +170,8 @@ def model_of(shape: Shape, layers: int, experts: int, device: str) -> Any:
     finally:
         torch.set_default_dtype(default)
     rotary = model.model.rotary_emb  # its tables are computed, not stored
-    fresh = type(rotary)(config=config, device=device)
-    for name, value in fresh.named_buffers():
-        setattr(rotary, name, value)
+    for name, value in type(rotary)(config).named_buffers():
+        setattr(rotary, name, value.to(device))
     return model.eval()
 
 
@@ -285,10 +284,11 @@ def _step(forward: Any, ids: Any, cache: Any, argument: str, length: int, static
         forward(input_ids=ids, position_ids=positions, use_cache=True, **{argument: cache})
         if static:
             for layer in cache.layers:  # the next step writes to the same place
-                if hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length.fill_(length) if torch.is_tensor(layer.cumulative_length) else setattr(
-                        layer, "cumulative_length", length
-                    )
+                held = getattr(layer, "cumulative_length", None)
+                if torch.is_tensor(held):
+                    held.fill_(length)
+                elif held is not None:
+                    layer.cumulative_length = length
         else:
             cache.crop(-1)
 
