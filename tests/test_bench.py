@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -185,11 +183,3 @@ def test_command_times_a_build_beside_its_source(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", str(tmp_path / "nothing")])
     assert stop.value.code == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="measures where there is a GPU")
-def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert run.returncode == 3, run.stderr
-    assert "no CUDA device" in run.stdout
