@@ -139,6 +139,7 @@ class MoE:
         selection_bias: name of the vector that is added to the scores for the selection only, or None.
         groups: groups of equal size that the experts stand in; 1 for none.
         top_groups: groups that a token's experts are selected from.
+        group_worth: members by whose summed scores a group is ranked, the best one or the best two.
         capacity: tokens that an expert takes (of one sequence, where tokens are counted per sequence), or None.
         input_scaled: the weights multiply the experts' inputs instead of their outputs.
     """
@@ -166,6 +167,7 @@ class MoE:
     selection_bias: str | None = None
     groups: int = 1
     top_groups: int = 1
+    group_worth: int = 1
     capacity: int | None = None
     input_scaled: bool = False
 

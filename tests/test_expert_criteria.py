@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from surgeon.errors import SurgeonError
+from surgeon.errors import PlanError, SurgeonError
+from surgeon.expert_budget import share_out
 from surgeon.observe import observe
 from surgeon.registry import make_pass
 from surgeon.samples import Sample
+from surgeon.structure import MoE
 from tests.conftest import Trained
 
-CRITERIA = ("frequency", "gate_mass", "activation_norm", "reap")
+CRITERIA = ("frequency", "soft_frequency", "gate_mass", "activation_norm", "reap")
 
 
-def seen(model: Trained) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every calibration token's input, experts and weights, by site."""
-    samples = {
-        site.name: Sample(site.part.input, site.part.index, site.part.weight, limit=1 << 20)
-        for site in model.structure.moes()
-    }
+def seen(model: Trained) -> dict[str, tuple[np.ndarray, ...]]:
+    """Every calibration token's input, experts, weights and scores, by site."""
+    samples = {}
+    for site in model.structure.moes():
+        part = site.part
+        assert part.logits is not None
+        samples[site.name] = Sample(part.input, part.index, part.weight, part.logits, limit=1 << 20)
     observe(model.graph, model.data.calibration, samples)
-    return {name: tuple(v.numpy() for v in sample.values()) for name, sample in samples.items()}  # type: ignore[misc]
+    return {name: tuple(v.numpy() for v in sample.values()) for name, sample in samples.items()}
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    shifted = np.exp(z - z.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def every_output(model: Trained, part: MoE, x: np.ndarray) -> np.ndarray:
+    """Every expert on every token, [T, E, H]."""
+    w_in, w_out = (model.graph.tensor(name).detach().numpy().astype(np.float64) for name in (part.w_in, part.w_out))
+    gate, up = np.split(np.einsum("th,eoh->teo", x.astype(np.float64), w_in), 2, axis=2)
+    return np.einsum("tei,ehi->teh", gate / (1 + np.exp(-gate)) * up, w_out)
 
 
 def test_scores_equal_those_of_numpy(tiny_mixtral: Trained) -> None:
@@ -30,14 +48,13 @@ def test_scores_equal_those_of_numpy(tiny_mixtral: Trained) -> None:
     step = {"keep": 5, "tokens": 1 << 20}
     plans = {name: tiny_mixtral.operate({"drop_experts": {**step, "criterion": name}}).plan for name in CRITERIA}
     for number, site in enumerate(tiny_mixtral.structure.moes()):
-        x, index, weight = tokens[site.name]
-        stored = [tiny_mixtral.graph.tensor(name) for name in (site.part.w_in, site.part.w_out)]
-        w_in, w_out = (tensor.detach().numpy().astype(np.float64) for tensor in stored)
+        x, index, weight, scores = tokens[site.name]
+        norms = np.linalg.norm(every_output(tiny_mixtral, site.part, x), axis=2)
         wanted = {name: np.zeros(8) for name in CRITERIA}
+        wanted["soft_frequency"] = softmax(scores.astype(np.float64)).mean(0)
         for expert in range(8):
             rows, places = np.nonzero(index == expert)
-            gate, up = np.split(x[rows].astype(np.float64) @ w_in[expert].T, 2, axis=1)
-            norm = np.linalg.norm((gate / (1 + np.exp(-gate)) * up) @ w_out[expert].T, axis=1)
+            norm = norms[rows, expert]
             share = weight[rows, places] / weight[rows].sum(1)
             wanted["frequency"][expert] = len(rows) / index.size
             wanted["gate_mass"][expert] = weight[rows, places].sum() / weight.sum()
@@ -50,14 +67,80 @@ def test_scores_equal_those_of_numpy(tiny_mixtral: Trained) -> None:
             assert list(decision.keep) == sorted(np.argsort(-wanted[name])[:5].tolist())
 
 
+def test_the_set_of_least_loss_is_that_of_numpy(tiny_mixtral: Trained) -> None:
+    """Not All Experts are Equal, restated: dropped logits are minus infinity, the rest is normalised again."""
+    kept = {exhaustive: tiny_mixtral.operate(reconstruction(exhaustive=exhaustive, beam=8)).plan for exhaustive in (100, 1)}
+    tokens = seen(tiny_mixtral)
+    for number, site in enumerate(tiny_mixtral.structure.moes()):
+        x, _, _, scores = tokens[site.name]
+        outputs = every_output(tiny_mixtral, site.part, x)
+
+        def mixed(keep: tuple[int, ...], z: np.ndarray = scores, outputs: np.ndarray = outputs) -> np.ndarray:
+            masked = np.full(z.shape, -np.inf)
+            masked[:, keep] = z[:, keep]
+            best = np.argsort(-masked, axis=1)[:, :2]
+            weight = softmax(np.take_along_axis(masked, best, 1))
+            return (np.take_along_axis(outputs, best[..., None], 1) * weight[..., None]).sum(1)
+
+        whole = mixed(tuple(range(8)))
+        losses = {keep: ((mixed(keep) - whole) ** 2).sum() / (whole**2).sum() for keep in itertools.combinations(range(8), 5)}
+        wanted = min(losses, key=losses.__getitem__)
+        decision = kept[100].decisions[number]
+        assert decision.keep == wanted
+        assert decision.loss == pytest.approx(losses[wanted], rel=1e-4)
+        alone = [((mixed(tuple(e for e in range(8) if e != gone)) - whole) ** 2).sum() / (whole**2).sum() for gone in range(8)]
+        np.testing.assert_allclose(decision.scores, alone, rtol=1e-4, atol=1e-12)
+        searched = kept[1].decisions[number]
+        assert searched.loss == pytest.approx(losses[searched.keep], rel=1e-4)
+        assert searched.loss <= sorted(losses.values())[2]  # of 56 sets
+
+
+def reconstruction(**options: Any) -> dict[str, Any]:
+    return {"drop_experts": {"keep": 5, "criterion": "reconstruction", "tokens": 1 << 20, **options}}
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, "reconstruction"])
+def test_a_global_budget_is_one_sort_of_all_experts(tiny_mixtral: Trained, criterion: str) -> None:
+    plan = tiny_mixtral.operate({"drop_experts": {"keep": 4, "budget": "global", "criterion": criterion}}).plan
+    sites = [site.name for site in tiny_mixtral.structure.moes()]
+    assert sum(len(decision.keep) for decision in plan.decisions) + 8 * len(plan.notes) == 4 * len(sites)
+    assert all(len(decision.keep) >= 2 for decision in plan.decisions)
+    if criterion == "reconstruction":  # equal numbers are one way to share out
+        equal = tiny_mixtral.operate({"drop_experts": {"keep": 4, "criterion": criterion}}).plan
+        assert sum(d.loss for d in plan.decisions) <= sum(d.loss for d in equal.decisions)
+        return
+    lost = [score for d in plan.decisions for e, score in enumerate(d.scores) if e not in d.keep]
+    kept = [d.scores[e] for d in plan.decisions if len(d.keep) > 2 for e in d.keep]
+    assert max(lost) <= min(kept)
+
+
+def test_what_a_global_budget_cannot_do_is_refused_by_site(tiny_mixtral: Trained) -> None:
+    with pytest.raises(PlanError, match="4 of 32 experts would remain, the routers need at least 8"):
+        tiny_mixtral.operate({"drop_experts": {"keep": 1, "budget": "global"}})
+    with pytest.raises(PlanError, match=r"blocks\.0\.moe 2, blocks\.1\.moe 2"):
+        tiny_mixtral.operate({"drop_experts": {"ratio": 0.9, "budget": "global"}})
+
+
+def test_budgets_are_shared_out_at_least_cost() -> None:
+    curves = [{0: 0.0, 1: 5.0, 2: 6.0}, {0: 0.0, 1: 2.0, 2: 9.0}, {0: 0.0, 2: 1.0}]
+    for total in range(7):
+        fitting = [p for p in itertools.product(*curves) if sum(p) <= total]
+        most = max(sum(p) for p in fitting)
+        wanted = min(sum(c[n] for c, n in zip(curves, p, strict=True)) for p in fitting if sum(p) == most)
+        found = share_out(curves, total)
+        assert sum(found) == most
+        assert sum(curve[lost] for curve, lost in zip(curves, found, strict=True)) == wanted
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_criterion_beats_the_lot(tiny_mixtral: Trained, criterion: str) -> None:
+@pytest.mark.parametrize("budget", ["layer", "global"])
+@pytest.mark.parametrize("criterion", [*CRITERIA, "reconstruction"])
+def test_every_criterion_beats_the_lot(tiny_mixtral: Trained, criterion: str, budget: str) -> None:
     batch = tiny_mixtral.held_out
     assert batch is not None
 
     def loss(**options: str | int) -> float:
-        return tiny_mixtral.operate({"drop_experts": {"keep": 5, **options}}).loss(batch)
+        return tiny_mixtral.operate({"drop_experts": {"keep": 5, "budget": budget, **options}}).loss(batch)
 
     assert loss(criterion=criterion) < sum(loss(criterion="random", seed=seed) for seed in range(5)) / 5
 

@@ -77,6 +77,7 @@ def _mixture(
         selection_bias=routing.selection_bias,
         groups=routing.groups,
         top_groups=routing.top_groups,
+        group_worth=routing.group_worth,
         capacity=routing.capacity,
         input_scaled=scaled is not None,
     )

@@ -50,6 +50,7 @@ class Routing:
     selection_bias: str | None = None
     groups: int = 1
     top_groups: int = 1
+    group_worth: int = 1
     capacity: int | None = None
     reason: str = ""
 
@@ -272,16 +273,17 @@ def _selecting(routing: Routing, runs: _Runs) -> Routing:
                 return replace(routing, selection_bias=correction)
             for groups in divisors:
                 members = total.reshape(-1, groups, experts // groups)
-                worths = [members.amax(-1)]
-                worths += [members.topk(2, dim=-1).values.sum(-1)] if experts // groups > 1 else []
+                sizes = (1, 2) if experts // groups > 1 else (1,)
+                worths = {size: members.topk(size, dim=-1).values.sum(-1) for size in sizes}
                 for top in range(1, groups):
                     if top * (experts // groups) < k:
                         continue
-                    for worth in worths:
+                    for size, worth in worths.items():
                         best = torch.zeros_like(worth).scatter(1, worth.topk(top).indices, 1.0)
                         inside = best.repeat_interleave(experts // groups, dim=1).bool()
                         if torch.equal(total.masked_fill(~inside, -torch.inf).topk(k).indices.sort(-1).values, wanted):
-                            return replace(routing, selection_bias=correction, groups=groups, top_groups=top)
+                            grouped = replace(routing, groups=groups, top_groups=top, group_worth=size)
+                            return replace(grouped, selection_bias=correction)
     reason = "which experts are selected is no known function of the router's output"
     return replace(routing, reason=reason)
 
