@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.backends import _onnx_tensorrt as tensorrt
 from surgeon.caches import PAST, PRESENT, asked
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError
@@ -19,10 +20,10 @@ from surgeon.generation import Decoder, empty_cache
 from surgeon.graph import Port
 from surgeon.ports import check_inputs
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 """ONNX Runtime's names of the providers."""
 
-EXTRAS = {"cpu": "cpu", "cuda": "cuda"}
+EXTRAS = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 """The extra of this package that installs each provider."""
 
 
@@ -60,8 +61,8 @@ class OnnxRuntimeArtifact(Artifact):
 
     @property
     def path(self) -> Path:
-        """The model file."""
-        return self.folder / "model.onnx"
+        """The model file; the one that holds built engines where there is one."""
+        return self.folder / (tensorrt.CONTEXT if tensorrt.CONTEXT in {file.path for file in self.files} else "model.onnx")
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs.
@@ -71,7 +72,7 @@ class OnnxRuntimeArtifact(Artifact):
                 the CPU are read in place).
 
         Returns:
-            Tensors on the CPU by output name (on the inputs' device with the CUDA provider).
+            Tensors on the CPU by output name (on a CUDA device with the other providers).
 
         Raises:
             LowerError: an input is missing, unknown, of another dtype or shape than the model's, or the runtime fails.
@@ -80,7 +81,7 @@ class OnnxRuntimeArtifact(Artifact):
         inputs = check_inputs(self.path, self.inputs, inputs)
         session = self.session()
         try:
-            if self.options.get("provider", "cpu") == "cuda":
+            if self.options.get("provider", "cpu") != "cpu":
                 return self._run_on_device(session, inputs, wanted)
             feed = {port.name: inputs[port.name].detach().to("cpu").contiguous().numpy() for port in self.inputs}
             results = session.run([port.name for port in wanted], feed)
@@ -101,18 +102,40 @@ class OnnxRuntimeArtifact(Artifact):
         """
         if self._session is not None and self._opened is not None and self._opened[1] == self.session_threads:
             return self._session
+        self._session = self.open()
+        self._opened = (self.path, self.session_threads)
+        return self._session
+
+    def open(self, entries: Mapping[str, str] | None = None) -> Any:
+        """A new session.
+
+        Args:
+            entries: configuration entries of the session, by ONNX Runtime's names.
+
+        Raises:
+            LowerError: the library is missing or refuses the file, or its provider does not start (ONNX Runtime would go on
+                with the CPU in its place).
+        """
         provider = str(self.options.get("provider", "cpu"))
         library = runtime(provider)
         options = library.SessionOptions()
         options.log_severity_level = 3  # errors; warnings speak of node placement and unused initializers
+        for key, value in (entries or {}).items():
+            options.add_session_config_entry(key, value)
         if self.session_threads is not None:
             options.intra_op_num_threads = self.session_threads
+        chosen = tensorrt.providers(self.details) if provider == "tensorrt" else [PROVIDERS[provider]]
         try:
-            self._session = library.InferenceSession(self.path, options, providers=[PROVIDERS[provider]])
+            session = library.InferenceSession(self.path, options, providers=chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise LowerError(f"{self.path}: ONNX Runtime cannot open it: {error}") from error
-        self._opened = (self.path, self.session_threads)
-        return self._session
+        running = session.get_providers()
+        if PROVIDERS[provider] not in running:
+            raise LowerError(
+                f"{self.path}: {PROVIDERS[provider]} did not start, ONNX Runtime would run on {', '.join(running)} in its "
+                "place; the lines above, from ONNX Runtime, name the library of CUDA, cuDNN or TensorRT that is missing"
+            )
+        return session
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
@@ -155,7 +178,7 @@ class OnnxRuntimeDecoder:
     def __init__(self, artifact: OnnxRuntimeArtifact) -> None:
         self._artifact = artifact
         self._session = artifact.session()
-        self._device = "cuda" if artifact.options.get("provider", "cpu") == "cuda" else "cpu"
+        self._device = "cpu" if artifact.options.get("provider", "cpu") == "cpu" else "cuda"
         self._pasts = [port for port in artifact.inputs if port.role == PAST]
         self._presents = [port.name for port in artifact.outputs if port.role == PRESENT]
         self._caches: list[Any] = []

@@ -6,6 +6,8 @@ Attention over a concatenated cache, and weights of 4 bits stay 4 bits in the en
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 from surgeon.backends._aot_lowering import Decomposed, Experts
+from surgeon.backends._trt_profiles import Sizes
 from surgeon.contract import Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -46,6 +49,19 @@ def refusals(graph: Graph) -> list[Refusal]:
             elif bits not in (4, 8):
                 found.append(Refusal(node.name, f"{bits} bits; TensorRT has 4 and 8"))
     return found
+
+
+def spelling(graph: Graph, sizes: Mapping[str, Sizes]) -> Experts:
+    """How experts are computed best: gathered where there are at most as many token-expert pairs as experts at the most
+    frequent sizes, dense beyond.
+    """
+    tokens = math.prod(sizes[name][1] for name in {size for size in graph.inputs[0].shape if isinstance(size, str)})
+    pairs = [
+        (tokens * node.args[1].meta["val"].shape[1], node.args[3].meta["val"].shape[0])
+        for node in graph.module.graph.nodes
+        if node.target is torch.ops.surgeon.moe.default
+    ]
+    return "gathered" if all(count <= experts for count, experts in pairs) else "dense"
 
 
 def write(graph: Graph, experts: Experts, path: Path) -> ir.Model:

@@ -123,9 +123,7 @@ class AotInductor(Backend):
             "dequantized_at_run_time": lowered.left,
         }
         files = (ArtifactFile.of(folder, FILE),)
-        return AotInductorArtifact(
-            folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details
-        )
+        return AotInductorArtifact(folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details)
 
     @classmethod
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> AotInductorArtifact:
@@ -143,7 +141,7 @@ class AotInductor(Backend):
             )
         if options.device == "cuda" and not torch.cuda.is_available():
             raise LowerError(f"{folder / FILE} was compiled for CUDA, and no CUDA device is here")
-        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        files = ArtifactFile.recorded(folder, manifest["files"])
         inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
         return AotInductorArtifact(
             folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))

@@ -104,7 +104,7 @@ class HuggingFace(Backend):
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> HuggingFaceArtifact:
         """Open a checkpoint that a build wrote; its weights are read on first use."""
         options = cls.model_validate(manifest["options"])
-        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        files = ArtifactFile.recorded(folder, manifest["files"])
         inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
         return HuggingFaceArtifact(
             folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))

@@ -3,7 +3,7 @@
 Float models become standard ONNX (opset 23: Attention, RMSNormalization, RotaryEmbedding).  Low-bit weights stay packed
 in the file and reach the blockwise kernels (``com.microsoft.MatMulNBits``, ``GatherBlockQuantized``), dynamically
 quantized ones the integer kernels, experts ``com.microsoft.MoE`` and ``QMoE``.  With ``genai: true`` the folder is one
-that ``onnxruntime-genai`` generates from.
+that ``onnxruntime-genai`` generates from.  With ``provider: tensorrt`` the file holds standard operators alone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from surgeon.backends import _onnx_artifact as runtime
 from surgeon.backends import _onnx_genai as genai
+from surgeon.backends import _onnx_tensorrt as tensorrt
+from surgeon.backends import _trt_dialect as dialect
+from surgeon.backends import _trt_profiles as profiles
 from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
+from surgeon.backends._trt_profiles import Sizes
 from surgeon.contract import ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -24,14 +28,17 @@ from surgeon.ports import port_of
 
 __all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
 
+FUSING = ("opset", "accuracy_level", "experts", "genai")
+"""Options of the fused form, which TensorRT does not parse."""
+
 
 class OnnxRuntime(Backend):
-    """ONNX Runtime on the CPU or a CUDA device."""
+    """ONNX Runtime on the CPU or a CUDA device, there also through its TensorRT provider."""
 
     name: ClassVar[str] = "onnxruntime"
 
-    provider: Literal["cpu", "cuda"] = "cpu"
-    """Where it runs; ``cuda`` needs onnxruntime-gpu."""
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """Where it runs; ``cuda`` needs onnxruntime-gpu, ``tensorrt`` (its TensorRT provider) the TensorRT libraries too."""
     opset: int = Field(23, ge=18, le=23)
     """Version of the ONNX operator set; below 23 attention, norms and rotary embedding become many small operators."""
     threads: int | None = Field(None, ge=1)
@@ -47,6 +54,18 @@ class OnnxRuntime(Backend):
 
     genai: bool = False
     """Write genai_config.json too, so that onnxruntime-genai opens the folder; needs task text-generation."""
+
+    shapes: dict[str, Sizes] = Field(default_factory=dict)
+    """With provider tensorrt: smallest, most frequent and largest size of each dynamic dimension, e.g. {batch: [1, 4, 16]};
+    batch [1, 1, 8], sequence [1, 128, 512] and past [0, 128, 1024] by default."""
+
+    ep_context: bool = False
+    """With provider tensorrt: build the engines now, on this GPU, and keep them in model_ctx.onnx, which opens at once."""
+
+    @field_validator("shapes")
+    @classmethod
+    def _ordered(cls, value: dict[str, Sizes]) -> dict[str, Sizes]:
+        return profiles.ordered(value)
 
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
@@ -72,7 +91,15 @@ class OnnxRuntime(Backend):
         """Operators that neither torch.onnx nor this backend translates, and types the provider has no kernels for."""
         from surgeon.backends._onnx_support import unsupported
 
-        found = unsupported(graph, self.provider, self.opset)
+        elsewhere = {"cpu": ("shapes", "ep_context"), "cuda": ("shapes", "ep_context"), "tensorrt": FUSING}[self.provider]
+        found = [
+            Refusal(name, f"has no meaning with provider: {self.provider}")
+            for name in elsewhere
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
+        if self.provider == "tensorrt":
+            return [*found, *dialect.refusals(graph), *profiles.refusals(self.shapes, graph)]
+        found += unsupported(graph, self.provider, self.opset)
         return [*found, *genai.refusals(graph)] if self.genai else found
 
     def accepted_error(self, graph: Graph) -> float:
@@ -101,6 +128,8 @@ class OnnxRuntime(Backend):
         if refusals:
             listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
             raise LowerError(f"onnxruntime cannot express this graph:\n{listed}")
+        if self.provider == "tensorrt":
+            return self._lower_to_engines(graph, folder)
         from surgeon.backends import _onnx_export as onnx_export
         from surgeon.backends import _onnx_file as onnx_file
         from surgeon.backends._onnx_lowering import Lowering
@@ -128,6 +157,29 @@ class OnnxRuntime(Backend):
             details["genai"] = genai.check(artifact, graph)
         return artifact
 
+    def _lower_to_engines(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact:
+        """Standard operators, which the TensorRT provider makes engines of when the model opens, or now."""
+        from surgeon.backends import _onnx_export as onnx_export
+        from surgeon.backends import _onnx_file as onnx_file
+
+        model, details = tensorrt.write(graph, self.shapes, folder / "model.onnx")
+        details |= {
+            "opset": dict(model.opset_imports),
+            "ir_version": model.ir_version,
+            "nodes": len(model.graph),
+            "operators": onnx_export.operators(model),
+            "weight_bytes": onnx_file.weight_bytes(model),
+        }
+        options = self.model_dump(mode="json")
+        written = tuple(ArtifactFile.of(folder, path.name) for path in sorted(folder.iterdir()))
+        artifact = OnnxRuntimeArtifact(
+            folder, self.name, options, written, graph.inputs, graph.outputs, details, session_threads=self.threads
+        )
+        if self.ep_context:
+            added = tensorrt.build_context(artifact, details["weight_bytes"])
+            artifact.files = (*written, *(ArtifactFile.of(folder, name) for name in added))
+        return artifact
+
     @classmethod
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> OnnxRuntimeArtifact:
         """Open an artefact; the files are compared with their recorded sizes and digests.
@@ -137,15 +189,7 @@ class OnnxRuntime(Backend):
         """
         options = cls.model_validate(manifest["options"])
         runtime.runtime(options.provider)
-        for entry in manifest["files"]:
-            path = folder / str(entry["path"])
-            if not path.is_file():
-                raise LowerError(f"{path}: the file is missing; build the artefact again")
-            found = ArtifactFile.of(folder, str(entry["path"]))
-            for what, have, want in (("bytes", found.bytes, entry["bytes"]), ("sha256", found.sha256, entry["sha256"])):
-                if have != want:
-                    raise LowerError(f"{path} is damaged: {what} is {have}, recorded {want}; build the artefact again")
-        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        files = ArtifactFile.recorded(folder, manifest["files"])
         inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
         kept, details = options.model_dump(mode="json"), dict(manifest.get("details", {}))
         return OnnxRuntimeArtifact(folder, cls.name, kept, files, inputs, outputs, details, session_threads=options.threads)

@@ -21,8 +21,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from surgeon.backends import _trt_dialect as onnx_dialect
+from surgeon.backends import _trt_profiles as profiles
 from surgeon.backends._onnx_export import operators as operators_of
-from surgeon.caches import SUM, asked
+from surgeon.backends._trt_cache import Entry
+from surgeon.backends._trt_profiles import Sizes
+from surgeon.caches import asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -31,9 +34,6 @@ from surgeon.verify import relative_error
 
 FILE = "model.engine"
 FLAVOURS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-DEFAULT_SHAPES = {"batch": (1, 1, 8), "sequence": (1, 128, 512), "past": (0, 128, 1024)}
-
-Sizes = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 
 class TensorRT(Backend):
@@ -55,15 +55,15 @@ class TensorRT(Backend):
     """Mixtures of experts: ``gathered`` reads the weights of each token's experts, ``dense`` computes every expert for every
     token; auto gathers where the most frequent shape has at most as many token-expert pairs as there are experts."""
     weight_streaming: bool = False
-    """Let the engine keep weights in host memory and stream them."""
+    """Let the engine keep weights in host memory and stream what does not fit."""
+    cache: Path | None = None
+    """Folder of what need not be found twice: timings of kernels while building (TensorRT), compiled kernels while running
+    (RTX); surgeon/tensorrt in the user's cache folder by default."""
 
     @field_validator("shapes")
     @classmethod
     def _ordered(cls, value: dict[str, Sizes]) -> dict[str, Sizes]:
-        for name, (low, best, high) in value.items():
-            if not low <= best <= high:
-                raise ValueError(f"{name}: needed [smallest, most frequent, largest], found {[low, best, high]}")
-        return value
+        return profiles.ordered(value)
 
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
@@ -90,17 +90,7 @@ class TensorRT(Backend):
             found.append(Refusal("flavour", "TensorRT builds on a GPU and none is here; flavour: rtx builds anywhere"))
         if chosen == "tensorrt" and self.compute_capability:
             found.append(Refusal("compute_capability", "TensorRT builds for the GPU it runs on; only flavour: rtx takes these"))
-        known = {size for port in graph.inputs for size in port.shape if isinstance(size, str)}
-        for name in sorted(set(self.shapes) - known):
-            listed = ", ".join(sorted(known))
-            found.append(Refusal("shapes", f"the model has no dimension {name!r}; its dynamic ones are {listed}"))
-        for name in sorted(known):
-            sizes = self._sizes(name)
-            if sizes is None:
-                found.append(Refusal("shapes", f"no sizes for the dimension {name!r}; give shapes: {{{name}: [1, 8, 64]}}"))
-            elif name in graph.dims and graph.dims[name].max is not None and sizes[2] > (graph.dims[name].max or 0):
-                if name in self.shapes:
-                    found.append(Refusal("shapes", f"{name} up to {sizes[2]}; the model takes at most {graph.dims[name].max}"))
+        found += profiles.refusals(self.shapes, graph)
         return found
 
     def lower(self, graph: Graph, folder: Path) -> TensorRTArtifact:
@@ -121,8 +111,8 @@ class TensorRT(Backend):
             raise LowerError(f"tensorrt cannot express this graph:\n{listed}")
         flavour = self._flavour()
         library = importlib.import_module(FLAVOURS[flavour])
-        experts = self._experts(graph)
-        profile = {name: self._profile(graph, name) for port in graph.inputs for name in port.shape if isinstance(name, str)}
+        profile = profiles.profile(self.shapes, graph)
+        experts = onnx_dialect.spelling(graph, profile) if self.experts == "auto" else self.experts
         with tempfile.TemporaryDirectory(prefix="surgeon-") as scratch:
             path = Path(scratch) / "model.onnx"
             model = onnx_dialect.write(graph, experts, path)
@@ -161,7 +151,7 @@ class TensorRT(Backend):
                 f"{folder / FILE} was built by {name} {details['version']} and runs with that version only; this is {version}: "
                 "install that one, or build the artefact again"
             )
-        files = tuple(ArtifactFile(**entry) for entry in manifest["files"])
+        files = ArtifactFile.recorded(folder, manifest["files"])
         inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
         return TensorRTArtifact(folder, cls.name, dict(manifest["options"]), files, inputs, outputs, details)
 
@@ -178,36 +168,7 @@ class TensorRT(Backend):
             return (major + minor / 10,)
         return self.compute_capability or (8.9,)
 
-    def _sizes(self, name: str) -> Sizes | None:
-        if SUM in name and name not in self.shapes:  # past and new tokens together
-            past, new = (self._sizes(part) for part in name.split(SUM))
-            return None if past is None or new is None else (past[0] + new[0], past[1] + new[1], past[2] + new[2])
-        return self.shapes.get(name, DEFAULT_SHAPES.get(name))
-
-    def _profile(self, graph: Graph, name: str) -> Sizes:
-        """Sizes of a dimension, the default ones within what the graph accepts."""
-        sizes = self._sizes(name)
-        assert sizes is not None
-        limit = graph.dims[name].max if name in graph.dims else None
-        low, best, high = (size if limit is None else min(size, limit) for size in sizes)
-        return (low, best, high)
-
-    def _experts(self, graph: Graph) -> Literal["gathered", "dense"]:
-        if self.experts != "auto":
-            return self.experts
-        best = 1
-        for name in {size for port in graph.inputs[:1] for size in port.shape if isinstance(size, str)}:
-            best *= self._profile(graph, name)[1]
-        pairs = [
-            (best * node.args[1].meta["val"].shape[1], node.args[3].meta["val"].shape[0])
-            for node in graph.module.graph.nodes
-            if node.target is torch.ops.surgeon.moe.default
-        ]
-        return "gathered" if all(count <= experts for count, experts in pairs) else "dense"
-
-    def _build(
-        self, library: Any, flavour: str, graph: Graph, path: Path, profile: Mapping[str, Sizes]
-    ) -> tuple[bytes, int]:
+    def _build(self, library: Any, flavour: str, graph: Graph, path: Path, profile: Mapping[str, Sizes]) -> tuple[bytes, int]:
         logger = _logger(library)
         builder = library.Builder(logger)
         flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -224,11 +185,8 @@ class TensorRT(Backend):
                 layer.attention.decomposable = True  # where no fused kernel takes its type or shape
         config = builder.create_builder_config()
         sizes = builder.create_optimization_profile()
-        for port in graph.inputs:
-            low, best, high = (
-                [size if isinstance(size, int) else profile[size][which] for size in port.shape] for which in range(3)
-            )
-            sizes.set_shape(port.name, low, best, high)
+        for name, shapes in profiles.of_ports(profile, graph).items():
+            sizes.set_shape(name, *shapes)
         config.add_optimization_profile(sizes)
         if flavour == "rtx":
             wanted = self._capabilities(flavour)
@@ -247,11 +205,22 @@ class TensorRT(Backend):
                 config.set_compute_capability(known[number], index)
         if self.weight_streaming:
             config.set_flag(library.BuilderFlag.WEIGHT_STREAMING)
+        timings = self._timings(library, config) if flavour == "tensorrt" else None  # RTX times nothing while it builds
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             said = "; ".join(logger.said[-3:]) or "it gives no reason"
             raise LowerError(f"tensorrt: the builder refuses the model: {said}")
+        if timings is not None:
+            timings.write(lambda: config.get_timing_cache().serialize())
         return bytes(engine), int(network.num_layers)
+
+    def _timings(self, library: Any, config: Any) -> Entry:
+        """Give the builder the timings of earlier builds on this GPU."""
+        entry = Entry(self.cache, "timings", library.__version__, torch.cuda.get_device_name())
+        held = config.create_timing_cache(entry.read())
+        if held is None or not config.set_timing_cache(held, False):  # of another driver, say: start afresh
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+        return entry
 
 
 @dataclass
@@ -259,6 +228,8 @@ class TensorRTArtifact(Artifact):
     """``model.engine``, deserialised on first use, run on the current CUDA device and stream."""
 
     _held: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+    _kernels: tuple[Any, Entry] | None = field(default=None, repr=False, compare=False)
+    _shapes: set[tuple[tuple[int, ...], ...]] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -303,7 +274,8 @@ class TensorRTArtifact(Artifact):
         for name, value in held.items():
             context.set_tensor_address(name, value.data_ptr() or spare.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise LowerError(f"{self.path}: TensorRT failed on inputs {({n: list(v.shape) for n, v in held.items()})}")
+            raise LowerError(f"{self.path}: TensorRT failed on inputs { ({n: list(v.shape) for n, v in held.items()}) }")
+        self._keep_kernels(tuple(tuple(held[port.name].shape) for port in self.inputs))
         return {port.name: held[port.name] for port in wanted}
 
     def _open(self) -> tuple[Any, Any]:
@@ -317,8 +289,34 @@ class TensorRTArtifact(Artifact):
                     f"{self.path} cannot be opened on {name} (compute capability {capability[0]}.{capability[1]}); "
                     f"it was built for {', '.join(self.details['compute_capability'])}"
                 )
-            self._held = engine, engine.create_execution_context()
+            if self.options.get("weight_streaming"):
+                engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+            self._held = engine, self._context(library, engine)
         return self._held
+
+    def _context(self, library: Any, engine: Any) -> Any:
+        """An execution context; RTX's, which compiles kernels for the shapes it meets, with those of earlier runs."""
+        if self.details["flavour"] != "rtx":
+            return engine.create_execution_context()
+        folder = self.options.get("cache")
+        digest = self.files[0].sha256[:16]
+        entry = Entry(folder and Path(folder), "kernels", library.__version__, torch.cuda.get_device_name(), digest)
+        config = engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        kept = entry.read()
+        if kept and not cache.deserialize(kept):
+            entry.size = 0  # of another driver, say
+        config.set_runtime_cache(cache)
+        self._kernels = cache, entry
+        return engine.create_execution_context(config)
+
+    def _keep_kernels(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Keep what RTX compiled for shapes that it met for the first time."""
+        if self._kernels is not None and shapes not in self._shapes:
+            self._shapes.add(shapes)
+            cache, entry = self._kernels
+            torch.cuda.current_stream().synchronize()
+            entry.write(cache.serialize)
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:

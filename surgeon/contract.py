@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, fx
 
-from surgeon.errors import PlanError
+from surgeon.errors import LowerError, PlanError
 from surgeon.structure import Selection, Structure
 
 if TYPE_CHECKING:
@@ -237,6 +237,25 @@ class ArtifactFile:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
         return cls(path, (folder / path).stat().st_size, digest.hexdigest())
+
+    @classmethod
+    def recorded(cls, folder: Path, entries: Iterable[Mapping[str, Any]]) -> tuple[ArtifactFile, ...]:
+        """The files of a manifest, compared with what is there.
+
+        Raises:
+            LowerError: one is missing, or its size or digest is not the recorded one.
+        """
+        files = tuple(cls(**entry) for entry in entries)
+        for file in files:
+            path = folder / file.path
+            if not path.is_file():
+                raise LowerError(f"{path}: the file is missing; build the artefact again")
+            found = cls.of(folder, file.path)
+            for what in ("bytes", "sha256"):
+                have, want = getattr(found, what), getattr(file, what)
+                if have != want:
+                    raise LowerError(f"{path} is damaged: {what} is {have}, recorded {want}; build the artefact again")
+        return files
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.activations import ACTIVATIONS
-from surgeon.backends.onnxruntime import OnnxRuntime
+from surgeon.backends.onnxruntime import OnnxRuntime, OnnxRuntimeArtifact
 from surgeon.errors import LowerError
 from surgeon.graph import Dim, Graph, Port
 from surgeon.numerics.quantization import QuantizedTensor, quantize_groupwise
@@ -662,6 +662,49 @@ def test_a_provider_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None
     graph = graph_of(Rounded(), {"x": torch.randn(2, 3, 4)}, X)
     with pytest.raises(LowerError, match=r"pip install 'surgeon\[cuda\]'"):
         OnnxRuntime(provider="cuda").lower(graph, tmp_path)
+
+
+def test_a_provider_that_does_not_start_is_no_cpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    artifact = lowered(graph_of(Rounded(), {"x": torch.randn(2, 3, 4)}, X), tmp_path)
+    artifact.options["provider"] = "cuda"
+    everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]  # as a build for CUDA says where CUDA is not installed
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(LowerError, match="would run on CPU"):
+        artifact.run({"x": torch.randn(2, 3, 4)})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"provider": "tensorrt", "experts": "sorted", "genai": True}, ["experts", "genai"]),
+        ({"provider": "tensorrt", "shapes": {"bacth": (1, 2, 3)}}, ["shapes"]),
+        ({"shapes": {"batch": (1, 2, 3)}, "ep_context": True}, ["shapes", "ep_context"]),
+        ({"provider": "tensorrt", "shapes": {"batch": (1, 2, 3)}, "ep_context": True}, []),
+    ],
+)
+def test_options_of_another_provider_are_refused(options: dict[str, Any], named: list[str]) -> None:
+    graph = graph_of(nn.Sequential(nn.Linear(4, 4)), {"input": torch.randn(2, 4)}, {"input": {0: "batch"}})
+    assert [refusal.node for refusal in OnnxRuntime(**options).refuses(graph)] == named
+
+
+def test_the_tensorrt_provider_gets_standard_operators_and_profiles(tmp_path: Path) -> None:
+    from surgeon.backends import _onnx_tensorrt as tensorrt
+    from surgeon.tracing import trace
+    from tests.models import inputs_for, tiny
+
+    graph = trace(*tiny("mixtral", layers=1))
+    model, details = tensorrt.write(graph, {"batch": (1, 4, 16)}, tmp_path / "model.onnx")
+    assert set(model.opset_imports) == {""}
+    ((_, options), _) = tensorrt.providers(details)
+    assert options["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1"
+    assert options["trt_profile_opt_shapes"] == "input_ids:4x128,attention_mask:4x128"
+    artifact = OnnxRuntimeArtifact(tmp_path, "onnxruntime", {}, (), graph.inputs, graph.outputs)
+    inputs = inputs_for("mixtral", 3, 11, padded=True)
+    with torch.no_grad():
+        wanted = graph(**inputs)
+    assert error(artifact.run(inputs)["logits"], wanted["logits"]) < 1e-5
 
 
 def test_importing_the_backend_loads_no_runtime() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -12,12 +14,16 @@ import torch
 
 import surgeon
 from surgeon.backends import _trt_dialect as dialect
+from surgeon.backends._trt_cache import Entry
 from surgeon.backends.tensorrt import TensorRT
+from surgeon.caches import PAST, PRESENT, SUM
+from surgeon.contract import ArtifactFile
 from surgeon.errors import LowerError, RecipeError
 from surgeon.registry import make_backend
 from tests.models import tiny
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'surgeon[tensorrt-rtx]'")
+MODELS = Path(__file__).parent.parent / "examples" / "models"
 INT4 = {"quantize": {"scheme": "int4", "group": 16}}
 
 
@@ -31,12 +37,10 @@ def compiled(name: str, passes: list[dict[str, Any]], **backend: Any) -> surgeon
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        ("bert", []),
         ("llama", [INT4]),
-        ("mixtral", []),
         ("gpt2", [{"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid"}}]),
     ],
-    ids=["bert", "int4", "experts", "moefied"],
+    ids=["int4", "moefied"],
 )
 def test_engines_are_built_and_saved(name: str, passes: list[dict[str, Any]], tmp_path: Path) -> None:
     result = compiled(name, passes, compute_capability=[8.9, 12.0])
@@ -57,6 +61,38 @@ def test_engines_are_built_and_saved(name: str, passes: list[dict[str, Any]], tm
     (tmp_path / "engine" / "surgeon.json").write_text(json.dumps(manifest))
     with pytest.raises(LowerError, match=r"built by tensorrt_rtx 0\.1"):
         surgeon.load(tmp_path / "engine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mixtral"])
+def test_engines_of_trained_decoders_hold_their_caches(name: str) -> None:
+    shapes = {"batch": [1, 1, 4], "sequence": [1, 1, 64], "past": [0, 64, 128]}
+    options = {"flavour": "rtx", "shapes": shapes, "compute_capability": [8.0, 8.9, 12.0]}
+    result = surgeon.compile(MODELS / name, [], task="text-generation", backend={"tensorrt": options}, progress=False)
+    artifact = result.artifact
+    assert artifact is not None
+    assert artifact.details["compute_capability"] == ["8.0", "8.9", "12.0"]
+    assert artifact.details["onnx_relative_error"] < 1e-4
+    assert artifact.details["profile"][f"past{SUM}sequence"] == [1, 65, 192]
+    pasts = [port for port in artifact.inputs if port.role == PAST]
+    presents = [port for port in artifact.outputs if port.role == PRESENT]
+    assert len(pasts) == len(presents) > 0
+    assert artifact.details["experts"] == {"tiny-llama": None, "tiny-mixtral": "gathered"}[name]
+
+
+@pytest.mark.slow
+@pytest.mark.minilm
+def test_an_engine_of_a_pretrained_encoder_in_half_precision() -> None:
+    from tests.models import minilm_path
+
+    backend = {"tensorrt": {"flavour": "rtx"}}
+    result = surgeon.compile(minilm_path(), [], dtype="float16", backend=backend, progress=False)
+    assert result.artifact is not None
+    assert result.graph is not None
+    assert result.artifact.nbytes < 1.2 * sum(2 * parameter.numel() for parameter in result.graph.module.parameters())
+    (result.artifact.path).write_bytes(result.artifact.path.read_bytes()[:-1])
+    with pytest.raises(LowerError, match="damaged"):
+        ArtifactFile.recorded(result.artifact.folder, [asdict(file) for file in result.artifact.files])
 
 
 def test_low_bit_weights_stay_low_bit_in_standard_operators(tmp_path: Path) -> None:
@@ -89,9 +125,8 @@ def test_both_spellings_of_experts_equal_the_graph(form: Any, tmp_path: Path) ->
 def test_experts_are_gathered_for_few_tokens() -> None:
     module, inputs = tiny("mixtral")
     graph = surgeon.trace(module, inputs)
-    one = {"batch": [1, 1, 1], "sequence": [1, 1, 1]}
-    assert TensorRT.model_validate({"shapes": one})._experts(graph) == "gathered"
-    assert TensorRT()._experts(graph) == "dense"
+    assert dialect.spelling(graph, {"batch": (1, 1, 1), "sequence": (1, 1, 1)}) == "gathered"
+    assert dialect.spelling(graph, {"batch": (1, 1, 1), "sequence": (1, 128, 512)}) == "dense"
 
 
 @pytest.mark.parametrize(
@@ -115,3 +150,63 @@ def test_wrong_options_are_refused() -> None:
         make_backend({"tensorrt": {"shapes": {"batch": [4, 2, 8]}}})
     with pytest.raises(RecipeError, match="rtx"):
         make_backend({"tensorrt": {"flavour": "tensort"}})
+
+
+def test_a_cache_entry_is_whole_or_absent(tmp_path: Path) -> None:
+    entry = Entry(tmp_path / "not there yet", "timings", "11.4", "NVIDIA H100 80GB HBM3")
+    assert entry.read() == b""
+    assert not entry.write(lambda: None)
+    assert entry.write(lambda: b"one")
+    assert [path.name for path in entry.path.parent.iterdir()] == ["timings-11.4-NVIDIA_H100_80GB_HBM3.bin"]
+    again = Entry(tmp_path / "not there yet", "timings", "11.4", "NVIDIA H100 80GB HBM3")
+    assert again.read() == b"one"
+    assert not again.write(lambda: b"two")  # as many bytes: nothing was added
+    assert again.write(lambda: b"three")
+    assert entry.read() == b"three"
+    (tmp_path / "file").write_text("")
+    assert not Entry(tmp_path / "file", "kernels").write(lambda: b"one")  # a cache that cannot be kept stops nothing
+    assert {path.name for path in tmp_path.iterdir()} == {"not there yet", "file"}
+
+
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Entry(None, "a").path == tmp_path / "surgeon" / "tensorrt" / "a.bin"
+
+
+class FakeCache:
+    """A timing cache: the bytes it was made of, and more after a build."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> bytes:
+        return self.content + b" and more"
+
+
+class FakeConfig:
+    """A builder's configuration that takes no cache of another driver."""
+
+    held: FakeCache | None = None
+
+    def create_timing_cache(self, content: bytes) -> FakeCache:
+        return FakeCache(content)
+
+    def set_timing_cache(self, cache: FakeCache, _: bool) -> bool:
+        if cache.content == b"another driver":
+            return False
+        self.held = cache
+        return True
+
+
+@pytest.mark.parametrize(("kept", "used"), [(b"", b""), (b"timings", b"timings"), (b"another driver", b"")])
+def test_a_build_starts_from_the_timings_of_earlier_ones(
+    kept: bytes, used: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    Entry(tmp_path, "timings", "11.4", "a card").write(lambda: kept)
+    config = FakeConfig()
+    entry = TensorRT(cache=tmp_path)._timings(SimpleNamespace(__version__="11.4"), config)
+    assert config.held is not None
+    assert config.held.content == used
+    assert entry.write(config.held.serialize)
+    assert entry.path.read_bytes() == used + b" and more"
