@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon.graph import Graph
-from surgeon.numerics.quantization import unpack_codes
+from surgeon.numerics.quantization import FLOAT8, unpack_codes
 from surgeon.ops import DECOMPOSITIONS, moe_dense, moe_gathered, moe_grouped
 from surgeon.ops.mixture import has_grouped_kernel
 from surgeon.rewrite import Editor
@@ -97,6 +97,8 @@ def _no_kernel(editor: Editor, node: fx.Node, user: fx.Node, device: str) -> str
         return f"its product is {user.meta['val'].dtype}, and the kernels are used in float32"
     if packed.op != "get_attr":
         return "its codes are not constants"
+    if packed.meta["val"].dtype == FLOAT8:
+        return "torch has no linear of 8-bit float weights and wider inputs"
     rows, groups = editor.tensor(str(packed.target)).shape[:2]
     if bits == 4:
         if group not in KERNEL_GROUPS or in_features != groups * group:

@@ -14,6 +14,7 @@ import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.accounting import Key, memory
 from surgeon.contract import Refusal
 from surgeon.graph import Graph
+from surgeon.numerics.quantization import FLOAT8
 
 _MOE = torch.ops.surgeon.moe.default
 _DEQUANTIZE = torch.ops.surgeon.dequantize.default
@@ -115,6 +116,10 @@ def _low_bit(graph: Graph, node: fx.Node, contents: Contents) -> None:
     contents.extra.difference_update(name for name in (codes.packed, codes.scale, codes.zero_point) if name)
     name = CODES.sub("", codes.packed)
     shape = (*graph.tensor(codes.packed).shape[:-2], codes.in_features)
+    if graph.tensor(codes.packed).dtype == FLOAT8:
+        reason = f"it is in 8-bit floats, and low-bit integers are what is written; {ENGINES} run it"
+        contents.refusals.append(Refusal(name, reason))
+        return
     wrong = {str(user.target) for user in node.users if not _multiplies(user, node)}
     if wrong:
         reason = f"its low-bit codes are read by {', '.join(sorted(wrong))}; a checkpoint has low-bit linears and experts only"

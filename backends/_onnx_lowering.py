@@ -32,6 +32,7 @@ from surgeon.backends import _onnx_weights as layout
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.gates import gate
 from surgeon.graph import Graph, assign_tensor
+from surgeon.numerics.quantization import FLOAT8
 from surgeon.ops import attend
 
 aten = torch.ops.aten
@@ -141,6 +142,16 @@ class Lowering:
         weight = self._low_bit(node)
         if weight is not None:
             self._record("unpacked", weight, weight.group)
+        elif node.all_input_nodes[0].meta["val"].dtype == FLOAT8:
+            group: Any = node.args[4]
+            self.weights[str(node.all_input_nodes[0].target)] = {
+                "operator": "Cast of float8",
+                "bits": 8,
+                "group": group,
+                "block": group,
+                "symmetric": True,
+                "shape": list(node.meta["val"].shape),
+            }
         self._replace(node, emit.unpack, node.args)
 
     def _linear(self, node: fx.Node) -> None:
@@ -347,7 +358,7 @@ class Lowering:
     # -- constants ----------------------------------------------------------------------------------------------
 
     def _low_bit(self, node: Any) -> LowBit | None:
-        """The arguments of a dequantize node whose tensors are constants, else None."""
+        """The arguments of a dequantize node whose tensors are constants and whose codes kernels take, else None."""
         if not isinstance(node, fx.Node) or node.target != DEQUANTIZE:
             return None
         arguments: tuple[Any, ...] = node.args
@@ -359,6 +370,8 @@ class Lowering:
         )
         assert codes is not None
         assert scales is not None
+        if codes.dtype == FLOAT8:
+            return None
         return LowBit(codes, scales, zeros, bits, group, columns, str(packed.target))
 
     def _is_integer(self, x: fx.Node, weight: LowBit) -> bool:

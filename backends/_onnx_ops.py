@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
 from surgeon.gates import gate as lookup
+from surgeon.numerics.quantization import FLOAT8
 
 Linear = tuple[Any, ...]
 """A linear map as arguments of a node: ``("float", w[K, N], b?)``, ``("nbits", packed, scale, zero_point?, b?, bits,
@@ -134,6 +135,8 @@ def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, 
     The shift is ONNX's own, since torch.onnx takes a shift of uint8 through int8, which makes an invalid model.  The
     arguments are those of the operator; returns [..., out, columns] in the dtype of ``scale``.
     """
+    if packed.dtype == FLOAT8:
+        return (packed.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)[..., :columns]
     codes = packed
     if bits < 8:
         mask = torch.full((), 2**bits - 1, dtype=torch.uint8)

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.contract import Refusal
 from surgeon.graph import Graph
 
 OURS = frozenset({"surgeon::moe", "surgeon::attention", "surgeon::dequantize", "surgeon::fake_quantize_dynamic"})
 """Semantic operators that ``_onnx_lowering`` rewrites."""
+
+DEQUANTIZE = torch.ops.surgeon.dequantize.default
 
 NO_KERNELS = {
     "cpu": (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128),
@@ -32,7 +35,8 @@ def unsupported(graph: Graph, provider: str, opset: int) -> list[Refusal]:
     for node in graph.module.graph.nodes:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider]:
+            codes = node.op == "get_attr" and all(user.target is DEQUANTIZE for user in node.users)
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider] and not codes:
                 reason = (
                     f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
                     "(model: {dtype: float32})"

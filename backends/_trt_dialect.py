@@ -143,10 +143,15 @@ def _dequantize(model: ir.Model) -> None:
             continue
         bits, group = (node.attributes[name].as_int() for name in ("bits", "group"))
         packed, scale = (_constant(value, node) for value in node.inputs)
-        codes = unpack_codes(torch.from_numpy(packed.copy()), bits).flatten(-2).to(torch.int16) - 2 ** (bits - 1)
+        floats = packed.dtype == ml_dtypes.float8_e4m3fn
+        if floats:
+            values = packed.reshape(*packed.shape[:-2], -1)
+        else:
+            codes = unpack_codes(torch.from_numpy(packed.copy()), bits).flatten(-2).to(torch.int16) - 2 ** (bits - 1)
+            values = codes.numpy()
         readers = [usage.node for usage in node.outputs[0].uses()]
         swap = bool(readers) and all(_swaps_last_two(reader) for reader in readers)
-        values, steps = codes.numpy(), scale
+        steps = scale
         if swap:
             values, steps = values.swapaxes(-1, -2), steps.swapaxes(-1, -2)
         axis = values.ndim - (2 if swap else 1)
@@ -154,7 +159,8 @@ def _dequantize(model: ir.Model) -> None:
             weight = ir.Tensor(np.ascontiguousarray(values).astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
             attributes: dict[str, Any] = {"axis": axis, "block_size": group}
         else:  # one scale per row: along the other axis
-            weight = ir.Tensor(np.ascontiguousarray(values).astype(np.int8), dtype=ir.DataType.INT8)
+            values = np.ascontiguousarray(values)
+            weight = ir.Tensor(values) if floats else ir.Tensor(values.astype(np.int8), dtype=ir.DataType.INT8)
             steps = steps.squeeze(axis)
             attributes = {"axis": values.ndim - (1 if swap else 2)}
         name = node.outputs[0].name

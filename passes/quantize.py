@@ -1,4 +1,4 @@
-"""Store weights in 8 or 4 bits, and optionally multiply in 8-bit integers.
+"""Store weights in 8 or 4 bits, or in 8-bit floats, and optionally multiply in 8-bit integers.
 
 Paper:
     Round-to-nearest baseline as in GPTQ (Frantar et al. 2022, arXiv:2210.17323) and LLM.int8 (Dettmers et al. 2022,
@@ -7,6 +7,8 @@ Formula:
     ``w ~ (q - z) s`` per group of inputs, q = clamp(round(w / s) + z); symmetric: z = 2^(bits-1).
     ``int8_dynamic``: weights per output row; each activation tensor x is rounded at run time to
     ``(q_x - z_x) s_x``, s_x = (max(x, 0) - min(x, 0)) / 255, one scale for the whole tensor.
+    ``fp8``: ``w ~ q s`` with q an 8-bit float (e4m3), s = max |w| / 448 per output row (Micikevicius et al. 2022,
+    arXiv:2209.05433).
 Shapes:
     W: [out, in] (experts [E, out, in]); codes [out, groups, group * bits / 8] bytes; scales [out, groups].
 Units:
@@ -35,11 +37,14 @@ from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
 from surgeon.contract import Decision, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
-from surgeon.numerics import quantize_groupwise
+from surgeon.numerics import quantize_float8, quantize_groupwise
 from surgeon.rewrite import Editor
 from surgeon.structure import Embedding, Linear, MoE, Selection, Structure
 
 PER_ROW = -1
+
+_Form = tuple[Key, int, int, bool]
+"""A weight's memory, and bits, group and kind of its codes."""
 
 
 class QuantizeWeight(Decision):
@@ -50,11 +55,13 @@ class QuantizeWeight(Decision):
         bits: bits per weight.
         group: inputs per scale, -1 for one scale per row.
         dynamic: the input is quantized to 8 bits at run time too.
+        float8: codes are 8-bit floats.
     """
 
     bits: Literal[4, 8]
     group: int
     dynamic: bool = False
+    float8: bool = False
 
 
 class QuantizePlan(Plan[QuantizeWeight]):
@@ -62,15 +69,17 @@ class QuantizePlan(Plan[QuantizeWeight]):
 
 
 class Quantize(Pass[QuantizePlan]):
-    """Quantize weights to 8 or 4 bits per group, or to 8 bits with 8-bit activations."""
+    """Quantize weights to 8 or 4 bits per group, to 8-bit floats, or to 8 bits with 8-bit activations."""
 
     name = "quantize"
     plan_type = QuantizePlan
 
-    scheme: Literal["int8", "int4", "int8_dynamic"]
-    """int8 and int4: weights only; int8_dynamic: 8-bit weights per row and 8-bit activations, for integer kernels."""
+    scheme: Literal["int8", "int4", "int8_dynamic", "fp8"]
+    """int8 and int4: weights only; int8_dynamic: 8-bit weights per row and 8-bit activations, for integer kernels; fp8: 8-bit
+    floats (e4m3), weights only."""
     group: Annotated[int, Field(ge=16)] | None = None
-    """Inputs per scale, a multiple of 16; 32 by default. Linears of int8_dynamic have one scale per row instead."""
+    """Inputs per scale, a multiple of 16; 32 by default. Linears of int8_dynamic have one scale per row instead, and so has
+    every weight of fp8 unless a group is given."""
     symmetric: bool = True
     """One fixed zero point (True), or one per group (False), which is better for skewed weights."""
     embeddings: bool = False
@@ -80,13 +89,16 @@ class Quantize(Pass[QuantizePlan]):
     def _group_fits(self) -> Quantize:
         if self.group is not None and self.group % 16:
             raise ValueError(f"group must be a multiple of 16, found {self.group}")
+        if self.scheme == "fp8" and not self.symmetric:
+            raise ValueError("8-bit floats have no zero point; leave out symmetric: false")
         return self
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
         """List the sites; routers stay in floating point unless named."""
         bits: Literal[4, 8] = 4 if self.scheme == "int4" else 8
         dynamic = self.scheme == "int8_dynamic"
-        group = self.group or 32
+        float8 = self.scheme == "fp8"
+        group = self.group or (PER_ROW if float8 else 32)
         decisions, notes = [], []
         tables = {memory(graph.tensor(site.part.weight)) for site in structure.embeddings}
         for site in structure.selected_linears():
@@ -99,15 +111,17 @@ class Quantize(Pass[QuantizePlan]):
                 notes.append(f"{site.name}: tied to an embedding table, {done}")
                 continue
             decisions.append(
-                QuantizeWeight(site=site.name, bits=bits, group=PER_ROW if dynamic else group, dynamic=dynamic)
+                QuantizeWeight(
+                    site=site.name, bits=bits, group=PER_ROW if dynamic else group, dynamic=dynamic, float8=float8
+                )
             )
         for moe in structure.moes():
             _refuse_quantized(moe.name, graph.tensor(moe.part.w_in))
-            decisions.append(QuantizeWeight(site=moe.name, bits=bits, group=group))
+            decisions.append(QuantizeWeight(site=moe.name, bits=bits, group=group, float8=float8))
         if self.embeddings:
             for table in structure.selected_embeddings():
                 _refuse_quantized(table.name, graph.tensor(table.part.weight))
-                decisions.append(QuantizeWeight(site=table.name, bits=bits, group=group))
+                decisions.append(QuantizeWeight(site=table.name, bits=bits, group=group, float8=float8))
         return QuantizePlan(decisions=tuple(decisions), notes=tuple(notes))
 
     def check(self, graph: Graph, structure: Structure, plan: QuantizePlan) -> None:
@@ -118,13 +132,15 @@ class Quantize(Pass[QuantizePlan]):
                 raise PlanError(f"the plan quantizes {decision.site}, which this model does not have")
             if decision.group != PER_ROW and (decision.group < 16 or decision.group % 16):
                 raise PlanError(f"{decision.site}: group {decision.group} must be a multiple of 16, or -1 for whole rows")
+            if decision.float8 and (decision.bits != 8 or decision.dynamic):
+                raise PlanError(f"{decision.site}: float8 has 8 bits and inputs as they are; found {decision}")
             if decision.dynamic and not isinstance(known[decision.site], Linear):
                 raise PlanError(f"{decision.site}: only linears can quantize their input; set dynamic to false")
 
     def apply(self, editor: Editor, structure: Structure, plan: QuantizePlan, statistics: Statistics) -> None:
         """Replace weights by codes; weights that several sites share keep one set of codes."""
         parts = self._parts(structure)
-        stored: dict[tuple[Key, int, int], _Stored] = {}
+        stored: dict[_Form, _Stored] = {}
         for decision in plan.decisions:
             part = parts[decision.site]
             if isinstance(part, Linear):
@@ -139,12 +155,12 @@ class Quantize(Pass[QuantizePlan]):
         editor: Editor,
         name: str,
         decision: QuantizeWeight,
-        stored: dict[tuple[Key, int, int], _Stored],
+        stored: dict[_Form, _Stored],
         transposed: bool = False,
     ) -> fx.Node:
         """Read the dequantized weight at the insertion point, quantizing it where that has not been done yet."""
         weight = editor.tensor(name).detach()
-        key = (memory(weight), decision.bits, decision.group)
+        key = (memory(weight), decision.bits, decision.group, decision.float8)
         if key in stored:
             have = stored[key]
             packed, scale = editor.read(have.packed), editor.read(have.scale)
@@ -152,7 +168,10 @@ class Quantize(Pass[QuantizePlan]):
         else:
             matrix = weight.transpose(-1, -2) if transposed else weight
             group = matrix.shape[-1] if decision.group == PER_ROW else decision.group
-            codes = quantize_groupwise(matrix, bits=decision.bits, group=group, symmetric=self.symmetric)
+            if decision.float8:
+                codes = quantize_float8(matrix, group=group)
+            else:
+                codes = quantize_groupwise(matrix, bits=decision.bits, group=group, symmetric=self.symmetric)
             packed = editor.add_tensor(f"{name}_codes", codes.packed)
             scale = editor.add_tensor(f"{name}_scale", codes.scale)
             zeros = None if codes.zero_point is None else editor.add_tensor(f"{name}_zero_point", codes.zero_point)
@@ -165,7 +184,7 @@ class Quantize(Pass[QuantizePlan]):
         )
 
     def _linear(
-        self, editor: Editor, part: Linear, decision: QuantizeWeight, stored: dict[tuple[Key, int, int], _Stored]
+        self, editor: Editor, part: Linear, decision: QuantizeWeight, stored: dict[_Form, _Stored]
     ) -> None:
         with editor.before(part.node):
             x = editor.current(part.input)
@@ -179,7 +198,7 @@ class Quantize(Pass[QuantizePlan]):
         editor.replace(part.node, new)
 
     def _table(
-        self, editor: Editor, part: Embedding, decision: QuantizeWeight, stored: dict[tuple[Key, int, int], _Stored]
+        self, editor: Editor, part: Embedding, decision: QuantizeWeight, stored: dict[_Form, _Stored]
     ) -> None:
         """Every reader of the table, a tied head among them, reads one set of codes."""
         table = memory(editor.tensor(part.weight))
@@ -191,7 +210,7 @@ class Quantize(Pass[QuantizePlan]):
                 editor.replace(node, weight)
 
     def _experts(
-        self, editor: Editor, part: MoE, decision: QuantizeWeight, stored: dict[tuple[Key, int, int], _Stored]
+        self, editor: Editor, part: MoE, decision: QuantizeWeight, stored: dict[_Form, _Stored]
     ) -> None:
         for name in (part.w_in, part.w_out):
             readers = [node for node in part.node.all_input_nodes if node.op == "get_attr" and node.target == name]

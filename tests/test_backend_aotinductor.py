@@ -56,8 +56,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
         ("llama", [{"quantize": {"scheme": "int4", "group": 32, "embeddings": True}}], {"_weight_int4pack_mm_for_cpu"}, 1e-4),
         ("llama", [{"quantize": {"scheme": "int8_dynamic"}}], {"_weight_int8pack_mm"}, 0.25),
         ("gpt2", [MOEFIED, {"quantize": {"scheme": "int8"}}], set(), 1e-4),
+        ("mixtral", [{"quantize": {"scheme": "fp8"}}], set(), 1e-4),
     ],
-    ids=["experts", "int4", "int8_dynamic", "moefied int8"],
+    ids=["experts", "int4", "int8_dynamic", "moefied int8", "fp8"],
 )
 def test_the_package_equals_the_graph(
     name: str, passes: list[dict[str, Any]], fused: set[str], tolerance: float, tmp_path: Path

@@ -193,6 +193,27 @@ class Rounded(nn.Module):
         return (torch.ops.surgeon.fake_quantize_dynamic(x) * 2.0,)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_eight_bit_floats_stay_in_the_file(tmp_path: Path, name: str) -> None:
+    from surgeon.pipeline import compile
+    from tests.models import inputs_for, tiny
+
+    module, inputs = tiny(name, layers=1)
+    graph = compile(
+        module, [{"quantize": {"scheme": "fp8", "embeddings": True}}], inputs=inputs, backend=None, progress=False
+    ).graph
+    assert graph is not None
+    artifact = lowered(graph, tmp_path)
+    model = onnx.load(artifact.path)
+    onnx.checker.check_model(model)
+    floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT8E4M3FN]
+    assert len(floats) == sum(kind["weights"] for kind in artifact.details["quantization"]) > 0
+    inputs = inputs_for(name, 3, 11, padded=True)
+    with torch.no_grad():
+        wanted = graph(**inputs)
+    assert error(artifact.run(inputs)["logits"], wanted["logits"]) < 1e-5
+
+
 def test_a_lonely_dynamic_quantization(tmp_path: Path) -> None:
     graph = graph_of(Rounded(), {"x": torch.randn(2, 3, 4)}, X)
     artifact = lowered(graph, tmp_path)

@@ -95,6 +95,28 @@ def test_an_engine_of_a_pretrained_encoder_in_half_precision() -> None:
         ArtifactFile.recorded(result.artifact.folder, [asdict(file) for file in result.artifact.files])
 
 
+@pytest.mark.slow
+def test_an_engine_of_eight_bit_floats_holds_bytes(tmp_path: Path) -> None:
+    full, small = (compiled("llama", passes).artifact for passes in ([], [{"quantize": {"scheme": "fp8"}}]))
+    assert full is not None
+    assert small is not None
+    assert small.details["onnx_relative_error"] < 1e-5
+    assert small.nbytes < full.nbytes
+
+
+def test_eight_bit_floats_are_constants_of_their_type(tmp_path: Path) -> None:
+    module, inputs = tiny("mixtral")
+    graph = surgeon.compile(module, [{"quantize": {"scheme": "fp8"}}], inputs=inputs, backend=None, progress=False).graph
+    assert graph is not None
+    dialect.write(graph, "dense", tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model)
+    codes = {tensor.name: tensor for tensor in model.graph.initializer}
+    read = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert read
+    assert {codes[node.input[0]].data_type for node in read} == {onnx.TensorProto.FLOAT8E4M3FN}
+
+
 def test_low_bit_weights_stay_low_bit_in_standard_operators(tmp_path: Path) -> None:
     module, inputs = tiny("mixtral")
     graph = surgeon.compile(module, [INT4], inputs=inputs, backend=None, progress=False).graph

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.accounting import active_parameter_count, parameter_count
+from surgeon.accounting import active_parameter_count, parameter_count, weight_bytes
 from surgeon.data import load_data, synthetic_batches
 from surgeon.discovery import discover
-from surgeon.errors import PlanError
+from surgeon.errors import PlanError, RecipeError
 from surgeon.graph import Graph
 from surgeon.numerics import whitened_svd
 from surgeon.observe import SecondMoment, observe
@@ -245,6 +245,20 @@ def test_quantized_weights_are_the_nearest_codes(patient: MakePatient, scheme: s
     error = (found - weight).abs().reshape(groups.shape).amax(-1)
     assert bool((error <= step * 0.5001 + 1e-7).all())
     assert parameter_count(quantized.graph) == parameter_count(subject.graph)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("llama", 0.1), ("mixtral", 0.2)])  # a token may go to another expert
+def test_eight_bit_floats_take_a_byte_and_move_little(patient: MakePatient, name: str, bound: float) -> None:
+    subject = patient(name)
+    fields = {"embeddings": True, "symmetric": True}
+    floats = subject.operate({"quantize": {"scheme": "fp8", **fields}})
+    integers = subject.operate({"quantize": {"scheme": "int8", **fields}})
+    assert parameter_count(floats.graph) == parameter_count(subject.graph)
+    assert weight_bytes(floats.graph) < weight_bytes(integers.graph)  # one scale per row
+    batches = synthetic_batches(subject.graph)
+    assert 0 < largest_error(floats.graph, subject.graph, batches) < bound
+    with pytest.raises(RecipeError, match="no zero point"):
+        subject.operate({"quantize": {"scheme": "fp8", "symmetric": False}})
 
 
 @pytest.mark.parametrize(

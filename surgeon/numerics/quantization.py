@@ -2,7 +2,7 @@
 
 Layout of the codes (that of ONNX Runtime's ``MatMulNBits``): unsigned integers of 2, 4 or 8 bits, packed into bytes
 with the earlier code in the lower bits; value = (code - zero point) * scale, with the zero point 2**(bits - 1) where
-none is stored.
+none is stored.  Codes may be 8-bit floats in their place, with value = code * scale and no zero point.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import Tensor
 from surgeon.numerics.errors import NumericsError, require_finite
 
 BITS = (2, 4, 8)
+FLOAT8 = torch.float8_e4m3fn
+"""The 8-bit float of weights: 4 bits of exponent, 3 of mantissa, no infinities; the largest is 448 (OCP FP8, Micikevicius et
+al. 2022, arXiv:2209.05433)."""
 _ELEMENTS_AT_ONCE = 2**20
 
 
@@ -23,7 +26,7 @@ class QuantizedTensor:
     """A weight [..., out, in] in low-bit codes.
 
     Attributes:
-        packed: uint8 [..., out, groups, group * bits // 8].
+        packed: uint8 [..., out, groups, group * bits // 8], or float8_e4m3fn [..., out, groups, group].
         scale: [..., out, groups], of the weight's dtype; may be negative where quantization is symmetric.
         zero_point: uint8 [..., out, groups], one per byte, or None for 2**(bits - 1) everywhere.
         bits: 2, 4 or 8.
@@ -67,11 +70,7 @@ def quantize_groupwise(weight: Tensor, *, bits: int, group: int, symmetric: bool
         NumericsError: bits or group is not possible, or an entry is not finite.
     """
     _check_bits(bits)
-    if weight.ndim < 2 or not weight.dtype.is_floating_point or weight.numel() == 0:
-        raise NumericsError(
-            f"quantize_groupwise: weight is {weight.dtype} {list(weight.shape)}, "
-            "needed a non-empty floating [..., out, in]"
-        )
+    _check_weight("quantize_groupwise", weight)
     per_byte = 8 // bits
     in_features = weight.shape[-1]
     if group == -1:
@@ -102,13 +101,46 @@ def quantize_groupwise(weight: Tensor, *, bits: int, group: int, symmetric: bool
     return QuantizedTensor(packed.reshape(*shape, -1), scale.reshape(shape), zeros, bits, group, in_features)
 
 
+def quantize_float8(weight: Tensor, *, group: int = -1) -> QuantizedTensor:
+    """Round a weight to 8-bit floats under one scale per group: scale = max |w| / 448, so that the largest is the largest.
+
+    The error of an element is at most 2^-4 of it, or half the smallest step (2^-10 scales) where it is small.
+
+    Args:
+        weight: [..., out, in], floating.
+        group: inputs per scale; -1 for one scale per row.
+
+    Raises:
+        NumericsError: the shape or the group is not possible, or an entry is not finite.
+    """
+    _check_weight("quantize_float8", weight)
+    in_features = weight.shape[-1]
+    group = in_features if group == -1 else group
+    if group < 1:
+        raise NumericsError(f"quantize_float8: group = {group}, needed -1 or at least 1")
+    require_finite(weight=weight)
+    groups = -(-in_features // group)
+    packed = torch.empty(*weight.shape[:-1], groups, group, dtype=FLOAT8)
+    scale = torch.empty(*weight.shape[:-1], groups, dtype=weight.dtype)
+    rows, flat_packed, flat_scale = weight.detach().flatten(0, -2), packed.flatten(0, -3), scale.flatten(0, -2)
+    count = max(1, _ELEMENTS_AT_ONCE // in_features)
+    for start in range(0, rows.shape[0], count):
+        part = slice(start, start + count)
+        work = rows[part].to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        blocks = torch.nn.functional.pad(work, (0, groups * group - in_features)).reshape(-1, groups, group)
+        flat_scale[part] = _usable((blocks.abs().amax(-1) / torch.finfo(FLOAT8).max).to(weight.dtype))
+        limit = torch.finfo(FLOAT8).max  # a scale that was rounded down would take the largest beyond it, to NaN
+        flat_packed[part] = (blocks / flat_scale[part].to(work.dtype).unsqueeze(-1)).clamp(-limit, limit).to(FLOAT8)
+    return QuantizedTensor(packed, scale, None, 8, group, in_features)
+
+
 def dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, in_features: int
 ) -> Tensor:
-    """Return the weight that codes stand for: (code - zero point) * scale.
+    """Return the weight that codes stand for: (code - zero point) * scale, or code * scale for 8-bit floats.
 
     Args:
-        packed: uint8 [..., out, groups, group * bits // 8].
+        packed: uint8 [..., out, groups, group * bits // 8], or float8_e4m3fn [..., out, groups, group].
         scale: [..., out, groups].
         zero_point: uint8 [..., out, groups], or None for 2**(bits - 1).
         bits: 2, 4 or 8.
@@ -129,6 +161,8 @@ def dequantize(
             f"[..., out, {groups}, {group * bits // 8}] and [..., out, {groups}] for {in_features} inputs in groups of "
             f"{group} at {bits} bits"
         )
+    if packed.dtype == FLOAT8:
+        return (packed.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)[..., :in_features]
     zero = float(2 ** (bits - 1)) if zero_point is None else zero_point.to(scale.dtype).unsqueeze(-1)
     values = (unpack_codes(packed, bits).to(scale.dtype) - zero) * scale.unsqueeze(-1)
     return values.flatten(-2)[..., :in_features]
@@ -200,6 +234,13 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
         raise NumericsError(f"bits = {bits}, needed one of {', '.join(map(str, BITS))}")
+
+
+def _check_weight(where: str, weight: Tensor) -> None:
+    if weight.ndim < 2 or not weight.dtype.is_floating_point or weight.numel() == 0:
+        raise NumericsError(
+            f"{where}: weight is {weight.dtype} {list(weight.shape)}, needed a non-empty floating [..., out, in]"
+        )
 
 
 def _symmetric(blocks: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

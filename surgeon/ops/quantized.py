@@ -32,7 +32,10 @@ def _check_dequantize(
 
     need(bits in quantization.BITS, f"bits to be one of {', '.join(map(str, quantization.BITS))}")
     need(group > 0 and group * bits % 8 == 0, "a group that fills whole bytes")
-    need(packed.dtype == torch.uint8 and packed.dim() >= 3, "packed uint8 [..., out, groups, group * bits / 8]")
+    floats = packed.dtype == quantization.FLOAT8
+    need(floats or packed.dtype == torch.uint8, "packed of type uint8 or float8_e4m3fn")
+    need(packed.dim() >= 3, "packed [..., out, groups, group * bits / 8]")
+    need(not floats or (bits == 8 and zero_point is None), "8 bits and no zero_point for codes of float8_e4m3fn")
     need(packed.shape[-1] == group * bits // 8, "group * bits / 8 bytes per group")
     need(scale.is_floating_point() and tuple(scale.shape) == tuple(packed.shape[:-1]), "a scale [..., out, groups]")
     need(
@@ -46,10 +49,10 @@ def _check_dequantize(
 def dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, in_features: int
 ) -> Tensor:
-    """Low-bit weight to float, feeding an ordinary linear: w = (q - z) * scale.
+    """Low-bit weight to float, feeding an ordinary linear: w = (q - z) * scale, or q * scale for 8-bit floats q.
 
     Args:
-        packed: uint8 [..., out, groups, group * bits / 8], low bits first.
+        packed: uint8 [..., out, groups, group * bits / 8], low bits first, or float8_e4m3fn with 8 bits.
         scale: float [..., out, groups].
         zero_point: uint8 [..., out, groups], one code per byte, or None for 2 ** (bits - 1).
         bits: 2, 4 or 8.

@@ -17,6 +17,7 @@ from surgeon.numerics import (
     dynamic_quantize_linear,
     fake_quantize_dynamic,
     pack_codes,
+    quantize_float8,
     quantize_groupwise,
     unpack_codes,
 )
@@ -227,6 +228,23 @@ def test_fake_quantization_keeps_dtype_and_bounds_the_error() -> None:
     assert fake_quantize_dynamic(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("group", [-1, 16])
+def test_float8_has_the_error_of_its_mantissa(group: int) -> None:
+    weight = gaussian(6, 40) * torch.logspace(-6, 3, 6).unsqueeze(-1)
+    weight[2] = 0
+    q = quantize_float8(weight, group=group)
+    assert q.packed.dtype == torch.float8_e4m3fn
+    assert q.packed.shape == (6, 1, 40) if group == -1 else (6, 3, 16)
+    step = q.scale.repeat_interleave(q.group, -1)[:, :40]
+    bound = torch.maximum(weight.abs() * 2**-4, step * 2**-10)
+    assert bool(((q.dequantize() - weight).abs() <= bound * (1 + 1e-5)).all())
+    peak = weight.abs().amax(-1)
+    torch.testing.assert_close(q.dequantize().abs().amax(-1), peak, rtol=1e-6, atol=0)  # the largest is not rounded
+    again = quantize_float8(q.dequantize(), group=group)
+    torch.testing.assert_close(again.dequantize(), q.dequantize(), rtol=1e-5, atol=0)
+    assert bool(torch.isfinite(quantize_float8(weight.half(), group=group).dequantize()).all())
+
+
 def test_what_cannot_be_quantized_is_refused() -> None:
     weight = gaussian(4, 8)
     with pytest.raises(NumericsError, match="bits = 3, needed one of 2, 4, 8"):
@@ -244,6 +262,8 @@ def test_what_cannot_be_quantized_is_refused() -> None:
             group=8,
             symmetric=True,
         )
+    with pytest.raises(NumericsError, match="group = 0, needed -1 or at least 1"):
+        quantize_float8(weight, group=0)
     q = quantize_groupwise(weight, bits=4, group=8, symmetric=True)
     with pytest.raises(NumericsError, match=r"needed \[..., out, 2, 4\]"):
         dequantize(q.packed, q.scale, None, 4, 8, 16)
