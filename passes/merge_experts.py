@@ -1,31 +1,52 @@
-"""Merge experts that the router treats alike.
+"""Merge experts of a mixture that are alike.
 
 Paper:
-    M-SMoE, "Merge, Then Compress" (Li et al. 2023, arXiv:2310.01334).
+    M-SMoE, "Merge, Then Compress" (Li et al. 2023, arXiv:2310.01334): leaders by frequency, router logits, alignment.
+    HC-SMoE (Chen et al. 2024, arXiv:2410.08589): hierarchical clustering of mean outputs; dominant neurons fixed in zip.
+    Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means, joint singular vectors.  ZipIt (Stoica et al. 2023,
+    arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
+    arXiv:2510.14436): least squares on outputs.
 Formula:
-    Dominant experts: the g most chosen ones of each layer (copies of a dominant one only where nothing else is left).
-    Every other expert e joins the dominant d with the largest
-    ``cos(l_e, l_d)``, l_e = the column of router scores of e over calibration tokens.  Neurons of e are permuted to
-    maximise ``sum_i <row_i(d), row_i(e)>`` (assignment over all matrices of the neuron), then
-    ``W = sum_e c_e W_e / sum_e c_e`` over the group, c_e = how often e is chosen (equal weights where all are 0).
-    The router is unchanged; its choices are mapped to groups, and an expert chosen twice counts with both weights.
+    Features f_e of the experts: ``router_logits``: the column of router scores of e over calibration tokens; ``outputs``:
+    ``mean_t E_e(x_t)`` over all tokens, whether routed to e or not; ``token_outputs``: ``E_e(x_t)`` of all tokens side by
+    side; ``weights``: all of e's weights, its neurons aligned with those of expert 0; ``random``: by lot.
+    Groups: ``dominant``: the g most chosen experts lead (a copy of one only where nothing else is left), every other e
+    joins the leader of largest ``cos(f_e, f_d)``.  ``hierarchical``: the two clusters of least mean ``|f_i - f_j|`` are
+    joined until g are left.  ``ward``: those whose union raises ``sum_e c_e |f_e - mean f of its group|^2`` least, means
+    weighted by c_e, how often e is chosen.  ``kmeans``: least ``sum_e |f_e - mean f of its group|^2``.
+    With ``budget: global`` every layer's k most chosen experts count first, then experts of all layers by
+    ``c_e / sum c`` until the budget is reached; so many groups the layer gets.
+    Alignment with the group's most chosen expert d: the permutation p of neurons that maximises
+    ``sum_i <row_i(d), row_p(i)(e)>`` over all weights of a neuron, or ``sum_i corr(h_i(d), h_p(i)(e))`` over tokens.
+    Combination, with a_e = c_e / sum c over the group (equal where all are 0):
+    ``frequency``: ``W = sum_e a_e W_e``.  ``mean``: the same with ``a_e = 1 / n``.
+    ``zip``: every neuron joins the neuron of d that it is most like; input rows are averaged with a_e, output columns
+    summed with a_e.  ``svd``: ``[W_1 .. W_n] = U S V^T``, ``W = U_r S_r (sum_e a_e V_e,r)^T``, for gate, up and down
+    apart; r by default the smaller side of W.
+    ``refit``: then ``W_out`` is corrected by the least squares of ``sum_{e in group} w_te E_e(x_t)`` on ``s_t h(x_t)``,
+    s_t = sum of the group's weights, with a penalty on the correction.
+    The router is unchanged, and with it groups that it selects first, corrections and scales; its choices are mapped to
+    the merged experts, and one that is chosen twice counts with both weights.
 Shapes:
     w_in [E, O, H] -> [g, O, H]; w_out [E, H, I] -> [g, H, I]; map [E] int64.
 Units:
     c_e counts tokens.
 Reads:
-    Routing decisions and router scores of every selected mixture.
+    Routing decisions of every selected mixture; router scores for ``router_logits``; a sample of the tokens with their
+    routing for ``outputs``, ``token_outputs``, ``align_by: activations`` and ``refit``.
 Changes:
     Expert tensors shrink to g; the index that reaches the mixture passes through the map.
 Errors:
-    PlanError for more groups than experts, unrecognised routers, packed weights.
+    PlanError for more groups than experts or fewer than a token is routed to, routers that were not recognised or whose
+    experts were merged before where their scores are compared, packed weights, and calibration data that reaches no
+    token of a mixture.
 Example:
-    ``- merge_experts: {groups: 4}``
+    ``- merge_experts: {groups: 4}`` or ``- merge_experts: {ratio: 0.5, grouping: outputs, combination: zip, refit: true}``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -34,14 +55,21 @@ from torch import Tensor, fx
 
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
+from surgeon.expert_merging import Merger, Routed
+from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
-from surgeon.numerics import align_neurons
+from surgeon.numerics import (
+    group_at_random,
+    group_by_kmeans,
+    group_by_leaders,
+    group_by_linkage,
+    group_by_ward,
+    groups_per_layer,
+)
 from surgeon.observe import Routing
 from surgeon.rewrite import Editor
-from surgeon.structure import MoE, Selection, Structure
-
-SAME = 1e-7
-"""Two experts whose score columns have a cosine similarity above 1 - SAME are copies of each other."""
+from surgeon.samples import Sample
+from surgeon.structure import MoE, Selection, Site, Structure
 
 
 class MergeGroups(Decision):
@@ -62,82 +90,189 @@ class MergeExpertsPlan(Plan[MergeGroups]):
 
 
 class MergeExperts(Pass[MergeExpertsPlan]):
-    """Merge groups of experts into their frequency-weighted mean."""
+    """Merge groups of experts that are alike into one expert each."""
 
     name = "merge_experts"
     plan_type = MergeExpertsPlan
 
-    groups: Annotated[int, Field(ge=1)] | None = None
-    """Experts that remain in each mixture; give this or ratio."""
+    groups: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Experts that remain in each mixture, one number or one for each selected mixture in turn; give this or ratio."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the experts to merge away, rounded down; give this or groups."""
-    grouping: Literal["router_logits"] = "router_logits"
-    """How experts are grouped: by cosine similarity of their router scores over tokens."""
+    budget: Literal["layer", "global"] = "layer"
+    """Whether every mixture keeps that many, or all together keep that many on average: more where many are in use."""
+    grouping: Literal["router_logits", "outputs", "token_outputs", "weights", "random"] = "router_logits"
+    """What makes experts alike: their router scores over tokens, their mean outputs, their outputs token by token, their
+    weights, or nothing (a lot)."""
+    clustering: Literal["dominant", "hierarchical", "ward", "kmeans"] | None = None
+    """How groups are found: around the most chosen experts, by average linkage, by Ward's linkage weighted by how often
+    experts are chosen, or by k-means; by default dominant for router_logits, ward for token_outputs, else hierarchical."""
+    combination: Literal["frequency", "mean", "zip", "svd"] = "frequency"
+    """How a group becomes one expert: mean weighted by how often each is chosen, plain mean, neuron by neuron, or by the
+    singular vectors that the group shares."""
     align: bool = True
-    """Permute the neurons of each expert to match its group's dominant one before averaging."""
+    """Permute the neurons of each expert to match its group's dominant one before averaging; zip matches them by itself."""
+    align_by: Literal["weights", "activations"] = "weights"
+    """What neurons are compared by, in align and zip: their weights, or what they do on calibration data."""
+    refit: bool = False
+    """Fit the down projection of each merged expert to what its group gave on calibration data."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """For svd: singular vectors kept; by default as many as the smaller side of the matrix."""
+    tokens: Annotated[int, Field(ge=32)] = 4096
+    """Calibration tokens that are kept for outputs, align_by: activations and refit; drawn at random beyond that."""
+    seed: int = 0
+    """Seed of random, of kmeans and of the sample of tokens."""
 
     @model_validator(mode="after")
-    def _one_budget(self) -> MergeExperts:
+    def _fields_fit(self) -> MergeExperts:
         if (self.groups is None) == (self.ratio is None):
             raise ValueError("give either groups or ratio")
+        if self.budget == "global" and isinstance(self.groups, list):
+            raise ValueError("groups: a number for each mixture leaves nothing to budget: global")
+        if self.clustering is not None and self.grouping == "random":
+            raise ValueError("clustering is for experts that are compared; grouping is random")
+        if self.rank is not None and self.combination != "svd":
+            raise ValueError(f"rank is for combination svd; combination is {self.combination}")
         return self
 
-    def observers(self, structure: Structure) -> Mapping[str, Observer]:
-        """Choices and scores of every selected mixture."""
-        return {
-            site.name: Routing(site.part.index, site.part.weight, site.part.logits, site.part.experts)
-            for site in structure.moes()
-            if site.part.logits is not None
-        }
+    @property
+    def apply_reads_statistics(self) -> bool:  # type: ignore[override]  # of one pass, where the class has it for all
+        """Neurons compared on tokens, and refits, need the tokens again."""
+        return self.refit or self._compares_activations
 
-    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> MergeExpertsPlan:
-        """Group the experts of each mixture around its most chosen ones."""
-        decisions, notes = [], []
+    @property
+    def _compares_activations(self) -> bool:
+        return self.align_by == "activations" and (self.align or self.combination == "zip")
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """Routing decisions of every selected mixture, with what the experts are compared by."""
+        found: dict[str, Observer] = {}
         for site in structure.moes():
             moe = site.part
-            _refuse(graph, site.name, moe)
-            count = self.groups if self.groups is not None else moe.experts - int((self.ratio or 0.0) * moe.experts)
-            if count > moe.experts:
-                raise PlanError(f"{site.name}: {count} groups asked, the mixture has {moe.experts} experts")
-            if count == moe.experts:
-                notes.append(f"{site.name}: already has {count} experts")
+            logits = moe.logits if self.grouping == "router_logits" else None
+            if self.grouping != "random" or self.combination != "mean" or self.budget == "global":
+                found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, logits, moe.experts)
+            if self.grouping in ("outputs", "token_outputs") or self.apply_reads_statistics:
+                operands = [argument for argument in moe.node.args[:3] if isinstance(argument, fx.Node)]
+                found[f"{site.name}.sample"] = Sample(*operands, limit=self.tokens, seed=self.seed)
+        return found
+
+    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> MergeExpertsPlan:
+        """Group the experts of each selected mixture."""
+        sites = list(structure.moes())
+        for site in sites:
+            self._refuse(graph, site)
+            if any(getattr(statistics.get(f"{site.name}.{kind}"), "tokens", 1) == 0 for kind in ("routing", "sample")):
+                raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token)")
+        decisions, notes = [], []
+        lot = torch.Generator().manual_seed(self.seed)
+        for site, groups in zip(sites, self._budgets(sites, statistics), strict=True):
+            experts = site.part.experts
+            if groups == experts:
+                notes.append(f"{site.name}: all {groups} experts stay")
                 continue
-            observer = statistics[site.name]
-            assert isinstance(observer, Routing)
-            decisions.append(_group(site.name, observer.counts, observer.similarity(), count))
+            counts = _counts(statistics, site)
+            labels = group_at_random(experts, groups, lot)
+            if self.grouping != "random":
+                labels = self._labels(graph, site, statistics, groups)
+            idle = int((counts == 0).sum())
+            if idle and self.combination != "mean":
+                notes.append(f"{site.name}: calibration data never chose {idle} of its {experts} experts; they weigh nothing")
+            decisions.append(self._decision(site.name, labels, counts))
         if not decisions and not notes:
             raise PlanError("no mixture of experts is selected on this model")
         return MergeExpertsPlan(decisions=tuple(decisions), notes=tuple(notes))
 
+    def _budgets(self, sites: Sequence[Site[MoE]], statistics: Statistics) -> list[int]:
+        """Groups of every mixture."""
+        if isinstance(self.groups, list):
+            if len(self.groups) != len(sites):
+                names = ", ".join(site.name for site in sites)
+                raise PlanError(f"merge_experts: groups has {len(self.groups)} numbers for {len(sites)} mixtures ({names})")
+            wanted = list(self.groups)
+        elif self.groups is not None:
+            wanted = [self.groups] * len(sites)
+        else:
+            wanted = [site.part.experts - int((self.ratio or 0.0) * site.part.experts) for site in sites]
+        for site, groups in zip(sites, wanted, strict=True):
+            _refuse_budget(site.name, site.part, groups)
+        if self.budget == "layer":
+            return wanted
+        counts = [_counts(statistics, site) for site in sites]
+        return groups_per_layer(counts, sum(wanted), [_least(site.part) for site in sites])
+
+    def _labels(self, graph: Graph, site: Site[MoE], statistics: Statistics, groups: int) -> Tensor:
+        """Group of every expert, [E]."""
+        gram = self._gram(graph, site, statistics)
+        default = {"router_logits": "dominant", "token_outputs": "ward"}.get(self.grouping, "hierarchical")
+        clustering = self.clustering or default
+        if clustering == "dominant":
+            return group_by_leaders(gram, _counts(statistics, site), groups)
+        if clustering == "ward":
+            return group_by_ward(gram, _counts(statistics, site), groups)
+        if clustering == "hierarchical":
+            return group_by_linkage(gram, groups)
+        return group_by_kmeans(gram, groups, seed=self.seed)
+
+    def _gram(self, graph: Graph, site: Site[MoE], statistics: Statistics) -> Tensor:
+        """Inner products of the experts' features, [E, E] in float64."""
+        if self.grouping == "router_logits":
+            observer = statistics[f"{site.name}.routing"]
+            assert isinstance(observer, Routing)
+            return observer.gram
+        stack = ExpertStack.of(graph, site.part)
+        if self.grouping == "weights":
+            return stack.weight_gram(stack.aligned() if self.align else None)
+        x = _routed(statistics, site.name).x
+        if self.grouping == "token_outputs":
+            return stack.output_gram(x)
+        outputs = stack.mean_outputs(x)
+        return outputs @ outputs.T
+
+    def _decision(self, site: str, labels: Tensor, counts: Tensor) -> MergeGroups:
+        """Groups with their most chosen expert first, in the order of these."""
+        groups = []
+        for number in range(int(labels.max()) + 1):
+            own = (labels == number).nonzero().flatten()
+            dominant = int(own[counts[own].argmax()])
+            groups.append((dominant, *(expert for expert in own.tolist() if expert != dominant)))
+        groups.sort()
+        return MergeGroups(site=site, groups=tuple(groups), weights=tuple(self._weights(group, counts) for group in groups))
+
+    def _weights(self, group: Sequence[int], counts: Tensor) -> tuple[float, ...]:
+        used = counts[list(group)]
+        if self.combination == "mean" or float(used.sum()) == 0:
+            used = torch.ones_like(used)
+        return tuple((used / used.sum()).tolist())
+
     def check(self, graph: Graph, structure: Structure, plan: MergeExpertsPlan) -> None:
         """Every expert is in exactly one group, and weights add up."""
-        sites = {site.name: site.part for site in structure.select(Selection()).moes()}
+        sites = {site.name: site for site in structure.select(Selection()).moes()}
         for decision in plan.decisions:
             if decision.site not in sites:
                 raise PlanError(f"the plan names {decision.site}, which is not a mixture of this model")
-            _refuse(graph, decision.site, sites[decision.site])
+            site = sites[decision.site]
+            self._refuse(graph, site)
             experts = sorted(expert for group in decision.groups for expert in group)
-            if experts != list(range(sites[decision.site].experts)):
+            if experts != list(range(site.part.experts)):
                 raise PlanError(
                     f"{decision.site}: groups {decision.groups} must hold each of the "
-                    f"{sites[decision.site].experts} experts exactly once"
+                    f"{site.part.experts} experts exactly once"
                 )
             shapes = [len(group) for group in decision.groups], [len(weights) for weights in decision.weights]
             if shapes[0] != shapes[1] or any(abs(sum(weights) - 1.0) > 1e-6 for weights in decision.weights):
                 raise PlanError(f"{decision.site}: each group needs one weight per expert, adding up to 1")
 
     def apply(self, editor: Editor, structure: Structure, plan: MergeExpertsPlan, statistics: Statistics) -> None:
-        """Average the groups and map the router's choices to them."""
+        """Merge the groups and map the router's choices to them."""
         sites = {site.name: site.part for site in structure.select(Selection()).moes()}
         for decision in plan.decisions:
             moe = sites[decision.site]
-            names = [name for name in (moe.w_in, moe.w_out, moe.b_in, moe.b_out) if name is not None]
-            merged = self._merge({name: editor.tensor(name).detach() for name in names}, moe, decision)
+            for name, tensor in self._merged(editor.graph, moe, decision, statistics).items():
+                editor.set_tensor(name, tensor)
             table = torch.empty(moe.experts, dtype=torch.int64)
             for number, group in enumerate(decision.groups):
                 table[list(group)] = number
-            for name, tensor in merged.items():
-                editor.set_tensor(name, tensor)
             with editor.before(moe.node):
                 chosen = moe.node.args[1]  # not moe.index: pairs of token and expert may be rows of their own
                 assert isinstance(chosen, fx.Node)
@@ -145,21 +280,28 @@ class MergeExperts(Pass[MergeExpertsPlan]):
                 index = editor.call(torch.ops.aten.index.Tensor, read, [chosen])
             moe.node.replace_input_with(chosen, index)
 
-    def _merge(self, tensors: dict[str, Tensor], moe: MoE, decision: MergeGroups) -> dict[str, Tensor]:
-        """Weighted means per group, one expert in memory beside the result."""
-        merged = {name: tensor.new_empty(len(decision.groups), *tensor.shape[1:]) for name, tensor in tensors.items()}
+    def _merged(self, graph: Graph, moe: MoE, decision: MergeGroups, statistics: Statistics) -> dict[str, Tensor]:
+        """The merged experts' tensors by name, one group in memory beside the result."""
+        stack = ExpertStack.of(graph, moe)
+        merger = Merger(
+            "mean" if self.combination == "frequency" else self.combination,
+            self.align,
+            self.align_by,
+            _routed(statistics, decision.site) if self.apply_reads_statistics else None,
+            self.rank,
+            self.refit,
+        )
+        names = {"w_in": moe.w_in, "w_out": moe.w_out, "b_in": moe.b_in, "b_out": moe.b_out}
+        merged = {
+            part: graph.tensor(name).new_empty(len(decision.groups), *graph.tensor(name).shape[1:])
+            for part, name in names.items()
+            if name is not None
+        }
         for number, (group, weights) in enumerate(zip(decision.groups, decision.weights, strict=True)):
-            reference = _neurons(tensors, moe, group[0])
-            total = {name: torch.zeros_like(tensor[0], dtype=torch.float32) for name, tensor in tensors.items()}
-            for expert, weight in zip(group, weights, strict=True):
-                order = None
-                if self.align and expert != group[0]:
-                    order = align_neurons(reference, _neurons(tensors, moe, expert))
-                for name, tensor in tensors.items():
-                    total[name] += weight * _permuted(tensor[expert], name, moe, order).float()
-            for name in tensors:
-                merged[name][number] = total[name].to(merged[name].dtype)
-        return merged
+            expert = merger.merge(stack, group, weights)
+            for part, tensor in merged.items():
+                tensor[number] = getattr(expert, part)[0]
+        return {name: merged[part] for part, name in names.items() if name is not None}
 
     def exact(self, plan: MergeExpertsPlan) -> bool:
         """Merging changes the model unless the experts were equal, which the plan does not know."""
@@ -182,62 +324,44 @@ class MergeExperts(Pass[MergeExpertsPlan]):
         after = sum(len(decision.groups) for decision in plan.decisions)
         return f"{before} experts merged into {after} in {len(plan.decisions)} mixtures"
 
-
-def _refuse(graph: Graph, site: str, moe: MoE) -> None:
-    if not graph.tensor(moe.w_in).is_floating_point():
-        raise PlanError(f"{site}: its experts are quantized already; put merge_experts before quantize")
-    if moe.logits is None or moe.router is None:
-        raise PlanError(f"{site}: its router was not recognised, so its experts cannot be compared")
-    if moe.router.out_features != moe.experts:
-        raise PlanError(f"{site}: its experts were merged already ({moe.router.out_features} choices, {moe.experts} experts)")
-
-
-def _group(site: str, counts: Tensor, similarity: Tensor, groups: int) -> MergeGroups:
-    """Most chosen experts lead; the others join the leader whose scores are most like theirs."""
-    leaders = _leaders(counts, similarity, groups)
-    home = similarity[:, leaders].argmax(dim=1)
-    home[leaders] = torch.arange(groups)
-    members = tuple(
-        (leader, *(e for e in (home == number).nonzero().flatten().tolist() if e != leader))
-        for number, leader in enumerate(leaders.tolist())
-    )
-    weights = []
-    for group in members:
-        used = counts[list(group)]
-        share = used / used.sum() if float(used.sum()) > 0 else torch.full_like(used, 1.0 / len(group))
-        weights.append(tuple(share.tolist()))
-    return MergeGroups(site=site, groups=members, weights=tuple(weights))
+    def _refuse(self, graph: Graph, site: Site[MoE]) -> None:
+        moe = site.part
+        if not graph.tensor(moe.w_in).is_floating_point():
+            raise PlanError(f"{site.name}: its experts are quantized already; put merge_experts before quantize")
+        if self.grouping == "router_logits" and (
+            moe.logits is None or moe.router is None or moe.router.out_features != moe.experts
+        ):
+            raise PlanError(
+                f"{site.name}: its router was not recognised, or its experts were merged before, so that it scores other "
+                "experts than there are; group by outputs or weights"
+            )
 
 
-def _leaders(counts: Tensor, similarity: Tensor, groups: int) -> Tensor:
-    """The most chosen experts, ascending; one that scores exactly as a leader does waits until nothing else is left.
-
-    Two copies of one expert are chosen equally often: without this both would lead, and an expert unlike either would
-    have to be merged in the second one's place.
-    """
-    chosen: list[int] = []
-    copies: list[int] = []
-    for expert in torch.argsort(counts, descending=True, stable=True).tolist():
-        is_copy = bool(chosen) and float(similarity[expert, chosen].max()) > 1.0 - SAME
-        (copies if is_copy else chosen).append(expert)
-    return torch.tensor((chosen + copies)[:groups]).sort().values
+def _least(moe: MoE) -> int:
+    """Experts that must remain: k, or one where a token is routed to every expert anyway."""
+    return 1 if moe.top_k == moe.experts else moe.top_k
 
 
-def _neurons(tensors: dict[str, Tensor], moe: MoE, expert: int) -> Tensor:
-    """All weights of each neuron of one expert, [I, features]: input rows (gate and up), input biases, output column."""
-    rows = tensors[moe.w_in][expert].float()
-    parts = list(rows.chunk(2)) if moe.gated else [rows]
-    parts.append(tensors[moe.w_out][expert].float().T)
-    if moe.b_in is not None:
-        bias = tensors[moe.b_in][expert].float()[:, None]
-        parts += list(bias.chunk(2)) if moe.gated else [bias]
-    return torch.cat(parts, dim=1)
+def _refuse_budget(site: str, moe: MoE, groups: int) -> None:
+    if groups > moe.experts:
+        raise PlanError(f"{site}: {groups} groups asked, the mixture has {moe.experts} experts")
+    if groups < _least(moe):
+        raise PlanError(
+            f"{site}: {groups} experts would remain, the router chooses {moe.top_k} per token; "
+            f"ask for {_least(moe)} at least, or densify_moe"
+        )
 
 
-def _permuted(tensor: Tensor, name: str, moe: MoE, order: Tensor | None) -> Tensor:
-    """One expert's tensor with its neurons in another order."""
-    if order is None or name == moe.b_out:
-        return tensor
-    if name == moe.w_out:
-        return tensor[:, order]
-    return torch.cat([half[order] for half in tensor.chunk(2)]) if moe.gated else tensor[order]
+def _counts(statistics: Statistics, site: Site[MoE]) -> Tensor:
+    """How often each expert is chosen, [E]; zeros where nothing asks for it."""
+    observer = statistics.get(f"{site.name}.routing")
+    if observer is None:
+        return torch.zeros(site.part.experts, dtype=torch.float64)
+    assert isinstance(observer, Routing)
+    return observer.counts
+
+
+def _routed(statistics: Statistics, site: str) -> Routed:
+    sample = statistics[f"{site}.sample"]
+    assert isinstance(sample, Sample)
+    return Routed(*sample.values())

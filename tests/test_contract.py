@@ -28,7 +28,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop_blocks": ("llama", {"count": 1}),
     "drop_experts": ("mixtral", {"keep": 4}),
     "low_rank": ("gpt2", {"ratio": 0.5}),
-    "merge_experts": ("mixtral", {"groups": 4}),
+    "merge_experts": ("mixtral", {"groups": 4, "grouping": "token_outputs", "combination": "zip", "refit": True}),
     "moefy_attention": ("llama", {"top_k": 1}),
     "moefy_ffn": ("llama", {"experts": 4, "top_k": 2}),
     "quantize": ("mixtral", {"scheme": "int4", "group": 16}),

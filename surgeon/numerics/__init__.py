@@ -1,15 +1,23 @@
 """The mathematics of surgeon: plain functions on tensors that know nothing of graphs, passes or models."""
 
 from surgeon.numerics.assignment import align_neurons as align_neurons
+from surgeon.numerics.assignment import best_assignment as best_assignment
 from surgeon.numerics.clustering import Clustering as Clustering
 from surgeon.numerics.clustering import balanced_assignment as balanced_assignment
 from surgeon.numerics.clustering import balanced_kmeans as balanced_kmeans
+from surgeon.numerics.clustering import kmeans as kmeans
 from surgeon.numerics.clustering import members as members
 from surgeon.numerics.densify import largest_neurons as largest_neurons
 from surgeon.numerics.densify import learn_weights as learn_weights
 from surgeon.numerics.densify import sum_of_truncations as sum_of_truncations
 from surgeon.numerics.densify import weighted_sum as weighted_sum
 from surgeon.numerics.errors import NumericsError as NumericsError
+from surgeon.numerics.grouping import group_at_random as group_at_random
+from surgeon.numerics.grouping import group_by_kmeans as group_by_kmeans
+from surgeon.numerics.grouping import group_by_leaders as group_by_leaders
+from surgeon.numerics.grouping import group_by_linkage as group_by_linkage
+from surgeon.numerics.grouping import group_by_ward as group_by_ward
+from surgeon.numerics.grouping import groups_per_layer as groups_per_layer
 from surgeon.numerics.importance import cluster_importance as cluster_importance
 from surgeon.numerics.importance import shared_neurons as shared_neurons
 from surgeon.numerics.importance import split_disjoint as split_disjoint
@@ -19,6 +27,11 @@ from surgeon.numerics.lowrank import rank_for_ratio as rank_for_ratio
 from surgeon.numerics.lowrank import saves as saves
 from surgeon.numerics.lowrank import truncated_svd as truncated_svd
 from surgeon.numerics.lowrank import whitened_svd as whitened_svd
+from surgeon.numerics.merging import correlations as correlations
+from surgeon.numerics.merging import joint_svd as joint_svd
+from surgeon.numerics.merging import output_correction as output_correction
+from surgeon.numerics.merging import unit_rows as unit_rows
+from surgeon.numerics.merging import zip_neurons as zip_neurons
 from surgeon.numerics.mlp_router import MLPRouter as MLPRouter
 from surgeon.numerics.mlp_router import train_mlp_router as train_mlp_router
 from surgeon.numerics.partition import coactivation_graph as coactivation_graph

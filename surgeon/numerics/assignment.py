@@ -32,6 +32,18 @@ def align_neurons(reference: Tensor, other: Tensor) -> Tensor:
         )
     require_finite(reference=reference, other=other)
     dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    similarity = reference.detach().to(dtype) @ other.detach().to(reference.device, dtype).T
+    return best_assignment(reference.detach().to(dtype) @ other.detach().to(reference.device, dtype).T)
+
+
+def best_assignment(similarity: Tensor) -> Tensor:
+    """The permutation p that maximises ``sum_i S[i, p[i]]`` (linear assignment, exact).
+
+    Args:
+        similarity: S, [I, I].
+
+    Returns:
+        p [I] int64 on the device of S.
+    """
+    require_finite(similarity=similarity)
     _, permutation = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
-    return torch.from_numpy(permutation).to(reference.device, torch.int64)
+    return torch.from_numpy(permutation).to(similarity.device, torch.int64)

@@ -1,4 +1,4 @@
-"""Balanced k-means: clusters of exactly equal size."""
+"""k-means, and balanced k-means with clusters of exactly equal size."""
 
 from __future__ import annotations
 
@@ -81,6 +81,58 @@ def balanced_kmeans(
         key=lambda clustering: clustering.inertia,
     )
     return Clustering(best.labels, best.centroids + mean, best.inertia)
+
+
+def kmeans(points: Tensor, clusters: int, *, iterations: int = 100, restarts: int = 1, seed: int = 0) -> Clustering:
+    """Partition points into clusters of any size, none empty: Lloyd's iteration from greedy k-means++ seeds.
+
+    A cluster that loses all its points takes the point that is farthest from its centroid.  The same seed gives the same
+    result.
+
+    Args:
+        points: [N, D], worked on in float64.
+        clusters: C, at most N.
+        iterations: most steps of each restart.
+        restarts: seedings tried; the partition of least inertia is returned.
+        seed: of the seedings.
+
+    Raises:
+        NumericsError: more clusters than points, or points that are not finite or no matrix.
+    """
+    if points.ndim != 2 or not 1 <= clusters <= points.shape[0]:
+        raise NumericsError(f"kmeans: {clusters} clusters of points {list(points.shape)}, needed [N, D] with N at least that")
+    require_finite(points=points)
+    mean = points.detach().double().mean(0)
+    centred = points.detach().double() - mean
+    generator = torch.Generator().manual_seed(seed)
+    best = min(
+        (_lloyd(centred, _seed_centroids(centred, clusters, generator), iterations) for _ in range(restarts)),
+        key=lambda clustering: clustering.inertia,
+    )
+    return Clustering(best.labels, best.centroids + mean, best.inertia)
+
+
+def _lloyd(points: Tensor, centroids: Tensor, iterations: int) -> Clustering:
+    clusters = centroids.shape[0]
+    labels = torch.full((points.shape[0],), -1)
+    for _ in range(iterations):
+        distances = torch.cdist(points, centroids)
+        assigned = distances.argmin(1)
+        sizes = torch.bincount(assigned, minlength=clusters)
+        for empty in (sizes == 0).nonzero().flatten().tolist():
+            own = distances.gather(1, assigned[:, None])[:, 0]
+            own[sizes[assigned] < 2] = -1.0  # the last point of a cluster stays
+            moved = int(own.argmax())
+            sizes[assigned[moved]] -= 1
+            assigned[moved] = empty
+            distances[moved, empty] = 0.0
+            sizes[empty] = 1
+        if torch.equal(assigned, labels):
+            break
+        labels = assigned
+        one_hot = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)
+        centroids = one_hot.T @ points / one_hot.sum(0)[:, None]
+    return Clustering(labels, centroids, _inertia(points, labels, centroids))
 
 
 def balanced_assignment(cost: Tensor, capacity: int) -> Tensor:
