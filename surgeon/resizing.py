@@ -55,6 +55,48 @@ def keep_experts(editor: Editor, moe: MoE, keep: Tensor) -> None:
         editor.set_tensor(name, editor.tensor(name).detach().index_select(axis, keep))
 
 
+def selecting_top_k(moe: MoE) -> fx.Node | None:
+    """The one top-k of all experts' scores that gives the mixture's index, or None where it is chosen in another way."""
+    if moe.logits is None or moe.input_scaled:
+        return None
+    node = moe.index
+    while operators.is_reshape(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if operators.kind(node) != operators.GETITEM or node.args[1] != 1:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or operators.kind(source) != operators.TOPK or source.args[1] != moe.top_k:
+        return None
+    scores = source.all_input_nodes[0]
+    last = len(operators.shape(scores)) - 1
+    along = source.args[2] if len(source.args) > 2 else -1
+    return source if along in (-1, last) and operators.shape(scores)[-1] == moe.experts else None
+
+
+def choose_fewer(editor: Editor, moe: MoE, count: int) -> None:
+    """Let a mixture's router select ``count`` experts instead of k.
+
+    Args:
+        editor: of the graph that ``moe`` was found in.
+        moe: a mixture for which :func:`selecting_top_k` is not None.
+        count: at most k.
+    """
+    top = selecting_top_k(moe)
+    assert top is not None
+    top.update_arg(1, count)
+    editor.touch(top)
+    behind = {top}
+    for node in moe.node.graph.nodes:  # in order
+        if node not in routing_nodes(moe) or not any(source in behind for source in node.all_input_nodes):
+            continue
+        behind.add(node)
+        if operators.kind(node) in _SHAPED:
+            for position, argument in enumerate(node.args):
+                if isinstance(argument, list | tuple) and argument and argument[-1] == moe.top_k:
+                    node.update_arg(position, [*argument[:-1], count])
+                    editor.touch(node)
+
+
 def expert_operands(graph: Graph, moe: MoE) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The experts' weights as the operator reads them, whatever layout they are stored in.
 

@@ -141,6 +141,7 @@ class MoE:
         top_groups: groups that a token's experts are selected from.
         group_worth: members by whose summed scores a group is ranked, the best one or the best two.
         capacity: tokens that an expert takes (of one sequence, where tokens are counted per sequence), or None.
+        masked: some selected experts weigh exactly 0, those that the router skips for a token.
         input_scaled: the weights multiply the experts' inputs instead of their outputs.
     """
 
@@ -169,6 +170,7 @@ class MoE:
     top_groups: int = 1
     group_worth: int = 1
     capacity: int | None = None
+    masked: bool = False
     input_scaled: bool = False
 
 

@@ -32,9 +32,10 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "moefy_attention": ("llama", {"top_k": 1}),
     "moefy_ffn": ("llama", {"experts": 4, "top_k": 2}),
     "quantize": ("mixtral", {"scheme": "int4", "group": 16}),
+    "skip_experts": ("mixtral", {"beta": "median"}),
     "upcycle_ffn": ("llama", {"experts": 4, "top_k": 2}),
 }
-SHAPELESS = {"drop_blocks"}
+SHAPELESS = {"drop_blocks", "skip_experts"}
 """Passes that read no weight, and so may follow quantization."""
 
 

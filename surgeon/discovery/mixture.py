@@ -79,6 +79,7 @@ def _mixture(
         top_groups=routing.top_groups,
         group_worth=routing.group_worth,
         capacity=routing.capacity,
+        masked=routing.masked,
         input_scaled=scaled is not None,
     )
     reason = "; ".join(text for text in (reason, routing.reason) if text)

@@ -12,6 +12,8 @@ Weight of a selected expert i, with one factor c for all tokens:
     sparsemixer    a softmax of the largest over those that come near it, then the same for the second without the first
     expert_choice  softmax, where each expert takes the tokens of its largest scores
     other          none of these
+
+All of these may be masked: some of the selected weigh 0, and where normalised the sum is that of the rest.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Routing:
     top_groups: int = 1
     group_worth: int = 1
     capacity: int | None = None
+    masked: bool = False
     reason: str = ""
 
 
@@ -162,16 +165,9 @@ def paths(flow: Flow, start: fx.Node, ends: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _weighting(flow: Flow, logits: fx.Node, weight: fx.Node, runs: _Runs, tolerance: float) -> Routing:
-    for scoring, function in SCORES.items():
-        selected = function(runs.z).gather(1, runs.chosen)
-        total = selected.sum(-1, keepdim=True)
-        for normalised in (False, True):
-            scale = _ratio(runs.found, selected / total if normalised else selected, tolerance)
-            if scale is None:
-                continue
-            if scoring == "softmax" and normalised and _softmax_of_selected(flow, logits, weight):
-                scoring = "topk_softmax"
-            return Routing(scoring, normalised, scale)
+    known = _known(flow, logits, weight, runs, tolerance)
+    if known is not None:
+        return known
     for slack in _thresholds(flow, logits, weight):
         chosen, expected = _sparsemixer(runs.z, slack)
         if chosen.shape == runs.chosen.shape and torch.equal(chosen, runs.chosen):
@@ -180,8 +176,33 @@ def _weighting(flow: Flow, logits: fx.Node, weight: fx.Node, runs: _Runs, tolera
                 return Routing("sparsemixer", False, scale)
     if _is_expert_choice(runs, tolerance):
         return Routing("expert_choice", False, 1.0)
+    taken = runs.found.ne(0)
+    some = taken.any(-1) & ~taken.all(-1)
+    if bool(some.any()):  # the others are masked: what would be a factor of the rest?
+        known = _known(flow, logits, weight, runs, tolerance, taken)
+        if known is not None:
+            return replace(known, masked=True)
     reason = "the weights of the selected experts are no known function of the router's output"
     return Routing("other", False, 1.0, reason=reason)
+
+
+def _known(
+    flow: Flow, logits: fx.Node, weight: fx.Node, runs: _Runs, tolerance: float, taken: Tensor | None = None
+) -> Routing | None:
+    """The score function, with or without division by the sum, that gives the weights (where ``taken``, zero elsewhere)."""
+    for scoring, function in SCORES.items():
+        selected = function(runs.z).gather(1, runs.chosen)
+        if taken is not None:
+            selected = selected * taken
+        total = selected.sum(-1, keepdim=True)
+        for normalised in (False, True):
+            scale = _ratio(runs.found, selected / total if normalised else selected, tolerance)
+            if scale is None:
+                continue
+            if scoring == "softmax" and normalised and _softmax_of_selected(flow, logits, weight):
+                scoring = "topk_softmax"
+            return Routing(scoring, normalised, scale)
+    return None
 
 
 def _ratio(found: Tensor, expected: Tensor, tolerance: float) -> float | None:
