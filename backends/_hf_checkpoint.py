@@ -21,6 +21,7 @@ from surgeon.backends._hf_skeleton import Skeleton, known
 from surgeon.contract import Refusal
 from surgeon.discovery import discover
 from surgeon.graph import Graph, Source
+from surgeon.routes import RECORDED, REPLAYED
 
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 """What else lies in a checkpoint: tokenizer, processors, chat templates, pooling of sentence encoders."""
@@ -57,6 +58,9 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
         reason = f"the source is {source.description}, not a model of the transformers library; {ENGINES} take any model"
         return [Refusal("model", reason)]
     assert source.model_class is not None
+    routed = [port.name for port in (*graph.inputs, *graph.outputs) if port.role in (RECORDED, REPLAYED)]
+    if routed:
+        return [Refusal(name, f"{source.model_class} has no such input or output; {ENGINES} have it") for name in routed]
     skeleton = Skeleton.build(source.model_class, source.config)
     if isinstance(skeleton, str):
         return [Refusal("model", f"{source.model_class} cannot be built from the source's configuration: {skeleton}")]

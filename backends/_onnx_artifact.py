@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon import routes
 from surgeon.backends import _onnx_tensorrt as tensorrt
 from surgeon.caches import PAST, PRESENT, asked
 from surgeon.contract import Artifact
@@ -192,6 +193,7 @@ class OnnxRuntimeDecoder:
         if not self._caches:
             empty = [empty_cache(port, inputs["input_ids"]) for port in self._pasts]
             self._caches = [self._value(tensor) for tensor in empty]
+        inputs = {**inputs, **routes.complete(self._artifact.inputs, inputs)}
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
             binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from surgeon import routes
 from surgeon.errors import RewriteError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 PAST, PRESENT = "past", "present"
 POSITIONS, MASKED_POSITIONS = "positions", "masked_positions"
-OPTIONAL = frozenset({PAST, POSITIONS, MASKED_POSITIONS})
+OPTIONAL = frozenset({PAST, POSITIONS, MASKED_POSITIONS, routes.REPLAYED})
 """Roles of inputs that a caller may leave out."""
 
 NAMES = {PAST: "past_key_values.{}.{}", PRESENT: "present.{}.{}"}
@@ -49,7 +50,7 @@ def asked(inputs: Sequence[Port], outputs: Sequence[Port], given: Mapping[str, A
 
 
 def complete(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a call with what may be left out filled in: empty caches, and the positions of the new tokens.
+    """The inputs of a call with what may be left out filled in: empty caches, positions of the new tokens, routing.
 
     Args:
         ports: inputs of the graph or artefact.
@@ -58,9 +59,9 @@ def complete(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, Any]
     Returns:
         The same, and where every cache was left out, caches of length 0; where positions were, those that the source
         model takes by itself: consecutive ones, or (``masked_positions``) consecutive over the positions that the
-        mask holds.  Anything else that is missing stays missing.
+        mask holds; where decisions to replay were, the model's own.  Anything else that is missing stays missing.
     """
-    found = dict(inputs)
+    found = dict(inputs) | routes.complete(ports, inputs)
     missing = [port for port in ports if port.name not in found and port.role in OPTIONAL]
     ids = next((found[port.name] for port in ports if port.name in found and not port.role), None)
     if not missing or not isinstance(ids, Tensor) or ids.dim() < 1:

@@ -45,7 +45,7 @@ class Port:
         shape: one entry per dimension: an int where it is fixed, the name of a :class:`Dim` where it is dynamic
             (a sum of two as ``"past + sequence"``; for outputs ``"?"`` stands for any other expression).
         role: what the port is besides an ordinary one, see :mod:`surgeon.caches`: ``past`` or ``present`` of a cache,
-            or positions that may be left out.
+            or positions that may be left out; ``recorded`` or ``replayed`` routing, see :mod:`surgeon.routes`.
     """
 
     name: str

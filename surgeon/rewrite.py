@@ -7,7 +7,7 @@ nobody reads, shapes downstream of changed weights, lint, recompile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from surgeon import caches
 from surgeon.errors import RewriteError
-from surgeon.graph import Graph, assign_tensor
+from surgeon.graph import Graph, Port, assign_tensor
 
 
 class Editor:
@@ -153,6 +153,66 @@ class Editor:
                     if isinstance(have, torch.SymInt) and have.node.expr == size.node.expr:
                         return self.call(torch.ops.aten.sym_size.int, node, axis)
         return -1
+
+    # -- ports --------------------------------------------------------------------------------------------------
+
+    def add_input(self, name: str, dtype: torch.dtype, shape: Sequence[int | str], role: str, fill: float) -> fx.Node:
+        """Add an input behind the others.
+
+        Args:
+            name: of the port, not taken yet.
+            dtype: of the port.
+            shape: sizes, and names of dimensions that other inputs have.
+            role: of the port.
+            fill: value of its example.
+
+        Returns:
+            The placeholder.
+
+        Raises:
+            RewriteError: a dimension that no other input has.
+        """
+        placeholders = self._nodes.find_nodes(op="placeholder")
+        symbols: dict[str, Any] = {}
+        known: dict[str, int] = {}
+        for node, port in zip(placeholders, self.graph.inputs, strict=True):
+            example = self.graph.example[port.name]
+            for axis, label in enumerate(port.shape):
+                if isinstance(label, str):
+                    symbols.setdefault(label, node.meta["val"].shape[axis])
+                    known.setdefault(label, example.shape[axis])
+        unknown = [size for size in shape if isinstance(size, str) and size not in symbols]
+        if unknown:
+            raise RewriteError(f"input {name!r}: no other input has the dimension {', '.join(unknown)}")
+        with self.after(placeholders[-1]):
+            placeholder = self._nodes.placeholder(name.replace(".", "_"))
+        sizes = [size if isinstance(size, int) else symbols[size] for size in shape]
+        with self._mode:
+            placeholder.meta["val"] = torch.empty(sizes, dtype=dtype)
+        self.graph.inputs = (*self.graph.inputs, Port(name, dtype, tuple(shape), role))
+        example_sizes = [size if isinstance(size, int) else known[size] for size in shape]
+        self.graph.example[name] = torch.full(example_sizes, fill, dtype=dtype)
+        return placeholder
+
+    def add_output(self, name: str, node: fx.Node, role: str) -> Port:
+        """Return the value of a node too, under a name that is not taken yet; behind the other outputs."""
+        output = self._nodes.output_node()
+        results: Any = output.args[0]
+        output.args = ((*results, node),)
+        value = node.meta["val"]
+        port = Port(name, value.dtype, self.dimensions(value), role)
+        self.graph.outputs = (*self.graph.outputs, port)
+        return port
+
+    def dimensions(self, value: Tensor) -> tuple[int | str, ...]:
+        """The shape of a value as a port has it: sizes, names of the inputs' dimensions, ``"?"`` for anything else."""
+        names = {
+            size.node.expr: label
+            for node, port in zip(self._nodes.find_nodes(op="placeholder"), self.graph.inputs, strict=True)
+            for size, label in zip(node.meta["val"].shape, port.shape, strict=True)
+            if isinstance(size, torch.SymInt) and isinstance(label, str)
+        }
+        return tuple(int(size) if isinstance(size, int) else names.get(size.node.expr, "?") for size in value.shape)
 
     # -- end ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from surgeon.errors import VerifyError
 from surgeon.evaluate import Outputs
 from surgeon.graph import Graph
 from surgeon.observe import Batch
+from surgeon.routes import RECORDED, ordered
 from surgeon.structure import Structure
 
 if TYPE_CHECKING:
@@ -143,11 +145,12 @@ def compare_artifact(
         VerifyError: an output is missing, has another shape, or differs by more than ``tolerance``.
     """
     comparisons = []
+    decisions = {port.name for port in graph.outputs if port.role == RECORDED}
     behind = [continued(graph, batch) for batch in batches] if has_caches(graph.inputs) else []
     for batch in [*batches, *(batch for batch in behind if batch is not None)]:
         with torch.no_grad():
-            expected = graph(**batch)
-        found = artifact.run(batch)
+            expected = ordered(graph.outputs, graph(**batch))
+        found = ordered(graph.outputs, artifact.run(batch))
         errors, cosines = {}, {}
         for name, wanted in expected.items():
             if name not in found or found[name].shape != wanted.shape:
@@ -156,11 +159,14 @@ def compare_artifact(
             errors[name] = relative_error(found[name], wanted)
             rows = [value.float().reshape(-1, value.shape[-1] if value.dim() else 1) for value in (found[name], wanted)]
             cosines[name] = float(torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=-1).mean())
-            if not errors[name] <= tolerance:
+            # A rounding flips a decision between experts of nearly equal scores: a difference in the last place of a few
+            # scores is a whole row of another expert, and the norm of s rows of unit size is the root of s.
+            accepted = math.sqrt(tolerance) if name in decisions else tolerance
+            if not errors[name] <= accepted:
                 shapes = {key: list(value.shape) for key, value in batch.items()}
                 raise VerifyError(
                     f"the {artifact.backend} artefact does not compute what the graph does: output {name!r} differs by "
-                    f"{errors[name]:.2e} (relative), at most {tolerance:.0e} is accepted, on inputs of shapes {shapes}"
+                    f"{errors[name]:.2e} (relative), at most {accepted:.0e} is accepted, on inputs of shapes {shapes}"
                 )
         comparisons.append(
             {

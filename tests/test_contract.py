@@ -27,6 +27,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "densify_moe": ("mixtral", {}),
     "drop_blocks": ("llama", {"count": 1}),
     "drop_experts": ("mixtral", {"keep": 4}),
+    "expose_routing": ("mixtral", {"replay": True}),
     "low_rank": ("gpt2", {"ratio": 0.5}),
     "merge_experts": ("mixtral", {"groups": 4, "grouping": "token_outputs", "combination": "zip", "refit": True}),
     "moefy_attention": ("llama", {"top_k": 1}),
@@ -35,7 +36,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "skip_experts": ("mixtral", {"beta": "median"}),
     "upcycle_ffn": ("llama", {"experts": 4, "top_k": 2}),
 }
-SHAPELESS = {"drop_blocks", "skip_experts"}
+SHAPELESS = {"drop_blocks", "expose_routing", "skip_experts"}
 """Passes that read no weight, and so may follow quantization."""
 
 
