@@ -15,12 +15,10 @@ from torch import Tensor
 
 from surgeon.expert_stack import ExpertStack
 from surgeon.numerics import (
-    align_neurons,
     best_assignment,
     correlations,
     joint_svd,
     output_correction,
-    unit_rows,
     zip_neurons,
 )
 from surgeon.ops import moe
@@ -129,17 +127,16 @@ class Merger:
 
     def _order(self, stack: ExpertStack, reference: int, other: int) -> Tensor:
         if self.by == "weights":
-            return align_neurons(stack.neurons(reference), stack.neurons(other))
+            return best_assignment(stack.products(reference, other))
         return best_assignment(self._similarity(stack, reference, other))
 
     def _similarity(self, stack: ExpertStack, reference: int, other: int) -> Tensor:
         """How alike every neuron of one expert is to every one of another, [I, I]."""
-        cosine = unit_rows(stack.neurons(reference)) @ unit_rows(stack.neurons(other)).T
         if self.by == "weights":
-            return cosine
+            return stack.cosines(reference, other)
         assert self.tokens is not None
         first, second = (stack.hidden(expert, self.tokens.x) for expert in (reference, other))
-        return correlations(first, second) + _TIE * cosine
+        return correlations(first, second) + _TIE * stack.cosines(reference, other)
 
 
 def _mean(each: Iterable[Tensor], shares: Tensor, dtype: torch.dtype) -> Tensor:

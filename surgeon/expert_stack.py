@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgeon.gates import gate as lookup
 from surgeon.graph import Graph
-from surgeon.numerics import align_neurons
+from surgeon.numerics import best_assignment
 from surgeon.resizing import expert_operands
 from surgeon.structure import MoE
 
@@ -88,9 +88,26 @@ class ExpertStack:
         """The output column of each neuron, [I, G]."""
         return self.w_out[expert].to(self.dtype).T
 
-    def neurons(self, expert: int) -> Tensor:
-        """All weights of each neuron, [I, F + G]."""
-        return torch.cat([self.inputs(expert), self.outputs(expert)], dim=1)
+    def products(self, first: int, second: int) -> Tensor:
+        """``<n_i, n_j>`` over all weights of the neurons i of one expert and j of another, [I, I]."""
+        total: Tensor = self.outputs(first) @ self.outputs(second).T
+        both = [self.w_in[expert].to(self.dtype).chunk(self.parts) for expert in (first, second)]
+        for mine, other in zip(*both, strict=True):
+            total.addmm_(mine, other.T)
+        if self.b_in is not None:
+            both = [self.b_in[expert].to(self.dtype).chunk(self.parts) for expert in (first, second)]
+            for mine, other in zip(*both, strict=True):
+                total.addr_(mine, other)
+        return total
+
+    def cosines(self, first: int, second: int) -> Tensor:
+        """:meth:`products` over the neurons' norms, [I, I]; 0 for a neuron without weights."""
+        mine, other = self._norms(first), self._norms(second)
+        return self.products(first, second) / mine[:, None] / other
+
+    def _norms(self, expert: int) -> Tensor:
+        square = self.outputs(expert).square().sum(1) + self.inputs(expert).square().sum(1)
+        return torch.where(square > 0, square, torch.ones_like(square)).sqrt()
 
     def hidden(self, expert: int, x: Tensor) -> Tensor:
         """Activations of one expert's neurons, x [T, H] -> [T, I]."""
@@ -126,8 +143,7 @@ class ExpertStack:
 
     def aligned(self) -> Tensor:
         """Orders [E, I] in which every expert's neurons match those of expert 0 best."""
-        reference = self.neurons(0)
-        return torch.stack([align_neurons(reference, self.neurons(expert)) for expert in range(self.experts)])
+        return torch.stack([best_assignment(self.products(0, expert)) for expert in range(self.experts)])
 
     def weight_gram(self, order: Tensor | None = None) -> Tensor:
         """``<w_i, w_j>`` of all weights of every two experts, their neurons in the given orders [E, I]; [E, E] float64."""

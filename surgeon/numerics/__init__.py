@@ -30,7 +30,6 @@ from surgeon.numerics.lowrank import whitened_svd as whitened_svd
 from surgeon.numerics.merging import correlations as correlations
 from surgeon.numerics.merging import joint_svd as joint_svd
 from surgeon.numerics.merging import output_correction as output_correction
-from surgeon.numerics.merging import unit_rows as unit_rows
 from surgeon.numerics.merging import zip_neurons as zip_neurons
 from surgeon.numerics.mlp_router import MLPRouter as MLPRouter
 from surgeon.numerics.mlp_router import train_mlp_router as train_mlp_router

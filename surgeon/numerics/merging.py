@@ -56,12 +56,6 @@ def joint_svd(stack: Tensor, weights: Tensor, rank: int) -> Tensor:
     return merged
 
 
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by their norm, zero rows as they are; [I, F] float32 or float64."""
-    norm = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
 def correlations(first: Tensor, second: Tensor) -> Tensor:
     """Pearson correlation over tokens of every neuron of one network with every neuron of another (ZipIt).
 
@@ -72,8 +66,9 @@ def correlations(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         [I, I] in [-1, 1]; 0 where a neuron does not vary.
     """
-    left, right = (unit_rows((part - part.mean(0)).T) for part in (first, second))
-    return left @ right.T
+    left, right = (part - part.mean(0) for part in (first, second))
+    norms = [torch.where(part.norm(dim=0) > 0, part.norm(dim=0), 1.0) for part in (left, right)]
+    return left.T @ right / torch.outer(*norms)
 
 
 def zip_neurons(members: Iterable[tuple[Tensor, Tensor, Tensor]], weights: Tensor) -> tuple[Tensor, Tensor]:
