@@ -26,8 +26,10 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from torch import fx
 
 from surgeon.accounting import freed_parameter_count
+from surgeon.caches import PRESENT
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -127,8 +129,8 @@ class DropBlocks(Pass[DropBlocksPlan]):
         return not plan.decisions
 
     def parameter_delta(self, graph: Graph, structure: Structure, plan: DropBlocksPlan) -> int:
-        """All weights that only the dropped blocks read."""
-        return -freed_parameter_count(graph, [node for block in _chosen(structure, plan) for node in block.nodes])
+        """All weights that nothing reads any more."""
+        return -freed_parameter_count(graph, _unread(graph, _chosen(structure, plan)))
 
     def summary(self, plan: DropBlocksPlan) -> str:
         """The numbers of the blocks that went."""
@@ -148,3 +150,23 @@ def _keeps_shape(block: Block) -> bool:
 def _chosen(structure: Structure, plan: DropBlocksPlan) -> list[Block]:
     names = {decision.site for decision in plan.decisions}
     return [block for block in structure.blocks if block.name in names]
+
+
+def _unread(graph: Graph, blocks: list[Block]) -> list[fx.Node]:
+    """What no output but a cache is computed from any more once blocks are dropped.
+
+    Not all nodes of the blocks, where streams side by side share some; and others, which were computed for them alone.
+    """
+    instead = {block.exit: block.entry for block in blocks}
+    nodes = graph.module.graph
+    shown = zip(nodes.output_node().args[0], graph.outputs, strict=True)  # type: ignore[arg-type]  # a tuple of nodes
+    kept: set[fx.Node] = set()
+    stack = [node for node, port in shown if port.role != PRESENT]
+    while stack:
+        node = stack.pop()
+        if node in instead:
+            stack.append(instead[node])
+        elif node not in kept:
+            kept.add(node)
+            stack.extend(node.all_input_nodes)
+    return [node for node in nodes.nodes if node.op == "call_function" and node not in kept]

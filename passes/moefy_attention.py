@@ -259,8 +259,14 @@ def _projections(graph: Graph, site: Site[Attention]) -> tuple[Linear, Linear]:
         )
     source, result = query.input.meta["val"].shape[:-1], output.input.meta["val"].shape[:-1]
     if list(map(str, source)) != list(map(str, result)):
-        raise PlanError(f"{site.name}: its queries are made from {list(source)} positions, its results are at {list(result)}")
+        raise PlanError(
+            f"{site.name}: its queries are made from positions {_positions(source)}, its results are at {_positions(result)}"
+        )
     return query, output
+
+
+def _positions(sizes: torch.Size) -> str:
+    return f"[{', '.join(str(size) if isinstance(size, int) else '*' for size in sizes)}]"  # * is dynamic
 
 
 def _sampled(statistics: Statistics, site: str) -> list[Tensor]:

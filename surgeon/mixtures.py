@@ -5,7 +5,7 @@ Shapes: H input width, G output width, I neurons, E experts of m neurons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.accounting import freed_parameter_count, nodes_of
-from surgeon.activations import activation as lookup
 from surgeon.errors import PlanError
+from surgeon.gates import gate as lookup
 from surgeon.graph import Graph
 from surgeon.rewrite import Editor
 from surgeon.structure import FFN, Linear
@@ -34,7 +34,7 @@ class Neurons:
         down: [G, I].
         gate_bias, up_bias: [I] or None.
         down_bias: [G] or None.
-        activation: name in ``surgeon.activations.ACTIVATIONS``.
+        activation: name of a gate (:mod:`surgeon.gates`).
     """
 
     gate: Tensor | None
@@ -68,9 +68,9 @@ class Neurons:
     def hidden(self, x: Tensor) -> Tensor:
         """Intermediate activations, [T, H] -> [T, I]."""
         linear = torch.nn.functional.linear
-        function = lookup(self.activation).function
+        entry = lookup(self.activation)
         up = linear(x, self.up, self.up_bias)
-        return function(up) if self.gate is None else function(linear(x, self.gate, self.gate_bias)) * up
+        return entry.alone(up) if self.gate is None else entry.joined(linear(x, self.gate, self.gate_bias), up)
 
     def masses(self, hidden: Tensor, experts: Tensor) -> Tensor:
         """``sum_{i in e} |h_i|`` of every token and expert, hidden [T, I] and experts [E, m] -> [T, E]."""
@@ -205,23 +205,23 @@ def add_ffn(editor: Editor, name: str, x: fx.Node, neurons: Neurons) -> fx.Node:
         return editor.call(aten.linear.default, source, weight, editor.add_tensor(f"{name}.{key}.bias", offset.contiguous()))
 
     up = linear(x, "up", neurons.up, neurons.up_bias)
-    function = lookup(neurons.activation).function
+    entry = lookup(neurons.activation)
     if neurons.gate is None:
-        inner = add_function(editor, function, up)
+        inner = add_function(editor, entry.alone, up)
     else:
-        gate = linear(x, "gate", neurons.gate, neurons.gate_bias)
-        inner = editor.call(aten.mul.Tensor, add_function(editor, function, gate), up)
+        inner = add_function(editor, entry.joined, linear(x, "gate", neurons.gate, neurons.gate_bias), up)
     return linear(inner, "down", neurons.down, neurons.down_bias)
 
 
-def add_function(editor: Editor, function: Any, x: fx.Node) -> fx.Node:
+def add_function(editor: Editor, function: Callable[..., Tensor], *inputs: fx.Node) -> fx.Node:
     """Add an element-wise function, as the operators it consists of."""
-    small = torch.empty(2, dtype=x.meta["val"].dtype)
-    traced = make_fx(lambda value: function(value))(small)
+    small = [torch.empty(2, dtype=x.meta["val"].dtype) for x in inputs]
+    traced = make_fx(lambda *values: function(*values))(*small)
     values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            values[node] = x
+            values[node] = next(given)
         elif node.op == "output":
             result = values[node.args[0]]
         elif node.op == "call_function":

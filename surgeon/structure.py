@@ -91,7 +91,7 @@ class FFN:
         gate: gate projection, None for a plain FFN.
         down: down projection.
         hidden: the node that ``down`` reads (the intermediate activation, last dimension = width).
-        activation: name in ``surgeon.activations.ACTIVATIONS``, or None where it was not recognised.
+        activation: name of a gate (:mod:`surgeon.gates`), such as ``silu``, or None where it was not recognised.
         width: number of intermediate neurons.
         layout: how gate and up are stored: ``separate``, ``concatenated`` ([gate | up]), ``interleaved``; ``plain``
             without gate.
@@ -128,7 +128,7 @@ class MoE:
         normalised: the selected weights are divided by their sum.
         width: intermediate neurons per expert.
         gated: experts are gated FFNs.
-        activation: name in ``surgeon.activations.ACTIVATIONS``.
+        activation: name of a gate (:mod:`surgeon.gates`).
         w_in: name of the stacked input weights [E, O, H].
         w_out: name of the stacked output weights [E, H, I].
         b_in: name of their biases [E, O] or None.

@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, what their configurations say, and the table of passes on each of them.
+"""Tiny models of many architectures of one stream, and what their configurations say.
 
     python -m tests.families --write      rewrites docs/families.md
 
@@ -13,28 +13,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgeon.contract import Plan
-from surgeon.data import Data, load_data
-from surgeon.discovery import discover
-from surgeon.errors import SurgeonError
-from surgeon.graph import Graph
-from surgeon.pipeline import _operate
-from surgeon.progress import Progress
-from surgeon.registry import make_pass
-from surgeon.source import calling, flatten_outputs
-from surgeon.structure import Structure
-from surgeon.tracing import trace
-from surgeon.verify import check_exact, check_parameters, check_structure
 from tests import handwritten
-from tests.models import with_layer_deleted
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 2, 32, 4, 64, 96
 
 SIZES: dict[str, Any] = {
@@ -97,16 +82,14 @@ class Family:
         make: builds the model (any weights) and its inputs.
         said: what its configuration says, read from the model.
         unread: parts of the names of parameters that the model's forward does not use.
-        shared: its blocks share their weights.
-        layered: its source can be built with a layer less by deleting that layer.
+        shared: path of the one layer that all blocks are, or nothing.
     """
 
     name: str
     make: Callable[[], tuple[nn.Module, dict[str, Tensor]]]
     said: Callable[[nn.Module], Said]
     unread: tuple[str, ...] = ()
-    shared: bool = False
-    layered: bool = True
+    shared: str = ""
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model with random weights, norms and biases included, so that nothing is accidentally neutral."""
@@ -134,7 +117,7 @@ class Line:
         layout: how gate and up are stored.
         kv, head_dim, width, activation: where the configuration says it: the name of an attribute, or a function of the
             configuration.
-        unread, shared, layered: as in :class:`Family`.
+        unread, shared: as in :class:`Family`.
     """
 
     cls: str
@@ -146,8 +129,7 @@ class Line:
     width: Any = "intermediate_size"
     activation: Any = "hidden_act"
     unread: tuple[str, ...] = ()
-    shared: bool = False
-    layered: bool = True
+    shared: str = ""
 
 
 def gated(cls: str, layout: str = "separate", **more: Any) -> Line:
@@ -231,7 +213,7 @@ LIBRARY: dict[str, Line] = {
     "camembert": Line("CamembertForMaskedLM", kind=AFTER),
     "electra": Line("ElectraForMaskedLM", kind=AFTER),
     "distilbert": Line("DistilBertForMaskedLM", kind=AFTER, width="hidden_dim", activation="activation"),
-    "albert": Line("AlbertForMaskedLM", kind=AFTER, shared=True, layered=False),
+    "albert": Line("AlbertForMaskedLM", kind=AFTER, shared="albert.encoder.albert_layer_groups.0"),
     "rembert": Line("RemBertForMaskedLM", {"input_embedding_size": 16, "output_embedding_size": 24}, kind=AFTER),
     "mpnet": Line("MPNetForMaskedLM", kind=AFTER),
     "deberta-v2": Line("DebertaV2ForMaskedLM", kind=AFTER),
@@ -240,9 +222,7 @@ LIBRARY: dict[str, Line] = {
         {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8, "share_att_key": True},
         kind=AFTER,
     ),
-    "xlm": Line(
-        "XLMWithLMHeadModel", {"pad_index": 0}, kind=AFTER, width=wide, activation=lambda c: "gelu", layered=False
-    ),
+    "xlm": Line("XLMWithLMHeadModel", {"pad_index": 0}, kind=AFTER, width=wide, activation=lambda c: "gelu"),
     "modernbert": Line("ModernBertForMaskedLM", layout="concatenated", activation="hidden_activation"),
     "esm": Line("EsmForMaskedLM", {"mask_token_id": 3}, activation=lambda c: "gelu", unread=("contact_head", "position")),
     # -- images
@@ -344,172 +324,13 @@ HAND = {
 
 FAMILIES: dict[str, Family] = {
     **{
-        name: Family(name, partial(_from_library, line), partial(_said, line), line.unread, line.shared, line.layered)
+        name: Family(name, partial(_from_library, line), partial(_said, line), line.unread, line.shared)
         for name, line in LIBRARY.items()
     },
     **{name: Family(name, make, said) for name, (make, said) in HAND.items()},
 }
 
-
-# -- passes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    """A family, traced and looked at.
-
-    Attributes:
-        family: the family.
-        module: its model.
-        inputs: its inputs.
-        graph: the traced graph.
-        structure: what was found.
-        data: one batch.
-    """
-
-    family: Family
-    module: nn.Module
-    inputs: dict[str, Tensor]
-    graph: Graph
-    structure: Structure
-    data: Data
-
-    @classmethod
-    def of(cls, family: Family) -> Case:
-        """Build, trace and discover."""
-        module, inputs = family.build()
-        graph = trace(module, inputs)
-        return cls(family, module, inputs, graph, discover(graph), load_data([inputs], graph))
-
-    def operate(self, step: dict[str, Any], plan: Plan[Any] | None = None) -> tuple[Graph, Plan[Any]]:
-        """One pass on a clone, with every check that the pipeline makes."""
-        made = make_pass(step)
-        graph, structure, plan, _ = _operate(made, self.graph, self.structure, self.data, plan, Progress(False))
-        check_structure(made, self.structure, structure)
-        check_parameters(made, plan, self.graph, self.structure, graph)
-        if made.exact(plan):
-            with torch.no_grad():
-                check_exact(made, [self.graph(**self.inputs)], [graph(**self.inputs)])
-        return graph, plan
-
-
-def drop_first_block(case: Case) -> str:
-    """The model without its first block is the source without its first layer, bit for bit."""
-    made = make_pass({"drop_blocks": {"count": 1}})
-    plan = made.plan_type.model_validate({"decisions": [{"site": "blocks.0", "score": 0.0}]})
-    graph, _ = case.operate({"drop_blocks": {"count": 1}}, plan)
-    if not case.family.layered:
-        return "lossy (layers cannot be deleted from the source one by one: nothing to compare with)"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer of torch's rounds differently
-    with torch.no_grad():
-        wanted = source_outputs(source_without_first_layer(case), case.inputs)
-        found = graph(**case.inputs)
-        traced, whole = case.graph(**case.inputs), source_outputs(case.module, case.inputs)
-    torch.backends.mha.set_fastpath_enabled(fast)
-    for name, value in found.items():
-        error = (value - wanted[name]).abs().max()
-        rounding = (traced[name] - whole[name]).abs().max()  # 0 for most: the graph computes what the source does, bit for bit
-        assert error <= 2 * rounding, f"{name}: {error}, the whole model {rounding}"
-    return "exact"
-
-
-def source_outputs(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the source model returns, without caches."""
-    with calling(module):
-        return flatten_outputs(module(**inputs))
-
-
-def source_without_first_layer(case: Case) -> nn.Module:
-    """A copy of the source model without its first layer."""
-    if hasattr(case.module, "config"):
-        return with_layer_deleted(case.family.name, case.module, 0)
-    import copy
-
-    module: Any = copy.deepcopy(case.module)
-    layers = module.blocks if hasattr(module, "blocks") else module.stack.layers
-    del layers[0]
-    if hasattr(module, "stack"):
-        module.stack.num_layers -= 1
-    return module
-
-
-def split_with_all_experts(case: Case) -> str:
-    """FFNs split into experts that are all used compute what the FFNs did."""
-    _, plan = case.operate({"moefy_ffn": {"experts": 4, "top_k": 4, "router": "centroid"}})
-    assert len(plan.decisions) == len(case.structure.blocks)
-    return "exact"
-
-
-def factor_at_full_rank(case: Case) -> str:
-    """Every linear of the blocks as two factors of full rank computes what it did."""
-    _, plan = case.operate({"low_rank": {"ratio": 1.0, "method": "svd"}})
-    assert plan.decisions
-    return "exact"
-
-
-def quantize_to_eight_bits(case: Case) -> str:
-    """Eight bits per weight leave the outputs close to what they were."""
-    graph, plan = case.operate({"quantize": {"scheme": "int8"}})
-    assert plan.decisions
-    with torch.no_grad():
-        wanted, found = case.graph(**case.inputs), graph(**case.inputs)
-    for name, value in wanted.items():
-        error = float((found[name] - value).norm() / value.norm())
-        assert 0 < error < 0.05, f"{name}: {error}"
-    return "lossy"
-
-
-PASSES: dict[str, Callable[[Case], str]] = {
-    "drop_blocks": drop_first_block,
-    "moefy_ffn": split_with_all_experts,
-    "low_rank": factor_at_full_rank,
-    "quantize": quantize_to_eight_bits,
-}
-
-
-def outcome(case: Case, name: str) -> str:
-    """``exact``, ``lossy`` or ``refused (why)``; everything else raises."""
-    try:
-        return PASSES[name](case)
-    except SurgeonError as error:
-        if type(error).__name__ != "PlanError":
-            raise
-        return f"refused ({error})"
-
-
-def page(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """The table as a page of the documentation."""
-    lines = [
-        "# Families",
-        "",
-        "Every pass on every family, at tiny size and random weights. The test suite makes this page and compares it with",
-        "what is committed here; `python -m tests.families --write` rewrites it.",
-        "",
-        "- `drop_blocks` is *exact* where dropping block 0 equals, bit for bit, the source model with that layer deleted",
-        "  (to rounding where the traced graph itself equals its source to rounding only).",
-        "- `moefy_ffn` is *exact* where the FFNs split into four experts, all of them used, equal the dense FFNs to 1e-5.",
-        "- `low_rank` is *exact* where all linears as two factors of full rank give the same outputs to 1e-5.",
-        "- `quantize` (eight bits) is *lossy*: outputs within 5 %.",
-        "",
-        f"| family | blocks | {' | '.join(f'`{name}`' for name in PASSES)} |",
-        f"|---|---|{'---|' * len(PASSES)}",
-    ]
-    for family, row in rows.items():
-        lines.append(f"| {family} | {row['blocks']} | {' | '.join(row[name] for name in PASSES)} |")
-    return "\n".join(lines) + "\n"
-
-
-def row(case: Case) -> dict[str, str]:
-    """What stands in a family's line of the table."""
-    kinds = dict.fromkeys(block.kind for block in case.structure.blocks)
-    found = {"blocks": f"{len(case.structure.blocks)} x {' / '.join(kinds)}"}
-    return {**found, **{name: outcome(case, name) for name in PASSES}}
-
-
 if __name__ == "__main__":
-    table = page({name: row(Case.of(family)) for name, family in FAMILIES.items()})
-    if "--write" in sys.argv:
-        PAGE.write_text(table, encoding="utf-8")
-    else:
-        print(table, end="")
+    from tests.family_table import main
+
+    main("--write" in sys.argv)

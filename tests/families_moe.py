@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from surgeon.discovery import discover
+from surgeon.graph import Graph
+from surgeon.structure import Structure
+from surgeon.tracing import trace
+from tests.handwritten import Apart
 
 HIDDEN, INNER, EXPERTS, CHOSEN, VOCABULARY = 32, 24, 4, 2, 97
 
@@ -27,6 +34,7 @@ class Family:
         dense: blocks without experts.
         keep: experts that remain when some are dropped.
         model: name of the automatic model class.
+        layers: path of the list of layers.
     """
 
     config: str
@@ -38,6 +46,7 @@ class Family:
     dense: tuple[int, ...] = ()
     keep: tuple[int, ...] = (0, 2, 3)
     model: str = "AutoModelForCausalLM"
+    layers: str = "model.layers"
 
 
 SMALL: dict[str, Any] = {
@@ -148,6 +157,7 @@ FAMILIES: dict[str, Family] = {
         {"scoring": "softmax", "normalised": False, "capacity": 3, "top_k": 1, "activation": "relu", "width": 40},
         dense=(0,),
         model="SwitchTransformersEncoderModel",
+        layers="encoder.block",
     ),
 }
 
@@ -489,3 +499,53 @@ def written(name: str, experts: int | None = None) -> Mixture:
     module = randomised(Mixture(form, experts or form.expected.get("experts", EXPERTS)))
     assert isinstance(module, Mixture)
     return module
+
+
+class Layers(nn.Module):
+    """Hand-written layers: attention (or none), a mixture, a dense network."""
+
+    def __init__(self, name: str, count: int, *, attend: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(*([Attending()] if attend else []), written(name)) for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Attending(nn.Module):
+    """``x + attention(norm(x))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(HIDDEN), Apart()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))  # type: ignore[no-any-return]  # a module's call
+
+
+# -- traced -----------------------------------------------------------------------------------------------------------
+
+
+def inputs(name: str, batch: int = 2, sequence: int = 6) -> dict[str, Tensor]:
+    """Inputs of a model of either kind."""
+    generator = torch.Generator().manual_seed(batch)
+    if name in WRITTEN:
+        return {"x": torch.randn(batch, sequence, HIDDEN, generator=generator)}
+    ids = torch.randint(3, VOCABULARY, (batch, sequence), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@cache
+def traced(name: str, layers: int = 1) -> tuple[nn.Module, Graph, Structure]:
+    """The model, its graph and its structure; traced once.  Several hand-written layers have attention too."""
+    if name in WRITTEN:
+        module = written(name) if layers == 1 else randomised(Layers(name, layers, attend=True))
+        graph = trace(module, inputs(name), dynamic={"x": {0: "batch", 1: "sequence"}})
+    else:
+        module = library(name)
+        graph = trace(module, inputs(name))
+    return module, graph, discover(graph)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgeon.discovery import discover
+from surgeon.graph import Graph
+from surgeon.source import load_source
+from surgeon.structure import Structure
+from surgeon.tracing import trace_source
 from tests.optional import timm
 
 Parts = tuple[tuple[str, tuple[Any, ...]], ...]
@@ -38,7 +44,10 @@ class Family:
         inputs: None where surgeon makes them.
         dynamic: as for ``trace``; ``STATIC`` fixes all dimensions.
         streams: by label.
-        layers: the source's lists of layers in the order of the blocks; empty where a layer cannot be deleted.
+        layers: the source's lists of layers in the order of the blocks; empty where they do not agree with the blocks.
+        ends: for each stream, the path of the list that ends in its last layer; by default as ``layers`` says.
+        idle: the last layers of the streams by path, where they cannot be deleted, with what makes them identities
+            (arguments of ``tests.family_passes.bypassed``).
         opaque: tensors that no rule gives a part, though they are in one.
     """
 
@@ -48,6 +57,14 @@ class Family:
     layers: list[nn.ModuleList] = field(default_factory=list)
     dynamic: Mapping[str, Any] | None = None
     opaque: int = 0
+    ends: tuple[str, ...] = ()
+    idle: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+    def last_layers(self) -> list[nn.ModuleList]:
+        """Of each stream, the list that ends in its last layer."""
+        if self.ends:
+            return [self.module.get_submodule(path) for path in self.ends]  # type: ignore[misc]  # lists of layers
+        return self.layers if len(self.layers) == len(self.streams) else self.layers[-1:]
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {}
@@ -187,7 +204,7 @@ def bert_to_bert() -> Family:
         "encoder": [Blocks("attention+norm+ffn+norm", 2, (("self", heads), ffn))],
         "decoder": [Blocks("attention+norm+attention+norm+ffn+norm", 2, (("self", heads), ("cross", heads), ffn))],
     }
-    return Family(module, None, streams)
+    return Family(module, None, streams, ends=("encoder.encoder.layer", "decoder.bert.encoder.layer"))
 
 
 @family
@@ -211,13 +228,14 @@ def detr() -> Family:
     heads, ffn = (4, 4, 16), ("ffn", (96, "relu"))
     layer = "attention+norm+ffn"
     streams = {
-        "encoder": [Blocks("mixer", 1), Blocks(layer, c.encoder_layers, (("self", heads), ffn))],
+        "encoder": [Blocks("mixer", 1), Blocks(f"{layer}+norm", c.encoder_layers, (("self", heads), ffn))],
         "decoder": [
             Blocks(f"{layer}+norm", 1, (("cross", heads), ffn)),
             Blocks(f"attention+norm+{layer}+norm", c.decoder_layers - 1, (("self", heads), ("cross", heads), ffn)),
         ],
     }
-    return Family(module, inputs, streams, dynamic=static(inputs), opaque=1)
+    ends = ("model.encoder.layers", "model.decoder.layers")
+    return Family(module, inputs, streams, dynamic=static(inputs), opaque=1, ends=ends)
 
 
 # -- towers -------------------------------------------------------------------------------------------------------
@@ -268,7 +286,8 @@ def flava() -> Family:
         "encoder.1": _tower(c.text_config, "gelu"),
         "decoder": _tower(c.multimodal_config, "gelu"),
     }
-    return Family(tf.FlavaModel(c), None, streams)
+    ends = ("image_model.encoder.layer", "text_model.encoder.layer", "multimodal_model.encoder.layer")
+    return Family(tf.FlavaModel(c), None, streams, ends=ends)
 
 
 @family
@@ -287,7 +306,8 @@ def llava() -> Family:
         "encoder": _tower(vision, "quick_gelu"),
         "decoder": [Blocks("attention+ffn", 2, (("self", (4, 2, 16)), ("ffn", (112, "silu"))))],
     }
-    return Family(module, inputs, streams, dynamic=static(inputs))
+    idle: Any = (("model.vision_tower.encoder.layers.2", {}), ("model.language_model.layers.1", {}))
+    return Family(module, inputs, streams, dynamic=static(inputs), idle=idle)
 
 
 # -- recurrences and convolutions beside attention ----------------------------------------------------------------
@@ -328,7 +348,7 @@ def jamba() -> Family:
     )  # fmt: skip
     inputs = tokens()
     streams = {"stream": [Blocks("mixer+ffn", 1, (SILU,)), Blocks("attention+moe", 1, (SELF,))] * 2}
-    return Family(tf.JambaForCausalLM(c), inputs, streams, dynamic=static(inputs))
+    return Family(tf.JambaForCausalLM(c), inputs, streams, dynamic=static(inputs), ends=("model.layers",))
 
 
 @family
@@ -349,7 +369,7 @@ def rwkv() -> Family:
     c = tf.RwkvConfig(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, intermediate_size=112, **TOKENS)
     inputs = tokens(length=5)
     streams = {"stream": [Blocks("mixer+ffn", 2, (("ffn", (112, "relu2")),))]}
-    return Family(tf.RwkvForCausalLM(c), inputs, streams, dynamic=static(inputs))
+    return Family(tf.RwkvForCausalLM(c), inputs, streams, dynamic=static(inputs), ends=("rwkv.blocks",))
 
 
 @family
@@ -363,7 +383,7 @@ def falcon_h1() -> Family:
     )  # fmt: skip
     inputs = tokens()
     streams = {"stream": [Blocks("attention+ffn", 2, (SELF, SILU))]}
-    return Family(tf.FalconH1ForCausalLM(c), inputs, streams, dynamic=static(inputs))
+    return Family(tf.FalconH1ForCausalLM(c), inputs, streams, dynamic=static(inputs), ends=("model.layers",))
 
 
 # -- images: stages of different width ----------------------------------------------------------------------------
@@ -421,7 +441,7 @@ def pvt() -> Family:
     )
     inputs = images(64)
     streams = {"stream": _pyramid(c, "attention+ffn", c.mlp_ratios)}
-    return Family(tf.PvtForImageClassification(c), inputs, streams, dynamic=static(inputs))
+    return Family(tf.PvtForImageClassification(c), inputs, streams, dynamic=static(inputs), ends=("pvt.encoder.block.3",))
 
 
 @family
@@ -434,7 +454,8 @@ def segformer() -> Family:
     )
     inputs = images(64)
     streams = {"stream": _pyramid(c, "attention+mixer", c.mlp_ratios)}
-    return Family(tf.SegformerForSemanticSegmentation(c), inputs, streams, dynamic=static(inputs))
+    ends = ("segformer.stages.3.blocks",)
+    return Family(tf.SegformerForSemanticSegmentation(c), inputs, streams, dynamic=static(inputs), ends=ends)
 
 
 @family
@@ -451,7 +472,8 @@ def hiera() -> Family:
         for depth, heads in zip(c.depths, c.num_heads, strict=True)
     ]
     inputs = images(64)
-    return Family(tf.HieraForImageClassification(c), inputs, {"stream": blocks}, dynamic=static(inputs))
+    ends = ("hiera.encoder.stages.2.layers",)
+    return Family(tf.HieraForImageClassification(c), inputs, {"stream": blocks}, dynamic=static(inputs), ends=ends)
 
 
 @family
@@ -462,7 +484,8 @@ def poolformer() -> Family:
     c = tf.PoolFormerConfig(hidden_sizes=[16, 24, 32], depths=[1, 2, 1], num_encoder_blocks=3)
     inputs = images(64)
     streams = {"stream": [Blocks("mixer+other", sum(c.depths))]}
-    return Family(tf.PoolFormerForImageClassification(c), inputs, streams, dynamic=static(inputs))
+    ends = ("poolformer.encoder.block.2",)
+    return Family(tf.PoolFormerForImageClassification(c), inputs, streams, dynamic=static(inputs), ends=ends)
 
 
 @family
@@ -521,7 +544,8 @@ def spectrogram() -> Family:
     import transformers as tf
 
     c = tf.ASTConfig(**TOWER, max_length=32, num_mel_bins=16, patch_size=8, frequency_stride=8, time_stride=8)
-    return Family(tf.ASTForAudioClassification(c), None, {"stream": _tower(c, "gelu")})
+    ends = ("audio_spectrogram_transformer.layers",)
+    return Family(tf.ASTForAudioClassification(c), None, {"stream": _tower(c, "gelu")}, ends=ends)
 
 
 @family
@@ -536,7 +560,8 @@ def perceiver() -> Family:
     inputs = {"inputs": tokens(length=16)["input_ids"]}
     ffn = ("ffn", (64, "gelu"))
     streams = {"stream": [Blocks("other+ffn", 1, (ffn,)), Blocks("attention+ffn", 2, (("self", (4, 4, 16)), ffn))]}
-    return Family(tf.PerceiverForMaskedLM(c), inputs, streams, dynamic=static(inputs))
+    ends = ("perceiver.encoder.self_attends",)
+    return Family(tf.PerceiverForMaskedLM(c), inputs, streams, dynamic=static(inputs), ends=ends)
 
 
 @family
@@ -546,7 +571,8 @@ def albert() -> Family:
 
     c = tf.AlbertConfig(**{**TOWER, "num_hidden_layers": 3}, embedding_size=32, vocab_size=V)
     parts: Parts = (("self", (4, 4, 16)), ("ffn", (112, "gelu_tanh")))
-    return Family(tf.AlbertModel(c), None, {"stream": [Blocks("attention+norm+ffn+norm", 3, parts)]})
+    idle = (("encoder.albert_layer_groups.0", {"call": 2}),)
+    return Family(tf.AlbertModel(c), None, {"stream": [Blocks("attention+norm+ffn+norm", 3, parts)]}, idle=idle)
 
 
 @family
@@ -582,7 +608,20 @@ def mmdit() -> Family:
     }
     parts: Parts = (("self", (4, 4, 12)), ("ffn", (192, "gelu_tanh")))
     streams = {"tower.0": [Blocks("attention+ffn", 3, parts)], "tower.1": [Blocks("attention+ffn", 2, parts)]}
-    return Family(module, inputs, streams, dynamic=static(inputs))
+    idle = (
+        ("transformer_blocks.2", {"output": 1, "argument": "hidden_states"}),
+        ("transformer_blocks.1", {"output": 0, "argument": "encoder_hidden_states"}),
+    )
+    return Family(module, inputs, streams, dynamic=static(inputs), idle=idle)
+
+
+@cache
+def traced(name: str) -> tuple[Family, Graph, Structure]:
+    """A family, its graph and structure, each made once."""
+    made = make(name)
+    loaded = load_source(made.module, made.inputs)
+    graph = trace_source(loaded, dynamic=made.dynamic)
+    return made, graph, discover(graph)
 
 
 MARKED = {"timm_vit": "timm", "timm_convnext": "timm", "dit": "diffusers", "mmdit": "diffusers"}

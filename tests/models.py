@@ -86,11 +86,20 @@ def inputs_for(name: str, batch: int = 2, sequence: int = 7, *, padded: bool = F
 
 def layer_list(module: nn.Module) -> nn.ModuleList:
     """The list of layers of a tiny model (or of MiniLM)."""
-    layers = int(module.config.num_hidden_layers)  # type: ignore[union-attr]
-    found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    found = layer_lists(module)
     if len(found) != 1:
-        raise ValueError(f"{type(module).__name__} has {len(found)} lists of {layers} layers")
+        raise ValueError(f"{type(module).__name__} has {len(found)} lists of layers")
     return found[0]
+
+
+def layer_lists(module: nn.Module) -> list[nn.ModuleList]:
+    """The lists that have one entry for each layer: one, or several where a model keeps its layers' parts apart."""
+    config: Any = getattr(module, "config", None)
+    if config is None:  # written by hand
+        layers: Any = module.blocks if hasattr(module, "blocks") else module.stack.layers  # type: ignore[union-attr]
+        return [layers]
+    count = int(config.num_hidden_layers)
+    return [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
 
 
 def with_layer_deleted(name: str, module: nn.Module, k: int) -> nn.Module:

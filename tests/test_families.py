@@ -1,8 +1,8 @@
-"""Every family of tests/families.py: structure as its configuration says, parameters accounted for, passes exact."""
+"""Families of one stream: structure as the configuration says, parameters accounted for; and the passes on all families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,41 +10,17 @@ import torch
 from torch import nn
 
 from surgeon.accounting import memory, parameter_count
-from tests.families import FAMILIES, PAGE, PASSES, Case, outcome, page, row
-
-CaseOf = Callable[[str], Case]
-
-
-@pytest.fixture(scope="session")
-def case() -> CaseOf:
-    """Families by name, each traced once."""
-    made: dict[str, Case] = {}
-
-    def make(name: str) -> Case:
-        if name not in made:
-            made[name] = Case.of(FAMILIES[name])
-        return made[name]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def found(case: CaseOf) -> Callable[[str], dict[str, str]]:
-    """Lines of the table by family, each made once."""
-    made: dict[str, dict[str, str]] = {}
-
-    def make(name: str) -> dict[str, str]:
-        if name not in made:
-            made[name] = row(case(name))
-        return made[name]
-
-    return make
+from surgeon.structure import Structure
+from tests.families import FAMILIES
+from tests.families_streams import MARKED
+from tests.family_passes import PASSES, Case, Entry, outcome
+from tests.family_table import CASES, PAGE, SECTIONS, committed, line, one_stream, page
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_blocks_are_what_the_configuration_says(case: CaseOf, name: str) -> None:
-    family = case(name)
-    said, structure = family.family.said(family.module), family.structure
+def test_blocks_are_what_the_configuration_says(name: str) -> None:
+    case = one_stream(name)
+    said, structure = FAMILIES[name].said(case.module), case.structure
     assert [block.kind for block in structure.blocks] == [said.kind] * said.blocks
     for block in structure.blocks:
         assert [region.reason for region in block.regions] == [None] * len(block.regions)
@@ -65,22 +41,22 @@ def test_blocks_are_what_the_configuration_says(case: CaseOf, name: str) -> None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_is_part_of_one_thing(case: CaseOf, name: str) -> None:
-    family = case(name)
-    graph, structure, module = family.graph, family.structure, family.module
+def test_every_parameter_is_part_of_one_thing(name: str) -> None:
+    case, family = one_stream(name), FAMILIES[name]
+    graph, structure, module = case.graph, case.structure, case.module
     assert structure.unrecognised == {}
     read = {memory(graph.tensor(key)): key for key in graph.parameters()}
     assert set(structure.roles) == set(graph.parameters())
     assert sorted(set(structure.roles.values())) == sorted(structure.roles.values())
     left = {key: tensor.numel() for key, tensor in module.named_parameters() if memory(tensor) not in read}
-    assert all(any(part in key for part in family.family.unread) for key in left), left
+    assert all(any(part in key for part in family.unread) for key in left), left
     assert parameter_count(graph) + sum(left.values()) == sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_block_has_the_parameters_of_its_layer(case: CaseOf, name: str) -> None:
-    family = case(name)
-    if family.family.shared:  # the first block has them all
+def test_a_block_has_the_parameters_of_its_layer(name: str) -> None:
+    family = one_stream(name)
+    if FAMILIES[name].shared:  # the first block has them all
         owners = {role.split(".")[1] for role in family.structure.roles.values() if role.startswith("blocks.")}
         assert owners == {"0"}
         return
@@ -111,29 +87,51 @@ def layers_of(module: nn.Module) -> Any:
     return [nn.ModuleList(parts) for parts in zip(*lists, strict=True)]  # some keep their layers' parts in lists of their own
 
 
-@pytest.mark.parametrize("step", PASSES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_passes(found: Callable[[str], dict[str, str]], name: str, step: str) -> None:
-    """Outcomes are checked while the line is made; a refusal says why."""
-    result = found(name)[step]
-    assert result in ("exact", "lossy") or "(" in result
+# -- the table of passes ------------------------------------------------------------------------------------------
+
+PARAMETERS = [
+    pytest.param(section, name, marks=[getattr(pytest.mark, MARKED[name])] if name in MARKED else [], id=f"{section}-{name}")
+    for section, name in CASES
+]
 
 
-def test_refusals_are_the_expected_ones(found: Callable[[str], dict[str, str]]) -> None:
-    refused = {(name, step) for name in FAMILIES for step in PASSES if found(name)[step].startswith("refused")}
-    assert refused == {(name, "moefy_ffn") for name in ("bitnet", "ffn: Normed", "ffn: Snake")}
+@pytest.mark.parametrize(("section", "name"), PARAMETERS)
+def test_the_page_shows_what_passes_do(section: str, name: str) -> None:
+    """Outcomes are checked while the line is made."""
+    assert line(SECTIONS[section][name](name)) == committed()[section, name], "run python -m tests.families --write"
 
 
-def test_the_page_shows_this_run(found: Callable[[str], dict[str, str]]) -> None:
-    made = page({name: found(name) for name in FAMILIES})
-    assert made == PAGE.read_text(encoding="utf-8"), "run python -m tests.families --write"
+def test_the_page_has_every_family_and_nothing_else() -> None:
+    assert page(committed()) == PAGE.read_text(encoding="utf-8"), "run python -m tests.families --write"
 
 
-def test_an_outcome_that_is_no_refusal_is_no_entry_of_the_table(case: CaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_the_expected_ones() -> None:
+    refused: dict[str, set[str]] = {}
+    for (_, name), text in committed().items():
+        for step, found in zip(PASSES, text.strip("| ").split(" | ")[2:], strict=True):
+            if found.startswith("refused"):
+                refused.setdefault(step, set()).add(name)
+    assert refused.pop("moefy_attention")  # one key/value head, and projections that are no linears of their own
+    assert refused == {
+        "drop_blocks": {"hiera"},  # its last block pools
+        "moefy_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
+        "upcycle_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
+        "low_rank": {"poolformer"},  # its linears are convolutions
+    }
+
+
+def test_an_outcome_that_is_no_refusal_is_no_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Case) -> str:
         assert torch.equal(torch.zeros(1), torch.ones(1)), "output: 1.0"
         return "exact"
 
-    monkeypatch.setitem(PASSES, "quantize", broken)
+    monkeypatch.setitem(PASSES, "quantize", Entry(broken, {}))
     with pytest.raises(AssertionError, match="output"):
-        outcome(case("attention: Apart"), "quantize")
+        outcome(one_stream("attention: Apart"), "quantize")
+
+
+def test_a_pass_that_acts_where_there_is_nothing_to_act_on_is_no_entry_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(PASSES["quantize"], step={"scheme": "int8"}, parts=Structure.moes, missing="no experts")
+    monkeypatch.setitem(PASSES, "quantize", entry)
+    with pytest.raises(AssertionError, match="quantize plans something on a model with no experts"):
+        outcome(one_stream("attention: Apart"), "quantize")

@@ -21,29 +21,9 @@ from surgeon.structure import MoE, Structure
 from surgeon.tracing import trace
 from surgeon.verify import relative_error
 from tests.conftest import Patient
-from tests.families_moe import EXPERTS, FAMILIES, HIDDEN, VOCABULARY, WRITTEN, library, with_experts, written
+from tests.families_moe import EXPERTS, FAMILIES, HIDDEN, WRITTEN, Layers, inputs, library, traced, with_experts, written
 
 MOE = torch.ops.surgeon.moe.default
-
-_TRACED: dict[str, tuple[nn.Module, Graph, Structure]] = {}
-
-
-def inputs(name: str, batch: int = 2, sequence: int = 6) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    if name in WRITTEN:
-        return {"x": torch.randn(batch, sequence, HIDDEN, generator=generator)}
-    ids = torch.randint(3, VOCABULARY, (batch, sequence), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def traced(name: str) -> tuple[nn.Module, Graph, Structure]:
-    """The model, its graph and its structure; traced once."""
-    if name not in _TRACED:
-        module: nn.Module = written(name) if name in WRITTEN else library(name)
-        dynamic: Mapping[str, Any] | None = {"x": {0: "batch", 1: "sequence"}} if name in WRITTEN else None
-        graph = trace(module, inputs(name), dynamic=dynamic)
-        _TRACED[name] = (module, graph, discover(graph))
-    return _TRACED[name]
 
 
 def patient(name: str) -> Patient:
@@ -146,19 +126,6 @@ def test_merging_copies_of_an_expert_is_lossless(name: str) -> None:
     with torch.no_grad():
         expected, found = graph(**batch), merged.graph(**batch)
     assert all(relative_error(found[key], expected[key]) < 1e-5 for key in expected)
-
-
-class Layers(nn.Module):
-    """A hand-written mixture and a dense network, several times."""
-
-    def __init__(self, name: str, count: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(written(name) for _ in range(count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 @pytest.mark.parametrize("name", ["where_loop", "dense_loop", "where_loop_stacked"])

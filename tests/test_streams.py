@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from functools import cache
 from typing import Any, ClassVar
 
 import pytest
@@ -29,21 +28,13 @@ from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Block, Selection, Structure
 from surgeon.sweep import run_pass
-from surgeon.tracing import trace, trace_source
+from surgeon.tracing import trace
 from surgeon.verify import relative_error
 from tests.conftest import Patient
-from tests.families_streams import FAMILIES, MARKED, Family, make
+from tests.families_streams import FAMILIES, MARKED, Family
+from tests.families_streams import traced as found
 
 NAMES = [pytest.param(name, marks=[getattr(pytest.mark, MARKED[name])] if name in MARKED else []) for name in FAMILIES]
-
-
-@cache
-def found(name: str) -> tuple[Family, Graph, Structure]:
-    """A family, its graph and structure, each made once."""
-    made = make(name)
-    loaded = load_source(made.module, made.inputs)
-    graph = trace_source(loaded, dynamic=made.dynamic)
-    return made, graph, discover(graph)
 
 
 def patient(name: str) -> Patient:

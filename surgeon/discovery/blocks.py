@@ -10,8 +10,8 @@
 3. A single convolution before blocks that have attention, and an F behind repeated blocks, stand outside of the blocks;
    so do Fs after a change of size at the end.
 4. What stands between the last sublayer of one block and the first of the next belongs to the block before, as far as it is
-   the same between all blocks; the last block takes as much.  So the norm after the last layer of a pre-norm model is outside,
-   and that of a post-norm model inside.  The rest is a *transition*.
+   the same between all blocks, or all that are followed by one of their kind; the last block takes as much.  So the norm
+   after the last layer of a pre-norm model is outside, and that of a post-norm model inside.  The rest is a *transition*.
 """
 
 from __future__ import annotations
@@ -205,27 +205,31 @@ def _signature(gap: tuple[Span, ...]) -> list[str]:
     return [operators.kind(span.exit) for span in gap]
 
 
-def _trail(layers: list[list[Sublayer]], behind: list[Sublayer]) -> int:
-    """How many spans behind its last sublayer belong to a block."""
+def _trail(layers: list[list[Sublayer]], behind: list[Sublayer]) -> list[str]:
+    """The spans behind its last sublayer that belong to a block."""
     if len(layers) > 1 or behind:
-        gaps = [layer[-1].gap for layer in layers[: None if behind else -1]]
+        kinds = [[sublayer.region.kind for sublayer in layer] for layer in layers]
+        alike = [layer[-1].gap for layer, *pair in zip(layers, kinds, kinds[1:], strict=False) if pair[0] == pair[1]]
+        gaps = alike or [layer[-1].gap for layer in layers[: None if behind else -1]]
     else:  # one block: what stands between its own sublayers tells where its norms are
         gaps = [sublayer.gap for sublayer in layers[0][:-1]]
         if not gaps:
-            return 0
+            return []
         gaps.append(layers[0][-1].gap)
     common = _signature(gaps[0])
     for gap in gaps[1:]:
-        other = _signature(gap)
-        same = 0
-        while same < min(len(common), len(other)) and common[same] == other[same]:
-            same += 1
-        common = common[:same]
-    return len(common)
+        common = common[: _alike(common, _signature(gap))]
+    return common
+
+
+def _alike(first: list[str], second: list[str]) -> int:
+    """How many entries two lists have in common at their start."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _block(
-    flow: Flow, classifier: Classifier, index: int, layer: list[Sublayer], trail: int
+    flow: Flow, classifier: Classifier, index: int, layer: list[Sublayer], trail: list[str]
 ) -> tuple[Block, tuple[Span, ...]]:
     """A block, and the spans behind it that do not belong to it."""
     entry = layer[0].region.entry
@@ -236,7 +240,8 @@ def _block(
         regions.extend(_between(classifier, gap))
     region, behind = layer[-1].reshaped(entry)
     regions.append(region)
-    gap = behind[:trail] if not layer[-1].reshapes or region.exit is layer[-1].reshapes[-1].exit else ()
+    reshaped = not layer[-1].reshapes or region.exit is layer[-1].reshapes[-1].exit
+    gap = behind[: _alike(trail, _signature(behind))] if reshaped else ()
     while gap and not operators.same_shape(gap[-1].exit, region.exit):
         gap = gap[:-1]
     regions.extend(_between(classifier, gap))

@@ -4,7 +4,8 @@
     gated   down(act(gate(x)) * up(x))      stored apart, or one linear whose output is split
 
 Which half is the gate is decided by evaluating the element-wise part h = f(a, b): it is linear and without offset in ``up``,
-so with ``b`` as up, f(a, b) = b f(a, 1), and f(a, 1) is the activation.  A normalisation may stand in front of ``down``.
+so with ``b`` as up, f(a, b) = b f(a, 1), and f(a, 1) is the activation.  Where constants were put into it, such as clamps, the
+forms of ``surgeon.gates`` are tried both ways round.  A normalisation may stand in front of ``down``.
 
 Two linears with nothing between them that is not linear (a latent, an adapter) are no FFN.
 """
@@ -22,6 +23,7 @@ from surgeon.discovery import operators, probe
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.norms import is_affine, is_normalisation, normalised
+from surgeon.gates import Gate, recognise_alone, recognise_gate
 from surgeon.structure import FFN, Linear
 
 
@@ -129,10 +131,17 @@ def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) ->
     normed, hidden = inner is not None, inner or down.input
     if len(halves) == 1:
         (half,) = halves
-        activation = _recognise(lambda x: _evaluate(flow, hidden, {half: x}))
+        activation = _recognise(lambda x: _evaluate(flow, hidden, {half: x}), recognise, recognise_alone)
         return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed)
     gate, up = _gate_and_up(flow, hidden, halves)
-    activation = _recognise(lambda x: _evaluate(flow, hidden, {gate: x, up: torch.ones_like(x)}))
+    activation = _recognise(lambda x: _evaluate(flow, hidden, {gate: x, up: torch.ones_like(x)}), recognise)
+    for first, second in ((gate, up), (up, gate)):
+        if activation is None:
+            pair = (first, second)
+            activation = _recognise(
+                lambda g, u, pair=pair: _evaluate(flow, hidden, dict(zip(pair, (g, u), strict=True))), recognise_gate
+            )
+            gate, up = pair if activation is not None else (gate, up)
     if gate.linear is not up.linear:
         return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate", normed)
     parts = [linears.take(half.linear, half.numbers) for half in (up, gate)]
@@ -164,9 +173,13 @@ def _evaluate(flow: Flow, hidden: fx.Node, given: Mapping[Half, Tensor]) -> Tens
     return probe.elementwise(flow, hidden, {node: x for half, x in given.items() for node in half.nodes})
 
 
-def _recognise(function: object) -> str | None:
-    assert callable(function)
+def _recognise(function: Callable[..., Tensor], *rules: Callable[..., str | Gate | None]) -> str | None:
+    """The name that the first rule gives that recognises the function."""
     try:
-        return recognise(function)
+        for rule in rules:
+            found = rule(function)
+            if found is not None:
+                return found.name if isinstance(found, Gate) else found
     except RuntimeError:  # likewise
         return None
+    return None

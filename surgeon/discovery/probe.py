@@ -61,21 +61,21 @@ def _run(
     given: Mapping[fx.Node, Any],
     *,
     elementwise: bool = False,
-    plain_norms: bool = False,
+    by_row: bool = False,
 ) -> list[Any]:
     values: dict[fx.Node, Any] = dict(given)
-    needed = flow.ordered(_needed(targets, values))
+    needed = flow.ordered(_needed(targets, values, by_row))
     _refuse_large(flow, needed)
     with torch.no_grad():
         for node in needed:
-            if plain_norms and operators.kind(node) in operators.NORMS_OVER_POSITIONS:
-                values[node] = values[node.args[0]]  # type: ignore[index]  # the input of a normalisation
+            if by_row and (operators.kind(node) in operators.NORMS_OVER_POSITIONS or _keeps_rows(node)):
+                values[node] = values[node.args[0]]  # type: ignore[index]  # the input of a normalisation, or of experts
             else:
                 values[node] = _value(flow, node, values, elementwise)
     return [values[target] for target in targets]
 
 
-def _needed(targets: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.Node]:
+def _needed(targets: Sequence[fx.Node], given: Mapping[fx.Node, Any], by_row: bool) -> set[fx.Node]:
     needed: set[fx.Node] = set()
     stack = list(targets)
     while stack:
@@ -84,8 +84,20 @@ def _needed(targets: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.
             continue
         needed.add(node)
         if not _is_size(node):
-            stack.extend(node.all_input_nodes)
+            stack.extend(rows(node) if by_row and _keeps_rows(node) else node.all_input_nodes)
     return needed
+
+
+def rows(node: fx.Node) -> list[fx.Node]:
+    """What the rows of a mixture's result are computed from, once it is decided which experts take them."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return [x]
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Whether a node is a mixture whose result has the shape of its input, so that the input may stand for it."""
+    return operators.kind(node) == operators.MOE and operators.shape(node) == operators.shape(rows(node)[0])
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -141,7 +153,8 @@ def mixes(flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None =
     """Whether the value at one position depends on other positions, found by changing the input at one of them.
 
     The hidden state is [batch, positions ..., features] or [batch, features, positions ...]; a region mixes positions when
-    a change leaks out of its place under both readings.  Statistics that a normalisation takes over positions do not count.
+    a change leaks out of its place under both readings.  Statistics that a normalisation takes over positions do not count,
+    nor does which experts a position is given to.
 
     Args:
         flow: the graph's data flow.
@@ -158,12 +171,12 @@ def mixes(flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None =
     before = _noise(entry, generator)
     candidates = [len(shape) - 1] if len(shape) < 4 else [len(shape) - 1, 1]
     given = {} if beside is None else {beside: _noise(beside, generator)}
-    (reference,) = _run(flow, [exit], {**given, entry: before}, plain_norms=True)
+    (reference,) = _run(flow, [exit], {**given, entry: before}, by_row=True)
     for features in candidates:
         place = [slice(None) if d == features else 0 for d in range(len(shape))]
         changed = before.clone()
         changed[tuple(place)] += torch.randn(changed[tuple(place)].shape, generator=generator).to(value.dtype)
-        (found,) = _run(flow, [exit], {**given, entry: changed}, plain_norms=True)
+        (found,) = _run(flow, [exit], {**given, entry: changed}, by_row=True)
         difference = (found - reference).abs()
         if difference.shape != before.shape:
             return True

@@ -16,7 +16,7 @@ from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
 from surgeon.discovery.norms import is_normalisation
 from surgeon.discovery.residuals import reads_weights, works
-from surgeon.structure import FFN, Attention, Region, RegionKind
+from surgeon.structure import Attention, Region, RegionKind
 
 
 class Classifier:
@@ -47,10 +47,10 @@ class Classifier:
             kind = "parallel" if ffns or mixtures else "attention"
             reasons.extend(self._beside(path, attentions))
         else:
-            # experts may choose tokens, or count them: that is part of the mixture
-            mixing = False if mixtures else self._mixes(entry, exit, path)
-            if mixing is True and ffns and all(self._shifts(entry, exit, ffn) for ffn in ffns):
-                kind = "ffn"
+            mixing = self._mixes(entry, exit, path)
+            inputs = [*(ffn.input for ffn in ffns), *(mixture.input for mixture in mixtures)]
+            if mixing is True and inputs and all(self._shifts(entry, exit, self.flow.plain(x)) for x in inputs):
+                kind = "moe" if mixtures else "ffn"
                 reasons.append("reads other positions too, moved to its own place")
             elif mixing is True:
                 kind = "mixer"
@@ -100,12 +100,12 @@ class Classifier:
         names = ", ".join(f"{n.name} = {operators.kind(n)}" for n in found[:3])
         return [f"beside the attention another mixer was found, and not what it is made of: {names}"] if found else []
 
-    def _shifts(self, entry: fx.Node, exit: fx.Node, ffn: FFN) -> bool:
-        """Whether positions are mixed by moving values in front of an FFN only."""
-        if not self.flow.depends(ffn.input, entry) or works(self.flow, self.flow.between(entry, ffn.input)):
+    def _shifts(self, entry: fx.Node, exit: fx.Node, inner: fx.Node) -> bool:
+        """Whether positions are mixed by moving values in front of the input of an FFN or of experts only."""
+        if not self.flow.depends(inner, entry) or works(self.flow, self.flow.between(entry, inner)):
             return False
         try:
-            return not probe.mixes(self.flow, ffn.input, exit, beside=entry)
+            return not probe.mixes(self.flow, inner, exit, beside=entry)
         except RuntimeError:
             return False
 
@@ -113,8 +113,11 @@ class Classifier:
         return self.flow.ordered(self.flow.close(path, entry))
 
     def _mixes(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> bool | str:
-        """Whether positions are mixed; a reason where it could not be measured."""
-        ordered = self.flow.ordered(path)
+        """Whether positions are mixed; a reason where it could not be measured.
+
+        Experts may choose tokens, or count them: routing is part of the mixture and does not count.
+        """
+        ordered = self.flow.ordered(self._without_routing(exit, path))
         if all(self._is_position_wise(node) for node in ordered):
             return False
         key = tuple((operators.kind(node), operators.shape(node)) for node in ordered)
@@ -124,6 +127,17 @@ class Classifier:
             except RuntimeError as error:
                 self._measured[key] = f"whether it mixes positions could not be measured: {str(error).splitlines()[0]}"
         return self._measured[key]
+
+    def _without_routing(self, exit: fx.Node, path: frozenset[fx.Node]) -> set[fx.Node]:
+        """The nodes of a path that lead to its exit otherwise than through the routing of a mixture."""
+        found: set[fx.Node] = set()
+        stack = [exit]
+        while stack:
+            node = stack.pop()
+            if node in path and node not in found:
+                found.add(node)
+                stack.extend(probe.rows(node) if operators.kind(node) == operators.MOE else node.all_input_nodes)
+        return found
 
     def _is_position_wise(self, node: fx.Node) -> bool:
         name = operators.kind(node)
