@@ -19,10 +19,14 @@ from surgeon.contract import Artifact
 from surgeon.errors import LowerError
 from surgeon.generation import Decoder, empty_cache
 from surgeon.graph import Port
+from surgeon.halves import has_halves
 from surgeon.ports import check_inputs
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 """ONNX Runtime's names of the providers."""
+
+MODEL = "model.onnx"
+"""Name of a model's file."""
 
 EXTRAS = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 """The extra of this package that installs each provider."""
@@ -50,20 +54,22 @@ def runtime(provider: str) -> Any:
 
 @dataclass
 class OnnxRuntimeArtifact(Artifact):
-    """``model.onnx`` (and its external data), run by an ``InferenceSession`` that is made on first use.
+    """One ONNX file (and its external data), run by an ``InferenceSession`` that is made on first use.
 
     Attributes:
         session_threads: intra-operator threads of the session; None leaves the choice to ONNX Runtime.
+        file: name of the model file.
     """
 
     session_threads: int | None = None
+    file: str = MODEL
     _session: Any = field(default=None, repr=False, compare=False)
     _opened: tuple[Path, int | None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
         """The model file; the one that holds built engines where there is one."""
-        return self.folder / (tensorrt.CONTEXT if tensorrt.CONTEXT in {file.path for file in self.files} else "model.onnx")
+        return self.folder / (tensorrt.CONTEXT if tensorrt.CONTEXT in {file.path for file in self.files} else self.file)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs.
@@ -93,7 +99,7 @@ class OnnxRuntimeArtifact(Artifact):
 
     def decoder(self) -> Decoder:
         """Start generating a text; its caches stay in the runtime's own memory."""
-        return OnnxRuntimeDecoder(self)
+        return super().decoder() if has_halves(self.inputs) else OnnxRuntimeDecoder(self)
 
     def session(self) -> Any:
         """The ``onnxruntime.InferenceSession``; made when first asked for, and again when folder or threads change.
@@ -138,6 +144,30 @@ class OnnxRuntimeArtifact(Artifact):
             )
         return session
 
+    def values(self, inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+        """Some of its outputs as values of the runtime (``OrtValue``), where they were computed.
+
+        Args:
+            inputs: every input by name.
+            names: of outputs.
+
+        Raises:
+            LowerError: an input does not fit, or the runtime fails.
+        """
+        given = check_inputs(self.path, self.inputs, inputs)
+        session = self.session()
+        binding = session.io_binding()
+        for name, tensor in given.items():
+            binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
+        for name in names:
+            binding.bind_output(name, "cpu" if self.options.get("provider", "cpu") == "cpu" else "cuda")
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+            raise LowerError(f"{self.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
         """Run on ``count`` intra-operator threads within the context, and as before after it."""
@@ -176,8 +206,13 @@ class OnnxRuntimeArtifact(Artifact):
 class OnnxRuntimeDecoder:
     """Steps of an ONNX model; what it returns as presents is bound as pasts, so that no cache passes through Python."""
 
-    def __init__(self, artifact: OnnxRuntimeArtifact) -> None:
+    def __init__(self, artifact: OnnxRuntimeArtifact, held: Mapping[str, Any] | None = None) -> None:
+        """Args:
+        artifact: has caches.
+        held: values of the runtime (``OrtValue``) for inputs that stay the same at every step, filled in later perhaps.
+        """
         self._artifact = artifact
+        self._held = held if held is not None else {}
         self._session = artifact.session()
         self._device = "cpu" if artifact.options.get("provider", "cpu") == "cpu" else "cuda"
         self._pasts = [port for port in artifact.inputs if port.role == PAST]
@@ -191,12 +226,14 @@ class OnnxRuntimeDecoder:
             LowerError: the runtime fails.
         """
         if not self._caches:
-            empty = [empty_cache(port, inputs["input_ids"]) for port in self._pasts]
+            empty = [empty_cache(port, next(iter(inputs.values()))) for port in self._pasts]
             self._caches = [self._value(tensor) for tensor in empty]
         inputs = {**inputs, **routes.complete(self._artifact.inputs, inputs)}
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
             binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
+        for name, value in self._held.items():
+            binding.bind_ortvalue_input(name, value)
         for port, value in zip(self._pasts, self._caches, strict=True):
             binding.bind_ortvalue_input(port.name, value)
         binding.bind_output("logits", "cpu")
@@ -208,7 +245,7 @@ class OnnxRuntimeDecoder:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise LowerError(f"{self._artifact.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
         logits, *self._caches = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()).to(inputs["input_ids"].device)
+        return torch.from_numpy(logits.numpy()).to(next(iter(inputs.values())).device)
 
     def _value(self, tensor: Tensor) -> Any:
         import onnxruntime

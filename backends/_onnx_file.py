@@ -22,18 +22,18 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in _tensors(model).values())
 
 
-def save(model: ir.Model, folder: Path) -> list[str]:
-    """Write ``model.onnx``, and ``model.onnx.data`` beside it where the weights are large.
+def save(model: ir.Model, folder: Path, name: str = "model.onnx") -> list[str]:
+    """Write the model under ``name``, and a file of that name with ``.data`` behind it where the weights are large.
 
     Returns:
         Names of the files written.
     """
     if weight_bytes(model) > SINGLE_FILE_LIMIT:
-        ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
-        return ["model.onnx", "model.onnx.data"]
-    with (folder / "model.onnx").open("wb") as stream:
+        ir.save(model, folder / name, external_data=f"{name}.data", size_threshold_bytes=1024)
+        return [name, f"{name}.data"]
+    with (folder / name).open("wb") as stream:
         _write_single(model, stream)
-    return ["model.onnx"]
+    return [name]
 
 
 def _write_single(model: ir.Model, stream: BinaryIO) -> None:

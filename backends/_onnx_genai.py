@@ -12,8 +12,10 @@ import torch
 from surgeon.caches import PAST, PRESENT, has_caches
 from surgeon.contract import Artifact, Refusal
 from surgeon.errors import LowerError
-from surgeon.generation import Sampling, Settings, generate
+from surgeon.generation import generate
 from surgeon.graph import Graph
+from surgeon.halves import has_halves
+from surgeon.sampling import Sampling, Settings
 
 CONFIG = "genai_config.json"
 _CONTEXT = 32768
@@ -28,6 +30,8 @@ def refusals(graph: Graph) -> list[Refusal]:
     """
     if not has_caches(graph.inputs):
         return [Refusal("genai", "the model was traced without caches; build it with task text-generation")]
+    if has_halves(graph.inputs):
+        return [Refusal("genai", "an encoder-decoder: only decoders alone are described to that library; use generate")]
     found = []
     shapes = {port.shape[1::2] for port in graph.inputs if port.role == PAST}
     if len(shapes) > 1:
@@ -93,7 +97,7 @@ def check(artifact: Artifact, graph: Graph) -> str:
     prompt = graph.example["input_ids"][:1]
     settings = Settings(pad_token_id=-1)
     ours = generate(
-        artifact.decoder(), artifact.inputs, prompt, None,
+        artifact.decoder(), artifact.inputs, {"input_ids": prompt},
         max_new_tokens=_CHECKED_TOKENS, sampling=Sampling(), settings=settings,
     )  # fmt: skip
     theirs = tokens(artifact.folder, prompt, ours.shape[1])

@@ -29,6 +29,7 @@ import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.backends import _onnx_ops as emit
 from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
+from surgeon.backends._onnx_attention import CachedAttention
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.gates import gate
 from surgeon.graph import Graph, assign_tensor
@@ -85,6 +86,7 @@ class Lowering:
         self._taken = frozenset(self.graph.parameters())
         self._readers: Counter[tuple[Any, ...]] = Counter()
         self._codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+        self._caches = CachedAttention(self._nodes)
 
     def run(self) -> fx.GraphModule:
         """Rewrite everything and return the module to export; it holds only the tensors that it reads."""
@@ -327,20 +329,10 @@ class Lowering:
 
     def _cached_attention(self, node: fx.Node) -> None:
         """``Attention`` (opset 23), which appends new keys and values to a cache itself; in ATen elsewhere."""
-        args: tuple[Any, ...] = node.args
-        q, k, v, mask, is_causal, scale = args
-        halves = [_appended(k), _appended(v)]
-        if not self.appends or is_causal or None in halves:
-            self._replace(node, attend, args)
-            return
-        (past_k, new_k), (past_v, new_v) = (half for half in halves if half is not None)
-        results = self._nodes.call_function(emit.cached_attention, (q, new_k, new_v, mask, past_k, past_v, scale))
-        parts = [self._nodes.call_function(operator.getitem, (results, index)) for index in range(3)]
-        order = {n: i for i, n in enumerate(self._nodes.nodes)}
-        for old, new in zip((node, k, v), parts, strict=True):
-            # What is read before this point stays the concatenation that it is.
-            old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[parts[-1]])
-        self.fused["cached_attention"] += 1
+        if self.appends and self._caches.lower(node):
+            self.fused["cached_attention"] += 1
+        else:
+            self._replace(node, attend, node.args)
 
     def _attention(self, node: fx.Node) -> None:
         """Attention without a dimension of heads gets one: ONNX knows the four-dimensional form only."""
@@ -441,14 +433,6 @@ class Lowering:
         node.replace_all_uses_with(new)
         self._nodes.erase_node(node)
         self.fused[function.__name__] += 1
-
-
-def _appended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(past, new) where a node is an input of the graph with new positions appended, [B, K, T, D]."""
-    if node.target != aten.cat.default or node.args[1:] not in ((2,), (-2,)):
-        return None
-    parts: Any = node.args[0]
-    return (parts[0], parts[1]) if len(parts) == 2 and parts[0].op == "placeholder" else None
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -194,33 +194,72 @@ def gather_dequantize(
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past_k: Tensor, past_v: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past_k: Tensor,
+    past_v: Tensor,
+    scale: float,
+    heads: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Attention``: of q [B, N, S, D] over the past [B, K, P, D] with the new k and v [B, K, S, D] appended.
+    """``Attention`` (opset 23): of q over the past with the new k and v appended.
 
     Args:
-        q: queries.
-        k: new keys.
-        v: new values.
+        q: queries [B, N, S, D], or with ``heads`` [B, S, N D].
+        k: new keys [B, K, S, D], or [B, S, K D].
+        v: new values likewise.
         mask: booleans or floats that broadcast to [B, N, S, P + S], or None.
-        past_k: keys so far.
+        past_k: keys so far, [B, K, P, D].
         past_v: values so far.
         scale: factor of the scores.
+        heads: N and K where the heads stand side by side, else None.
 
     Returns:
-        [B, N, S, D], and keys and values [B, K, P + S, D].
+        [B, N, S, D] or [B, S, N D], and keys and values [B, K, P + S, D].
     """
-    longer = past_k.shape[2] + k.shape[2]
-    shapes = ((*q.shape[:3], v.shape[3]), (*k.shape[:2], longer, k.shape[3]), (*v.shape[:2], longer, v.shape[3]))
+    wide = past_v.shape[3]
+    if heads is None:
+        new, shape = k.shape[2], (*q.shape[:3], wide)
+    else:
+        new, shape = k.shape[1], (*q.shape[:2], heads[0] * wide)
+    longer = past_k.shape[2] + new
+    shapes = (shape, (*past_k.shape[:2], longer, past_k.shape[3]), (*past_v.shape[:2], longer, wide))
+    counts = {} if heads is None else {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
     output, keys, values = onnx_ops.symbolic_multi_out(
         "Attention",
         (q, k, v, mask, past_k, past_v),
-        {"is_causal": 0, "scale": scale},
+        {"is_causal": 0, "scale": scale, **counts},
         dtypes=(q.dtype, k.dtype, v.dtype),
         shapes=shapes,
         version=23,
     )
     return output, keys, values
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """``RotaryEmbedding`` (opset 23) of x [B, S, N D] with tables [B or 1, S, D/2]: halves of a head are turned together."""
+    return onnx_ops.symbolic("RotaryEmbedding", (x, cos, sin), {"num_heads": heads}, dtype=x.dtype, shape=x.shape, version=23)
+
+
+def first_half(table: Tensor) -> Tensor:
+    """Columns [..., : D/2] of a table [..., D]."""
+    return table[..., : table.shape[-1] // 2]
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, S, N, D] -> [B, S, N D], in one node (a 0 keeps a size)."""
+    width = x.shape[2] * x.shape[3]
+    shape = torch.tensor([0, 0, width])
+    return onnx_ops.symbolic("Reshape", (x, shape), dtype=x.dtype, shape=(*x.shape[:2], width), version=23)
+
+
+def divide_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, N D] -> [B, N, S, D]."""
+    size = x.shape[2] // heads
+    shape = torch.tensor([0, 0, heads, size])
+    divided = onnx_ops.symbolic("Reshape", (x, shape), dtype=x.dtype, shape=(*x.shape[:2], heads, size), version=23)
+    return divided.transpose(1, 2)
 
 
 def routed_logits(index: Tensor, weight: Tensor, experts: int) -> Tensor:

@@ -3,7 +3,8 @@
 Float models become standard ONNX (opset 23: Attention, RMSNormalization, RotaryEmbedding).  Low-bit weights stay packed
 in the file and reach the blockwise kernels (``com.microsoft.MatMulNBits``, ``GatherBlockQuantized``), dynamically
 quantized ones the integer kernels, experts ``com.microsoft.MoE`` and ``QMoE``.  With ``genai: true`` the folder is one
-that ``onnxruntime-genai`` generates from.  With ``provider: tensorrt`` the file holds standard operators alone.
+that ``onnxruntime-genai`` generates from.  An encoder-decoder that generates text becomes two files.  With ``provider:
+tensorrt`` the file holds standard operators alone.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from pydantic import Field, field_validator
 
 from surgeon.backends import _onnx_artifact as runtime
 from surgeon.backends import _onnx_genai as genai
+from surgeon.backends import _onnx_halves as both
 from surgeon.backends import _onnx_tensorrt as tensorrt
 from surgeon.backends import _trt_dialect as dialect
 from surgeon.backends import _trt_profiles as profiles
 from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
+from surgeon.backends._onnx_halves import OnnxHalvesArtifact
 from surgeon.backends._trt_profiles import Sizes
 from surgeon.contract import ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
+from surgeon.halves import halves, has_halves
 from surgeon.ports import port_of
 
 __all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
@@ -113,8 +117,8 @@ class OnnxRuntime(Backend):
 
         return max(super().accepted_error(graph), 2 * rounding_response(graph))
 
-    def lower(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact:
-        """Write ``model.onnx``.
+    def lower(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact | OnnxHalvesArtifact:
+        """Write ``model.onnx``, or one file for each half of an encoder-decoder with caches.
 
         Args:
             graph: stays as it is.
@@ -130,6 +134,23 @@ class OnnxRuntime(Backend):
             raise LowerError(f"onnxruntime cannot express this graph:\n{listed}")
         if self.provider == "tensorrt":
             return self._lower_to_engines(graph, folder)
+        whole = OnnxRuntimeArtifact(
+            folder, self.name, self.model_dump(mode="json"), (), graph.inputs, graph.outputs, session_threads=self.threads
+        )
+        if has_halves(graph.inputs):
+            parts = zip(both.FILES, halves(graph), strict=True)
+            found = {name: self._lower(half, folder, both.FILES[name]) for name, half in parts}
+            whole.files = tuple(file for half in found.values() for file in half.files)
+            whole.details = both.details(found)
+            return both.joined(found, whole)
+        artifact = self._lower(graph, folder, runtime.MODEL)
+        if self.genai:
+            artifact.files += (ArtifactFile.of(folder, genai.write(graph, folder, self.threads)),)
+            artifact.details["genai"] = genai.check(artifact, graph)
+        return artifact
+
+    def _lower(self, graph: Graph, folder: Path, file: str) -> OnnxRuntimeArtifact:
+        """Write one graph as one model."""
         from surgeon.backends import _onnx_export as onnx_export
         from surgeon.backends import _onnx_file as onnx_file
         from surgeon.backends._onnx_lowering import Lowering
@@ -138,8 +159,6 @@ class OnnxRuntime(Backend):
         lowering = Lowering(graph, self.accuracy_level, self.experts == "fused", appends)
         model = onnx_export.export(graph, lowering.run(), self.opset, self.provider)
         onnx_export.annotate(model, graph, lowering.weights)
-        names = [*onnx_file.save(model, folder), *([genai.write(graph, folder, self.threads)] if self.genai else [])]
-        files = tuple(ArtifactFile.of(folder, name) for name in names)
         details = {
             "opset": dict(model.opset_imports),
             "ir_version": model.ir_version,
@@ -149,13 +168,11 @@ class OnnxRuntime(Backend):
             "quantization": onnx_export.quantization_kinds(lowering.weights),
             "weight_bytes": onnx_file.weight_bytes(model),
         }
+        files = tuple(ArtifactFile.of(folder, name) for name in onnx_file.save(model, folder, file))
         options = self.model_dump(mode="json")
-        artifact = OnnxRuntimeArtifact(
-            folder, self.name, options, files, graph.inputs, graph.outputs, details, session_threads=self.threads
+        return OnnxRuntimeArtifact(
+            folder, self.name, options, files, graph.inputs, graph.outputs, details, session_threads=self.threads, file=file
         )
-        if self.genai:
-            details["genai"] = genai.check(artifact, graph)
-        return artifact
 
     def _lower_to_engines(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact:
         """Standard operators, which the TensorRT provider makes engines of when the model opens, or now."""
@@ -181,7 +198,7 @@ class OnnxRuntime(Backend):
         return artifact
 
     @classmethod
-    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> OnnxRuntimeArtifact:
+    def load(cls, folder: Path, manifest: Mapping[str, Any]) -> OnnxRuntimeArtifact | OnnxHalvesArtifact:
         """Open an artefact; the files are compared with their recorded sizes and digests.
 
         Raises:
@@ -192,4 +209,5 @@ class OnnxRuntime(Backend):
         files = ArtifactFile.recorded(folder, manifest["files"])
         inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
         kept, details = options.model_dump(mode="json"), dict(manifest.get("details", {}))
-        return OnnxRuntimeArtifact(folder, cls.name, kept, files, inputs, outputs, details, session_threads=options.threads)
+        whole = OnnxRuntimeArtifact(folder, cls.name, kept, files, inputs, outputs, details, session_threads=options.threads)
+        return both.opened(whole) if "halves" in details else whole

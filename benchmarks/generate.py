@@ -1,57 +1,280 @@
-"""Decoded tokens per second of an ONNX Runtime artefact against eager transformers (the peer), batch 1, one thread.
+"""Decoded tokens per second of an ONNX Runtime artefact against its peers, batch 1, one thread unless asked otherwise.
 
-Both continue the same prompt greedily with their caches, in turn; the tokens must be equal.  Target: at least as fast.
+Peers, all on the same weights: eager transformers with its cache; the ONNX decoder that ``transformers.exporters`` writes with
+its own fusions for ONNX Runtime; the model that the builder of onnxruntime-genai writes, run by that library.  Every side
+continues one prompt greedily, in turn, round after round; the tokens must be equal (of float32 weights).  The clock runs from
+the first new token to the last, so the prompt is not in it.  What is reported is the median over rounds of each round's
+ratio, which a busy machine disturbs least.
+
+Targets: float32 at least as fast as the best peer, at most 25 ONNX nodes per block, int4 weights at least 3 times eager.
+
+    python benchmarks/generate.py --threads 1 --rounds 15 --write
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgeon
 
-PROMPT, NEW, ROUNDS = 64, 64, 5
+PROMPT, NEW, BLOCKS = 64, 64, 4
+HERE = Path(__file__).parent
+Run = Callable[[], tuple[list[int], float]]
+"""Generates once: the new tokens, and seconds from the first to the last."""
 
 
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 8000}
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": BLOCKS, "vocab_size": 8000}
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2)).eval()
 
 
+class Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the time of one token, or of the prompt."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+    def seconds(self) -> float:
+        """From the first new token to the last."""
+        return self.times[-1] - self.times[1]  # the prompt comes first
+
+
+def eager(module: LlamaForCausalLM, ids: torch.Tensor) -> Run:
+    def run() -> tuple[list[int], float]:
+        clock = Clock()
+        found = module.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, streamer=clock
+        )
+        return found[0, PROMPT:].tolist(), clock.seconds()
+
+    return run
+
+
+def artefact(compiled: surgeon.Compiled, ids: torch.Tensor) -> Run:
+    def run() -> tuple[list[int], float]:
+        clock = Clock()
+        found = compiled.generate(ids, max_new_tokens=NEW, eos_token_id=(), streamer=clock)
+        return found[0, PROMPT:].tolist(), clock.seconds()
+
+    return run
+
+
+def exported(module: LlamaForCausalLM, ids: torch.Tensor, folder: Path, threads: int) -> tuple[Run, int]:
+    """The library's ONNX decoder, its caches kept in the runtime's memory; also its number of nodes."""
+    import onnxruntime
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    folder.mkdir()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    parts = OnnxExporter().export_for_generation(
+        module, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"), multi_token_decode=True
+    )
+    path = folder / "decode.onnx"
+    parts["decode"].program.save(str(path))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    pasts = [port for port in session.get_inputs() if len(port.shape) == 4]
+    presents = [port.name for port in session.get_outputs() if len(port.shape) == 4]
+    names = {port.name for port in session.get_inputs()}
+    logits = next(port.name for port in session.get_outputs() if "logits" in port.name)
+
+    def run() -> tuple[list[int], float]:
+        heads, size = module.config.num_key_value_heads, module.config.head_dim
+        empty = np.zeros((1, heads, 0, size), np.float32)
+        caches = [onnxruntime.OrtValue.ortvalue_from_numpy(empty) for _ in pasts]
+        tokens: list[int] = []
+        new, total, start = ids.numpy(), PROMPT, 0.0
+        while len(tokens) < NEW:
+            given = {
+                "input_ids": new,
+                "attention_mask": np.ones((1, total), np.int64),
+                "position_ids": np.arange(total - new.shape[1], total)[None],
+            }
+            binding = session.io_binding()
+            for name, value in given.items():
+                if name in names:
+                    binding.bind_cpu_input(name, value)
+            for port, value in zip(pasts, caches, strict=True):
+                binding.bind_ortvalue_input(port.name, value)
+            for name in (logits, *presents):
+                binding.bind_output(name, "cpu")
+            session.run_with_iobinding(binding)
+            first, *caches = binding.get_outputs()
+            tokens.append(int(first.numpy()[0, -1].argmax()))
+            if len(tokens) == 1:
+                start = time.perf_counter()
+            new, total = np.array([[tokens[-1]]]), total + 1
+        return tokens, time.perf_counter() - start
+
+    return run, len(onnx.load(path, load_external_data=False).graph.node)
+
+
+def built(checkpoint: Path, ids: torch.Tensor, folder: Path, threads: int, precision: str) -> tuple[Run, int]:
+    """The model of onnxruntime-genai's builder, run by that library; also its number of nodes."""
+    import onnxruntime_genai as genai
+
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
+    command += ["-p", precision, "-e", "cpu", "-c", str(folder.parent / "cache")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the builder failed: {done.stderr.strip().splitlines()[-1]}")
+    file = folder / "genai_config.json"
+    data = json.loads(file.read_text())
+    data["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    file.write_text(json.dumps(data))
+    loaded = genai.Model(str(folder))
+    prompt = ids.to(torch.int32).numpy()
+
+    def run() -> tuple[list[int], float]:
+        parameters = genai.GeneratorParams(loaded)
+        parameters.set_search_options(max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False)
+        generator = genai.Generator(loaded, parameters)
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        start = time.perf_counter()
+        for _ in range(NEW - 1):
+            generator.generate_next_token()
+        seconds = time.perf_counter() - start
+        return [int(token) for token in generator.get_sequence(0)[PROMPT:]], seconds
+
+    return run, len(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help="write results/generate.json and .md")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
     module = model()
     ids = torch.randint(3, 8000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = surgeon.compile(
-            module, [], task="text-generation", backend={"onnxruntime": {"threads": 1}},
-            output=Path(folder) / "out", progress=False,
-        )  # fmt: skip
-        candidates = {
-            "eager": lambda: module.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
-            ),
-            "artefact": lambda: compiled.generate(ids, max_new_tokens=NEW, eos_token_id=()),
-        }
-        first, second = (run() for run in candidates.values())
-        assert torch.equal(first, second), "the artefact generates other tokens"
-        rates: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(ROUNDS):
-            for name, run in candidates.items():
-                start = time.perf_counter()
-                run()
-                rates[name].append(NEW / (time.perf_counter() - start))
-        middle = {name: statistics.median(values) for name, values in rates.items()}
-        for name, rate in middle.items():
-            print(f"{name:10}{rate:8.1f} tokens/s{rate / middle['eager']:7.2f}x eager")
-        details = compiled.artifact.details if compiled.artifact is not None else {}
-        print(f"{details['nodes']} ONNX nodes, {details['nodes'] / 4:.1f} per block")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = folder / "checkpoint"
+        module.save_pretrained(checkpoint)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(HERE.parent / "examples" / "models" / "tiny-llama" / file, checkpoint / file)
+        runs: dict[str, Run] = {"eager transformers": eager(module, ids)}
+        nodes: dict[str, int] = {}
+        for label, steps in (("surgeon float32", []), ("surgeon int4", [{"quantize": {"scheme": "int4"}}])):
+            compiled = surgeon.compile(
+                module, steps, task="text-generation", backend={"onnxruntime": {"threads": chosen.threads}}, progress=False
+            )
+            assert compiled.artifact is not None
+            nodes[label] = compiled.artifact.details["nodes"]
+            runs[label] = artefact(compiled, ids)
+        runs["transformers.exporters float32"], nodes["transformers.exporters float32"] = exported(
+            module, ids, folder / "exported", chosen.threads
+        )
+        for precision, label in (("fp32", "genai builder float32"), ("int4", "genai builder int4")):
+            runs[label], nodes[label] = built(checkpoint, ids, folder / precision, chosen.threads, precision)
+        results = measured(runs, nodes, chosen.rounds, chosen.threads)
+    print(table(results))
+    if chosen.write:
+        (HERE / "results" / "generate.json").write_text(json.dumps(results, indent=2) + "\n")
+        (HERE / "results" / "generate.md").write_text(table(results))
+
+
+def measured(runs: dict[str, Run], nodes: dict[str, int], rounds: int, threads: int) -> dict[str, Any]:
+    """Run every side once to warm up and compare tokens, then in turn."""
+    tokens = {label: run()[0] for label, run in runs.items()}
+    wrong = [label for label, found in tokens.items() if "int4" not in label and found != tokens["eager transformers"]]
+    if wrong:
+        raise RuntimeError(f"other tokens than eager transformers: {', '.join(wrong)}")
+    rates: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds):
+        for label, run in runs.items():
+            rates[label].append((NEW - 1) / run()[1])
+    full = [label for label in runs if label.endswith("float32") and not label.startswith("surgeon")] + ["eager transformers"]
+    best = [max(rates[label][i] for label in full) for i in range(rounds)]
+
+    def ratio(label: str, against: list[float]) -> float:
+        return round(statistics.median(a / b for a, b in zip(rates[label], against, strict=True)), 3)
+
+    return {
+        "threads": threads,
+        "rounds": rounds,
+        "prompt": PROMPT,
+        "new_tokens": NEW,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "sides": {
+            label: {
+                "tokens_per_second": round(statistics.median(rates[label]), 1),
+                "against_eager": ratio(label, rates["eager transformers"]),
+                "surgeon_float32_against_it": ratio("surgeon float32", rates[label]),
+                "onnx_nodes_per_block": round(nodes[label] / BLOCKS, 1) if label in nodes else None,
+            }
+            for label in runs
+        },
+        "targets": {
+            "float32_against_best_peer": ratio("surgeon float32", best),
+            "onnx_nodes_per_block": round(nodes["surgeon float32"] / BLOCKS, 1),
+            "int4_against_eager": ratio("surgeon int4", rates["eager transformers"]),
+        },
+    }
+
+
+_LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "onnxscript")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a page."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        "# Decoding, batch 1",
+        "",
+        f"Llama-shaped, {BLOCKS} blocks, hidden 512, 8 heads of which 2 for keys and values, FFN 1408, vocabulary 8000, random "
+        f"weights; {results['prompt']} tokens of prompt, {results['new_tokens']} new ones. {results['threads']} thread(s) of "
+        f"{results['cores']} cores, load {results['load']}; medians over {results['rounds']} rounds, all sides in turn. "
+        f"{versions}.",
+        "",
+        "| side | tokens/s | against eager | surgeon float32 against it | ONNX nodes per block |",
+        "|---|---|---|---|---|",
+    ]
+    for label, side in results["sides"].items():
+        nodes = side["onnx_nodes_per_block"] if side["onnx_nodes_per_block"] is not None else ""
+        figures = f"{side['tokens_per_second']} | {side['against_eager']}x | {side['surgeon_float32_against_it']}x | {nodes}"
+        lines.append(f"| {label} | {figures} |")
+    found = results["targets"]
+    lines += [
+        "",
+        "| target | found | needed |",
+        "|---|---|---|",
+        f"| float32 against the best peer of each round | {found['float32_against_best_peer']}x | at least 1x |",
+        f"| ONNX nodes per block, the whole file divided by the blocks | {found['onnx_nodes_per_block']} | at most 25 |",
+        f"| int4 against eager | {found['int4_against_eager']}x | at least 3x |",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

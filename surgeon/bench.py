@@ -28,6 +28,7 @@ from torch import Tensor
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError, RecipeError, SurgeonError
 from surgeon.graph import Port
+from surgeon.halves import has_halves
 from surgeon.latency import Timing, paired_ratio, pinned_threads, rounds
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Candidate(abc.ABC):
     Attributes:
         name: shown in the table.
         nbytes: bytes of its files or weights.
-        has_caches: it decodes behind key/value caches.
+        has_caches: it decodes behind key/value caches, without running an encoder again.
     """
 
     name: str
@@ -138,7 +139,7 @@ class ArtifactCandidate(Candidate):
     def __init__(self, name: str, artifact: Artifact, ranges: Mapping[str, Sequence[int]]) -> None:
         self.name, self.artifact, self.nbytes = name, artifact, artifact.nbytes
         self.ranges = dict(ranges)
-        self.has_caches = any(PAST in port.shape for port in artifact.inputs)
+        self.has_caches = any(PAST in port.shape for port in artifact.inputs) and not has_halves(artifact.inputs)
 
     @classmethod
     def open(cls, folder: Path, name: str) -> ArtifactCandidate:

@@ -4,6 +4,10 @@ A graph that was traced for text generation takes, beside its tokens, a pair of 
 keeps its keys and values, and returns as many ``present`` outputs; the n-th present is the n-th past with the new
 positions appended.  Dimensions: ``past`` positions are in the caches, ``sequence`` positions are new, and an attention mask
 covers ``past + sequence``.  With past = 0 the graph computes what the model computes without caches.
+
+An encoder-decoder is one graph too: of the encoder's inputs, the decoder's new tokens (``decoder_input_ids``, dimension
+``target``) and the pasts of its self-attention.  The keys and values of its cross-attention are outputs beside the presents;
+where a text is generated they are computed once, and the graph is cut there in two (:mod:`surgeon.halves`).
 """
 
 from __future__ import annotations
@@ -22,20 +26,32 @@ if TYPE_CHECKING:
     from surgeon.graph import Graph, Port
 
 PAST, PRESENT = "past", "present"
+CROSS = "cross"
+"""Role of keys and values over the encoder's positions: an output of the whole, an input of the decoder's half."""
 POSITIONS, MASKED_POSITIONS = "positions", "masked_positions"
 OPTIONAL = frozenset({PAST, POSITIONS, MASKED_POSITIONS, routes.REPLAYED})
 """Roles of inputs that a caller may leave out."""
 
-NAMES = {PAST: "past_key_values.{}.{}", PRESENT: "present.{}.{}"}
+KEPT = frozenset({PRESENT, CROSS})
+"""Roles of outputs that are keys and values."""
+
+NAMES = {PAST: "past_key_values.{}.{}", PRESENT: "present.{}.{}", CROSS: "cross_key_values.{}.{}"}
 """Names of the ports by role, with the number of the cache and which half of it; the field's convention."""
 HALVES = ("key", "value")
 SUM = " + "
 """What stands between the names of two dimensions whose sum a dimension is."""
+TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
+"""Names of the input that text is continued with, of a decoder alone and of one behind an encoder."""
 
 
 def has_caches(ports: Iterable[Port]) -> bool:
     """Whether any of the inputs is a cache."""
     return any(port.role == PAST for port in ports)
+
+
+def tokens_name(ports: Iterable[Port]) -> str:
+    """Name of the input that holds the new tokens."""
+    return DECODER_TOKENS if any(port.name == DECODER_TOKENS for port in ports) else TOKENS
 
 
 def is_plain_call(ports: Sequence[Port], inputs: Mapping[str, Any]) -> bool:
@@ -44,9 +60,9 @@ def is_plain_call(ports: Sequence[Port], inputs: Mapping[str, Any]) -> bool:
 
 
 def asked(inputs: Sequence[Port], outputs: Sequence[Port], given: Mapping[str, Any]) -> list[Port]:
-    """The outputs that a call is answered with: presents only where pasts were handed in."""
-    plain = is_plain_call(inputs, given)
-    return [port for port in outputs if not (plain and port.role == PRESENT)]
+    """The outputs that a call is answered with: keys and values only where pasts were handed in."""
+    plain = has_caches(inputs) and is_plain_call(inputs, given)
+    return [port for port in outputs if not (plain and port.role in KEPT)]
 
 
 def complete(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,16 +109,18 @@ def continued(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | 
 
     Args:
         graph: with caches.
-        batch: ``input_ids`` [batch, length] and what else is no cache.
+        batch: the new tokens [batch, length] and what else is no cache; inputs of an encoder are the same for both halves.
 
     Returns:
         Inputs with ``ceil(length / 2)`` new tokens, or None where there is but one token.
     """
-    ids = batch["input_ids"]
-    start = ids.shape[1] // 2
+    tokens = next(port for port in graph.inputs if port.name == tokens_name(graph.inputs))
+    step = str(tokens.shape[1])
+    start = batch[tokens.name].shape[1] // 2
     if start == 0:
         return None
-    first = {name: value[:, :start].contiguous() for name, value in batch.items()}
+    along = {port.name for port in graph.inputs if len(port.shape) > 1 and step in str(port.shape[1]).split(SUM)}
+    first = {name: value[:, :start].contiguous() if name in along else value for name, value in batch.items()}
     with torch.no_grad():
         results = graph(**complete(graph.inputs, first))
     pairs = zip(
@@ -111,7 +129,8 @@ def continued(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | 
         strict=True,
     )
     totals = {port.name for port in graph.inputs if SUM in str(port.shape[-1])}
-    rest = {name: value if name in totals else value[:, start:].contiguous() for name, value in batch.items()}
+    parted = along - totals
+    rest = {name: value[:, start:].contiguous() if name in parted else value for name, value in batch.items()}
     return rest | {past: results[present] for past, present in pairs}
 
 
@@ -121,9 +140,9 @@ def continued(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | 
 def prune(graph: Graph) -> int:
     """Remove the caches that nothing but themselves depends on any more, and number the others anew.
 
-    A pair of past and present goes where no other output is computed from its past: the attention that used it is gone.
-    Sizes that were read off a removed input are read off another with the same dimension.  Edits the graph in place;
-    dead code is left to the caller.
+    A pair of past and present goes where no other output is computed from its past: the attention that used it is gone;
+    keys and values over an encoder's positions likewise.  Sizes that were read off a removed input are read off another with
+    the same dimension.  Edits the graph in place; dead code is left to the caller.
 
     Returns:
         Number of tensors removed.
@@ -137,41 +156,41 @@ def prune(graph: Graph) -> int:
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]  # a tuple of nodes
     pasts = [i for i, port in enumerate(graph.inputs) if port.role == PAST]
     presents = [i for i, port in enumerate(graph.outputs) if port.role == PRESENT]
-    needed = _ancestors([results[i] for i, port in enumerate(graph.outputs) if port.role != PRESENT])
+    needed = ancestors([results[i] for i, port in enumerate(graph.outputs) if port.role not in KEPT])
     pairs = list(zip(pasts, presents, strict=True))
     gone = [(past, present) for past, present in pairs if placeholders[past] not in needed]
-    if not gone:
+    crossing = [i for i, port in enumerate(graph.outputs) if port.role == CROSS and pairs and results[i] not in needed]
+    if not gone and not crossing:
         return 0
-    lost_inputs, lost_outputs = {past for past, _ in gone}, {present for _, present in gone}
+    lost_inputs, lost_outputs = {past for past, _ in gone}, {present for _, present in gone} | set(crossing)
     kept = [node for i, node in enumerate(placeholders) if i not in lost_inputs]
     output.args = (tuple(node for i, node in enumerate(results) if i not in lost_outputs),)
     nodes.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     for past in lost_inputs:
-        _reread_sizes(nodes, placeholders[past], kept)
+        reread_sizes(nodes, placeholders[past], kept)
         nodes.erase_node(placeholders[past])
-    names = _renamed([port for i, port in enumerate(graph.inputs) if i not in lost_inputs], PAST)
+    names = _renamed([port for i, port in enumerate(graph.inputs) if i not in lost_inputs])
     example = {new.name: graph.example[old.name] for old, new in names}
     graph.inputs = tuple(new for _, new in names)
-    graph.outputs = tuple(
-        new for _, new in _renamed([p for i, p in enumerate(graph.outputs) if i not in lost_outputs], PRESENT)
-    )
+    graph.outputs = tuple(new for _, new in _renamed([p for i, p in enumerate(graph.outputs) if i not in lost_outputs]))
     graph.example = example
-    return len(gone)
+    return len(lost_outputs)
 
 
-def _renamed(ports: Sequence[Port], role: str) -> list[tuple[Port, Port]]:
+def _renamed(ports: Sequence[Port]) -> list[tuple[Port, Port]]:
     """Each port with itself under its new number; pairs are consecutive."""
-    found, number = [], 0
+    found, numbers = [], dict.fromkeys(NAMES, 0)
     for port in ports:
         new = port
-        if port.role == role:
-            new = replace(port, name=NAMES[role].format(number // 2, HALVES[number % 2]))
-            number += 1
+        if port.role in NAMES:
+            number = numbers[port.role]
+            new = replace(port, name=NAMES[port.role].format(number // 2, HALVES[number % 2]))
+            numbers[port.role] += 1
         found.append((port, new))
     return found
 
 
-def _ancestors(targets: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(targets: Iterable[fx.Node]) -> set[fx.Node]:
     """Nodes whose values enter the targets; the size of a tensor is not its value."""
     found: set[fx.Node] = set()
     stack = list(targets)
@@ -184,10 +203,15 @@ def _ancestors(targets: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _reread_sizes(nodes: fx.Graph, lost: fx.Node, kept: Sequence[fx.Node]) -> None:
+def reread_sizes(nodes: fx.Graph, lost: fx.Node, kept: Sequence[fx.Node]) -> None:
+    """Let sizes that are read off ``lost`` be read off an input of ``kept`` that has the same dimension.
+
+    Raises:
+        RewriteError: there is none, or more than sizes is read.
+    """
     for user in list(lost.users):
         if user.target != torch.ops.aten.sym_size.int:
-            raise RewriteError(f"{user.name} = {user.target} still reads the removed cache {lost.name}")
+            raise RewriteError(f"{user.name} = {user.target} still reads the removed input {lost.name}")
         wanted = user.meta["val"].node.expr
         place = next(
             (
@@ -200,7 +224,7 @@ def _reread_sizes(nodes: fx.Graph, lost: fx.Node, kept: Sequence[fx.Node]) -> No
         )
         if place is None:
             raise RewriteError(
-                f"{', '.join(reader.name for reader in user.users)} need the size {wanted} of the removed cache "
+                f"{', '.join(reader.name for reader in user.users)} need the size {wanted} of the removed input "
                 f"{lost.name}, and no input that stays has it: at least one attention with a cache must remain"
             )
         user.args = place

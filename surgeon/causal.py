@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgeon.caches import HALVES, MASKED_POSITIONS, NAMES, PAST, POSITIONS, PRESENT, SUM, masked_positions
 from surgeon.errors import TraceError
 
-_ARGUMENTS = ("cache", "past_key_values")
+ARGUMENTS = ("cache", "past_key_values")
 """What the library calls the argument and the output, newest first."""
 _EXAMPLE_PAST = 5
 TOTAL = f"{PAST}{SUM}sequence"
@@ -52,15 +52,15 @@ class CachedCall:
         given = dict(inputs)
         flat = iter([given.pop(name) for name in self.names(PAST)])
         pairs = [(next(flat), next(flat)) if held else (None, None) for held in self.layers]
-        result = dict(forward(**given, **{self.argument: _cache(pairs)}, use_cache=True))
+        result = dict(forward(**given, **{self.argument: cache_of(pairs)}, use_cache=True))
         cache = result.pop(self.argument)
         outputs = flatten_outputs(result)
-        return outputs | dict(zip(self.names(PRESENT), _tensors(cache, self.layers), strict=True))
+        return outputs | dict(zip(self.names(PRESENT), cache_tensors(cache, self.layers), strict=True))
 
 
 @dataclass(frozen=True)
 class CausalInputs:
-    """Example inputs of a causal language model with caches, and what they are.
+    """Example inputs of a model with caches, and what they are.
 
     Attributes:
         inputs: the tensors.
@@ -72,33 +72,35 @@ class CausalInputs:
     inputs: dict[str, Tensor]
     dims: dict[str, dict[int, str]]
     roles: dict[str, str]
-    call: CachedCall
+    call: Callable[[Callable[..., Any], Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> CausalInputs:
+def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor], *, fake: bool = False) -> CausalInputs:
     """Add caches, a mask over them and positions to a model's plain inputs.
 
     Args:
         module: in evaluation mode.
         inputs: ``input_ids`` [batch, sequence], perhaps with ``attention_mask``.
+        fake: the model has no values of its weights; which positions it takes by itself is then not found out, and they are
+            an input like any other.
 
     Raises:
         TraceError: the model keeps no caches, or caches of another kind than keys and values.
     """
     accepted = inspect.signature(module.forward).parameters
-    argument = next((name for name in _ARGUMENTS if name in accepted), None)
+    argument = next((name for name in ARGUMENTS if name in accepted), None)
     if argument is None:
-        raise _refusal(module, f"its forward takes no {' or '.join(_ARGUMENTS)}")
+        raise refusal(module, f"its forward takes no {' or '.join(ARGUMENTS)}")
     if "input_ids" not in inputs:
-        raise _refusal(module, f"it starts from {', '.join(inputs)}, needed input_ids")
+        raise refusal(module, f"it starts from {', '.join(inputs)}, needed input_ids")
     unknown = sorted(set(inputs) - {"input_ids", "attention_mask"})
     if unknown:
-        raise _refusal(module, f"it is given {', '.join(unknown)}, which nothing continues from one new token to the next")
+        raise refusal(module, f"it is given {', '.join(unknown)}, which nothing continues from one new token to the next")
     ids = inputs["input_ids"]
     batch, sequence = ids.shape
     prefix = ids.repeat(1, -(-_EXAMPLE_PAST // sequence))[:, :_EXAMPLE_PAST].flip(0)
     masked = {"attention_mask": torch.ones_like(prefix)} if "attention_mask" in accepted else {}
-    call, pasts = _prefill(module, argument, {"input_ids": prefix, **masked})
+    call, pasts = _prefill(module, argument, {"input_ids": prefix, **masked}, fake=fake)
     found = {"input_ids": ids}
     dims: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}}
     roles = dict.fromkeys(call.names(PAST), PAST) | dict.fromkeys(call.names(PRESENT), PRESENT)
@@ -109,7 +111,7 @@ def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> CausalInpu
         steps = torch.arange(_EXAMPLE_PAST, _EXAMPLE_PAST + sequence, device=ids.device)
         found["position_ids"] = steps.expand(batch, -1).contiguous()
         dims["position_ids"] = {0: "batch", 1: "sequence"}
-        roles["position_ids"] = _own_positions(module, ids)
+        roles["position_ids"] = "" if fake else _own_positions(module, ids)
     for name, tensor in zip(call.names(PAST), pasts, strict=True):
         found[name] = tensor
         dims[name] = {0: "batch", 2: PAST}
@@ -127,14 +129,14 @@ def cached_call(module: nn.Module, ids: Tensor) -> CachedCall:
         TraceError: the model keeps no caches, or caches of another kind than keys and values.
     """
     accepted = inspect.signature(module.forward).parameters
-    argument = next((name for name in _ARGUMENTS if name in accepted), None)
+    argument = next((name for name in ARGUMENTS if name in accepted), None)
     if argument is None:
-        raise _refusal(module, f"its forward takes no {' or '.join(_ARGUMENTS)}")
+        raise refusal(module, f"its forward takes no {' or '.join(ARGUMENTS)}")
     masked = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
     return _prefill(module, argument, {"input_ids": ids, **masked})[0]
 
 
-def _cache(pairs: list[tuple[Tensor, Tensor]] | list[Any]) -> Any:
+def cache_of(pairs: list[tuple[Tensor, Tensor]] | list[Any]) -> Any:
     """A cache whose layers keep every position."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -149,34 +151,60 @@ def _cache(pairs: list[tuple[Tensor, Tensor]] | list[Any]) -> Any:
     return cache
 
 
-def _tensors(cache: Any, layers: tuple[bool, ...]) -> list[Tensor]:
+def cache_tensors(cache: Any, layers: tuple[bool, ...]) -> list[Tensor]:
     """Keys and values of the layers that hold them, in order."""
     kept = [layer for layer, held in zip(cache.layers, layers, strict=False) if held]
     return [tensor for layer in kept for tensor in (layer.keys, layer.values)]
 
 
 @torch.no_grad()
-def _prefill(module: nn.Module, argument: str, inputs: Mapping[str, Tensor]) -> tuple[CachedCall, list[Tensor]]:
-    """Run the model once on an empty cache, to see what it keeps."""
+def empty_run(module: nn.Module, argument: str, inputs: Mapping[str, Tensor], *, fake: bool = False) -> Any:
+    """The cache that a model returns when it is run once on an empty one.
+
+    Args:
+        module: in evaluation mode.
+        argument: name of the argument and of the output that hold the cache.
+        inputs: further inputs.
+        fake: the model has fake weights; the cache then holds zeros.
+
+    Raises:
+        TraceError: the model fails, returns no cache, or one that holds something else than keys and values.
+    """
+    from transformers import EncoderDecoderCache
     from transformers.cache_utils import DynamicLayer
 
+    several = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    empty: Any = EncoderDecoderCache(cache_of([]), cache_of([])) if several else cache_of([])
     try:
-        result = module(**inputs, use_cache=True, **{argument: _cache([])})
+        result = module(**inputs, use_cache=True, **{argument: empty})
     except Exception as error:  # a model may raise anything
-        raise _refusal(module, f"with a cache it fails: {type(error).__name__}: {str(error).strip()}") from error
+        raise refusal(module, f"with a cache it fails: {type(error).__name__}: {str(error).strip()}") from error
     cache = result.get(argument) if isinstance(result, Mapping) else None
-    layers = getattr(cache, "layers", None)
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
+    layers = [layer for part in parts for layer in getattr(part, "layers", None) or ()]
     if not layers:
-        raise _refusal(module, f"it returns no {argument}")
+        raise refusal(module, f"it returns no {argument}")
     other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if other:
-        raise _refusal(module, f"its cache holds {', '.join(other)}; only keys and values of attention are handled")
-    held = tuple(bool(layer.is_initialized) for layer in layers)
-    tensors = [tensor.detach().contiguous() for tensor in _tensors(cache, held)]
+        raise refusal(module, f"its cache holds {', '.join(other)}; only keys and values of attention are handled")
+    for layer in layers if fake else ():
+        if layer.is_initialized:
+            halves = (torch.zeros(tuple(half.shape), dtype=half.dtype) for half in (layer.keys, layer.values))
+            layer.keys, layer.values = halves
+    return cache
+
+
+def _prefill(
+    module: nn.Module, argument: str, inputs: Mapping[str, Tensor], *, fake: bool = False
+) -> tuple[CachedCall, list[Tensor]]:
+    """Run the model once on an empty cache, to see what it keeps."""
+    cache = empty_run(module, argument, inputs, fake=fake)
+    held = tuple(bool(layer.is_initialized) for layer in cache.layers)
+    tensors = [tensor.detach().contiguous() for tensor in cache_tensors(cache, held)]
     rows, length = inputs["input_ids"].shape
     odd = [list(t.shape) for t in tensors if t.dim() != 4 or t.shape[0] != rows or t.shape[2] != length]
     if odd or not tensors:
-        raise _refusal(module, f"its caches have shapes {odd}, needed [batch, heads, positions, size]")
+        raise refusal(module, f"its caches have shapes {odd}, needed [batch, heads, positions, size]")
     return CachedCall(argument, held), tensors
 
 
@@ -194,11 +222,12 @@ def _own_positions(module: nn.Module, ids: Tensor) -> str:
         found = module(**given, position_ids=positions)["logits"][mask.bool()]
         if torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
             return role
-    raise _refusal(module, "the positions it takes by itself are neither consecutive nor those of its attention mask")
+    raise refusal(module, "the positions it takes by itself are neither consecutive nor those of its attention mask")
 
 
-def _refusal(module: nn.Module, reason: str) -> TraceError:
+def refusal(module: nn.Module, reason: str) -> TraceError:
+    """The error of a model that generates no text."""
     return TraceError(
-        f"task 'text-generation' needs a causal language model that keeps keys and values; {type(module).__name__}: {reason}. "
-        "Trace it with task 'forward'"
+        "task 'text-generation' needs a causal language model or an encoder-decoder that keeps keys and values; "
+        f"{type(module).__name__}: {reason}. Trace it with task 'forward'"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgeon.contract import Artifact, ArtifactFile
 from surgeon.errors import LowerError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, Port
 from surgeon.output import check_free, staged
 from surgeon.plans import SavedPlan
 from surgeon.ports import port_data
@@ -82,9 +82,17 @@ class Compiled:
         assert self.graph is not None
         return self.graph(**inputs)
 
+    @property
+    def ports(self) -> Sequence[Port]:
+        """Its inputs."""
+        if self.artifact is not None:
+            return self.artifact.inputs
+        assert self.graph is not None
+        return self.graph.inputs
+
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int = 20,
@@ -96,13 +104,16 @@ class Compiled:
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         streamer: Any = None,
+        **inputs: Tensor,
     ) -> Tensor:
         """Continue texts with a model that was built with task ``text-generation``.
 
-        Greedy by default: in float32 the tokens are those of the source model's own ``generate``.
+        Greedy by default: in float32 the tokens are those of the source model's own ``generate``.  An encoder-decoder runs
+        its encoder once and continues from its start token.
 
         Args:
-            input_ids: [batch, length] int64; a batch of unequal lengths is padded on the left.
+            input_ids: [batch, length] int64; a batch of unequal lengths is padded on the left (in front of an encoder as it
+                was trained, on the right as a rule).
             attention_mask: [batch, length], 0 where padded; by default no padding, or wherever the padding token stands
                 if that is not one that ends a text.
             max_new_tokens: tokens to add at most.
@@ -114,9 +125,12 @@ class Compiled:
             eos_token_id: tokens that end a row, the source's by default; ``()`` for none.
             pad_token_id: fills rows that have ended, the source's by default.
             streamer: a streamer of the transformers library, which gets tokens as they come.
+            **inputs: of an encoder-decoder, further inputs of its encoder by name (``input_features`` ...), and
+                ``decoder_input_ids`` [batch, length] to continue from in place of the start token.
 
         Returns:
-            Prompt and continuation, [batch, at most length + max_new_tokens].
+            Prompt and continuation, [batch, at most length + max_new_tokens]; of an encoder-decoder what its decoder starts
+            from and continues with.
 
         Raises:
             GenerateError: the model has no caches, or an argument is out of range.
@@ -124,7 +138,8 @@ class Compiled:
         Example:
             >>> compiled.generate(ids, max_new_tokens=32)
         """
-        from surgeon.generation import Sampling, Settings, decoder_of, generate
+        from surgeon.generation import decoder_of, generate
+        from surgeon.sampling import Sampling, Settings
 
         own = Settings.of(self.generation)
         ends = own.eos_token_id if eos_token_id is None else eos_token_id
@@ -132,18 +147,20 @@ class Compiled:
             (ends,) if isinstance(ends, int) else tuple(ends),
             own.pad_token_id if pad_token_id is None else pad_token_id,
             own.bos_token_id,
+            own.decoder_start_token_id,
+            own.rules,
         )
         sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         if self.artifact is not None:
-            ports, decoder = self.artifact.inputs, self.artifact.decoder()
+            decoder = self.artifact.decoder()
         else:
             assert self.graph is not None
-            ports, decoder = self.graph.inputs, decoder_of(self.graph)
+            decoder = decoder_of(self.graph)
         return generate(
             decoder,
-            ports,
-            input_ids,
-            attention_mask,
+            self.ports,
+            {name: value for name, value in named.items() if value is not None},
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             settings=settings,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, fx
 
-from surgeon.errors import LowerError, PlanError
+from surgeon.errors import GenerateError, LowerError, PlanError
 from surgeon.structure import Selection, Structure
 
 if TYPE_CHECKING:
@@ -295,9 +295,19 @@ class Artifact(abc.ABC):
         """Run on keyword inputs (torch tensors), returning torch tensors by output name."""
 
     def decoder(self) -> Decoder:
-        """Start generating a text with an artefact that has caches; see :mod:`surgeon.generation`."""
-        from surgeon.generation import GraphDecoder
+        """Start generating a text with an artefact that has caches; see :mod:`surgeon.generation`.
 
+        Raises:
+            GenerateError: it holds encoder and decoder as one, so that the encoder would be run for every token.
+        """
+        from surgeon.generation import GraphDecoder
+        from surgeon.halves import has_halves
+
+        if has_halves(self.inputs):
+            raise GenerateError(
+                f"an artefact of {self.backend} computes encoder and decoder in one, so every token would run the encoder "
+                "again; generate with backend onnxruntime, or with the graph itself (backend=None)"
+            )
         return GraphDecoder(self.run, self.inputs, self.outputs)
 
     @abc.abstractmethod

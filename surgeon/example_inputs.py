@@ -69,6 +69,18 @@ def default_inputs(module: nn.Module, path: Path | None = None) -> dict[str, Ten
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
+def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
+    """The dimensions of an input that vary by default: batch, and the sequence of two-dimensional integers.
+
+    The sequence of a decoder's inputs has a name of its own, ``target``.
+    """
+    if tensor.dim() == 0:
+        return {}
+    if tensor.dim() == 2 and not tensor.is_floating_point():
+        return {0: "batch", 1: "target" if name.startswith("decoder_") else "sequence"}
+    return {0: "batch"}
+
+
 def _has(config: Any, name: str) -> bool:
     return getattr(config, name, None) is not None
 

@@ -1,24 +1,25 @@
 """Generating text with a graph or artefact that has caches: the prompt in one run, then one run per token.
 
 What is generated is what ``generate`` of the transformers library generates: positions count the tokens that the mask
-holds, the scores of the last position are filtered in that library's order (temperature, top-k, top-p), a row that has
-ended is filled with the padding token.
+holds, the scores of the last position are changed and filtered in that library's order, a row that has ended is filled
+with the padding token.  An encoder is run once; its decoder continues from a start token.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from surgeon.caches import PAST, PRESENT, has_caches, masked_positions
+from surgeon.caches import CROSS, DECODER_TOKENS, PAST, PRESENT, TOKENS, has_caches, masked_positions
 from surgeon.errors import GenerateError
 from surgeon.graph import Graph, Port
+from surgeon.halves import halves, has_halves
+from surgeon.sampling import Sampling, Settings
 
 if TYPE_CHECKING:
     from surgeon.compiled import Compiled
@@ -37,36 +38,6 @@ TOKENIZER_FILES = (
 """Files of a checkpoint that make up its tokenizer."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a checkpoint says about generating with it.
-
-    Attributes:
-        eos_token_id: tokens that end a text.
-        pad_token_id: what fills rows that have ended, None for the first token that ends a text.
-        bos_token_id: token that starts a text.
-    """
-
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-
-    @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Settings:
-        """Read them from a generation or model configuration as plain data."""
-        eos = data.get("eos_token_id")
-        several = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-        return cls(several, data.get("pad_token_id"), data.get("bos_token_id"))
-
-    def to_data(self) -> dict[str, Any]:
-        """As plain data, which :meth:`of` reads."""
-        return {
-            "eos_token_id": list(self.eos_token_id),
-            "pad_token_id": self.pad_token_id,
-            "bos_token_id": self.bos_token_id,
-        }
-
-
 class Decoder(Protocol):
     """One text being generated: keeps the caches between its steps."""
 
@@ -74,7 +45,8 @@ class Decoder(Protocol):
         """Run on the new tokens.
 
         Args:
-            inputs: every input that is no cache, by name; ``input_ids`` [batch, new].
+            inputs: every input that is no cache, by name; the new tokens [batch, new].  Those of an encoder are the same at
+                every step, and read at the first.
 
         Returns:
             Logits [batch, new, vocabulary].
@@ -94,9 +66,9 @@ class GraphDecoder:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run on the new tokens; see :class:`Decoder`."""
-        ids = inputs["input_ids"]
         if not self._caches:
-            self._caches = {port.name: empty_cache(port, ids) for port in self._pasts}
+            rows = next(iter(inputs.values()))
+            self._caches = {port.name: empty_cache(port, rows) for port in self._pasts}
         with torch.no_grad():
             results = self._run({**inputs, **self._caches})
         pairs = zip(self._pasts, self._presents, strict=True)
@@ -104,136 +76,109 @@ class GraphDecoder:
         return results["logits"]
 
 
-def empty_cache(port: Port, ids: Tensor) -> Tensor:
-    """A cache of no positions for the rows of ``ids``."""
+class ConditionalDecoder:
+    """Steps of a decoder behind an encoder, which is run at the first of them."""
+
+    def __init__(
+        self,
+        encode: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        decoder: Decoder,
+        encoder_inputs: Sequence[Port],
+        decoder_inputs: Sequence[Port],
+    ) -> None:
+        """Args:
+        encode: from the encoder's inputs to keys and values of the cross-attention by name, as far as the decoder does
+            not get them in another way.
+        decoder: the decoder's half.
+        encoder_inputs: of the encoder's half.
+        decoder_inputs: of the decoder's half.
+        """
+        self._encode, self._decoder = encode, decoder
+        self._first = [port.name for port in encoder_inputs]
+        self._every = [port.name for port in decoder_inputs if port.role not in (PAST, CROSS)]
+        self._crossing: dict[str, Tensor] | None = None
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run on the new tokens; see :class:`Decoder`."""
+        if self._crossing is None:
+            self._crossing = dict(self._encode({name: inputs[name] for name in self._first}))
+        return self._decoder({**{name: inputs[name] for name in self._every}, **self._crossing})
+
+
+def empty_cache(port: Port, rows: Tensor) -> Tensor:
+    """A cache of no positions for as many rows, on their device."""
     sizes = [size if isinstance(size, int) else 0 for size in port.shape]
-    return torch.zeros([ids.shape[0], *sizes[1:]], dtype=port.dtype, device=ids.device)
+    return torch.zeros([rows.shape[0], *sizes[1:]], dtype=port.dtype, device=rows.device)
 
 
 def decoder_of(graph: Graph) -> Decoder:
     """A decoder that runs the graph in torch."""
-    return GraphDecoder(lambda inputs: graph(**inputs), graph.inputs, graph.outputs)
+    if not has_halves(graph.inputs):
+        return GraphDecoder(lambda inputs: graph(**inputs), graph.inputs, graph.outputs)
+    encoder, decoder = halves(graph)
+    crossing = [port.name for port in decoder.inputs if port.role == CROSS]
 
+    def encode(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            results = encoder(**inputs)
+        return {name: results[name] for name in crossing}
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        do_sample: draw from the distribution instead of taking the most likely token.
-        temperature: the logits are divided by it.
-        top_k: only so many of the most likely tokens are drawn from; None for all.
-        top_p: only the most likely tokens that together have this probability; None for all.
-        seed: of the draws; None for torch's global generator.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    _chosen: Callable[[Tensor, Tensor], Tensor] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            GenerateError: a number is out of range, or says something about draws where nothing is drawn.
-        """
-        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, None):
-            raise GenerateError("temperature, top_k and top_p choose among tokens to draw from: give do_sample=True with them")
-        if not self.temperature > 0:
-            raise GenerateError(f"temperature must be positive, found {self.temperature}; greedy is do_sample=False")
-        if self.top_k is not None and self.top_k < 1:
-            raise GenerateError(f"top_k must be at least 1, found {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise GenerateError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        object.__setattr__(self, "_chosen", self._make())
-
-    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """The next token of every row.
-
-        Args:
-            tokens: so far, [batch, length].
-            logits: of the last position, [batch, vocabulary].
-
-        Returns:
-            [batch] int64.
-        """
-        return self._chosen(tokens, logits.float())
-
-    def _make(self) -> Callable[[Tensor, Tensor], Tensor]:
-        if not self.do_sample:
-            return lambda tokens, logits: logits.argmax(-1)
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        warpers = LogitsProcessorList()
-        if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
-            warpers.append(TopPLogitsWarper(float(self.top_p)))
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-
-        def draw(tokens: Tensor, logits: Tensor) -> Tensor:
-            scores: Tensor = warpers(tokens, logits)  # type: ignore[arg-type]  # any integer tensor will do
-            probabilities = torch.softmax(scores, dim=-1)
-            return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(tokens.device)
-
-        return draw
+    steps = GraphDecoder(lambda inputs: decoder(**inputs), decoder.inputs, decoder.outputs)
+    return ConditionalDecoder(encode, steps, encoder.inputs, decoder.inputs)
 
 
 def generate(
     decoder: Decoder,
     ports: Sequence[Port],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
+    inputs: Mapping[str, Tensor],
     *,
     max_new_tokens: int,
     sampling: Sampling,
     settings: Settings,
     streamer: Any = None,
 ) -> Tensor:
-    """Continue every row of ``input_ids``.
+    """Continue every row of ``input_ids``, or of what a decoder behind an encoder starts from.
 
     Args:
         decoder: fresh.
         ports: inputs of what the decoder runs.
-        input_ids: [batch, length] int64; shorter rows are padded on the left.
-        attention_mask: [batch, length], 0 where padded; None for no padding, or for what the padding token says where
-            that is not one that ends a text.
+        inputs: by name.  A causal model: ``input_ids`` [batch, length] int64, shorter rows padded on the left, and perhaps
+            ``attention_mask`` [batch, length], 0 where padded; without it there is no padding, or what the padding token says
+            where that is not one that ends a text.  An encoder-decoder: the encoder's inputs, where a mask means the same,
+            and perhaps ``decoder_input_ids`` [batch, length] to continue from.
         max_new_tokens: tokens to add at most.
         sampling: how tokens are chosen.
-        settings: tokens that end a text, and what fills rows behind it.
-        streamer: gets the prompt and every token as they come, as the library's streamers do.
+        settings: tokens that start and end a text, what fills rows behind it, and further rules.
+        streamer: gets the first tokens and every other one as they come, as the library's streamers do.
 
     Returns:
-        Prompt and continuation, [batch, length + at most max_new_tokens].
+        First tokens and continuation, [batch, length + at most max_new_tokens].
 
     Raises:
         GenerateError: there is nothing to continue, or the model cannot be continued.
     """
-    names = {port.name for port in ports}
-    _check(ports, input_ids, attention_mask, max_new_tokens)
-    mask = _mask(input_ids, attention_mask, settings)
-    if "attention_mask" not in names and not bool(mask.all()):
-        raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
-    ends = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=input_ids.device)
+    if not has_caches(ports):
+        raise GenerateError(
+            "this model was traced without caches (task 'forward'), so it cannot generate; build it with task "
+            "'text-generation' (task: text-generation under model: in a recipe)"
+        )
+    if max_new_tokens < 1:
+        raise GenerateError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    tokens, step, padding = (_conditional if has_halves(ports) else _causal)(decoder, ports, inputs, settings)
+    rules = settings.processor(tokens.shape[1], max_new_tokens, padding)
+    ends = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=tokens.device)
     fill = settings.pad_token_id if settings.pad_token_id is not None else next(iter(settings.eos_token_id), 0)
-    tokens, new = input_ids, input_ids
-    positions = masked_positions(mask)
     going = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    new = tokens
     if streamer is not None:
         streamer.put(tokens.cpu())
     for _ in range(max_new_tokens):
-        given = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
-        logits = decoder({name: value for name, value in given.items() if name in names})
-        chosen = torch.where(going, sampling(tokens, logits[:, -1]), fill)
+        scores = step(new)[:, -1].float()
+        if rules is not None:
+            scores = rules(tokens, scores)
+        chosen = torch.where(going, sampling(tokens, scores), fill)
         new = chosen[:, None]
         tokens = torch.cat([tokens, new], 1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        positions = positions[:, -1:] + 1
         going &= ~torch.isin(chosen, ends)
         if streamer is not None:
             streamer.put(chosen.cpu())
@@ -244,21 +189,71 @@ def generate(
     return tokens
 
 
-def _check(ports: Sequence[Port], ids: Tensor, mask: Tensor | None, max_new_tokens: int) -> None:
-    if not has_caches(ports):
-        raise GenerateError(
-            "this model was traced without caches (task 'forward'), so it cannot generate; build it with task "
-            "'text-generation' (task: text-generation under model: in a recipe)"
-        )
+_Start = tuple[Tensor, Callable[[Tensor], Tensor], Tensor | None]
+"""Tokens to start from, logits of new tokens, and how many of the first tokens are padding."""
+
+
+def _causal(decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor], settings: Settings) -> _Start:
+    """The prompt, and steps that lengthen its mask and count its positions."""
+    names = {port.name for port in ports}
+    unknown = sorted(set(inputs) - {TOKENS, "attention_mask"})
+    if unknown:
+        raise GenerateError(f"a causal language model continues input_ids alone, found {', '.join(unknown)} too")
+    ids = _token_ids(TOKENS, inputs.get(TOKENS))
+    given = inputs.get("attention_mask")
+    if given is not None and given.shape != ids.shape:
+        raise GenerateError(f"attention_mask must have the shape {list(ids.shape)} of input_ids, found {list(given.shape)}")
+    if given is not None and not bool(given[:, -1].all()):
+        raise GenerateError("a row ends in padding; what is continued must be padded on the left (padding_side='left')")
+    mask = _mask(ids, given, settings)
+    if "attention_mask" not in names and not bool(mask.all()):
+        raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
+    state = {"attention_mask": mask, "position_ids": masked_positions(mask)}
+
+    def step(new: Tensor) -> Tensor:
+        given = {TOKENS: new, **state}
+        logits = decoder({name: value for name, value in given.items() if name in names})
+        longer = state["attention_mask"]
+        state["attention_mask"] = torch.cat([longer, longer.new_ones(len(longer), 1)], 1)
+        state["position_ids"] = state["position_ids"][:, -1:] + 1
+        return logits
+
+    return ids, step, (mask != 0).int().argmax(1)
+
+
+def _conditional(decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor], settings: Settings) -> _Start:
+    """What a decoder behind an encoder starts from, and steps over the encoder's inputs."""
+    names = [port.name for port in ports if port.role == "" and port.name != DECODER_TOKENS]
+    given = {name: value for name, value in inputs.items() if name != DECODER_TOKENS}
+    if TOKENS in names and "attention_mask" in names:
+        ids = _token_ids(TOKENS, given.get(TOKENS))
+        given["attention_mask"] = _mask(ids, given.get("attention_mask"), settings)
+    missing, unknown = [name for name in names if name not in given], sorted(set(given) - set(names))
+    if missing or unknown:
+        found = [f"missing: {', '.join(missing)}"] if missing else []
+        found += [f"unknown: {', '.join(unknown)}"] if unknown else []
+        raise GenerateError(f"the encoder's inputs are {', '.join(names)}; {'; '.join(found)}")
+    rows = given[names[0]]
+    start = inputs.get(DECODER_TOKENS)
+    if start is None:
+        first = settings.decoder_start_token_id if settings.decoder_start_token_id is not None else settings.bos_token_id
+        if first is None:
+            raise GenerateError(
+                "the model names no token that its decoder starts from (decoder_start_token_id, bos_token_id): give "
+                "decoder_input_ids [batch, length]"
+            )
+        start = torch.full((rows.shape[0], 1), first, dtype=torch.int64, device=rows.device)
+    tokens = _token_ids(DECODER_TOKENS, start)
+    if len(tokens) != rows.shape[0]:
+        raise GenerateError(f"decoder_input_ids must have {rows.shape[0]} rows as {names[0]} has, found {len(tokens)}")
+    return tokens, lambda new: decoder({**given, DECODER_TOKENS: new}), None
+
+
+def _token_ids(name: str, ids: Tensor | None) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         found = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise GenerateError(f"input_ids must be an int64 tensor [batch, length] of at least one token, found {found}")
-    if mask is not None and mask.shape != ids.shape:
-        raise GenerateError(f"attention_mask must have the shape {list(ids.shape)} of input_ids, found {list(mask.shape)}")
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise GenerateError("a row ends in padding; what is continued must be padded on the left (padding_side='left')")
-    if max_new_tokens < 1:
-        raise GenerateError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+        raise GenerateError(f"{name} must be an int64 tensor [batch, length] of at least one token, found {found}")
+    return ids
 
 
 def _mask(ids: Tensor, mask: Tensor | None, settings: Settings) -> Tensor:
@@ -301,7 +296,7 @@ def continue_text(
     stop: Sequence[str],
     write: Callable[[str], None],
 ) -> tuple[int, float]:
-    """Continue one text and write prompt and continuation piece by piece.
+    """Continue one text and write prompt and continuation piece by piece; of an encoder-decoder what its decoder says.
 
     Args:
         model: with caches and a tokenizer.
@@ -338,7 +333,8 @@ def continue_text(
         eos_token_id=ends,
         streamer=_writer(tokenizer, write),
     )
-    return tokens.shape[1] - ids.shape[1], time.perf_counter() - start
+    behind_encoder = has_halves(model.ports)
+    return tokens.shape[1] - (1 if behind_encoder else ids.shape[1]), time.perf_counter() - start
 
 
 def _single_token(tokenizer: Any, word: str) -> int:

@@ -70,8 +70,8 @@ class ModelSpec(_Settings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Floating-point type to load the weights as; as stored by default."""
     task: str | None = None
-    """What to trace: "forward" is the model as it is called, without caches, "text-generation" a causal language model with
-    them; by default what a checkpoint's architecture is for."""
+    """What to trace: "forward" is the model as it is called, without caches, "text-generation" a causal language model or an
+    encoder-decoder with them; by default what a checkpoint's architecture is for."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 

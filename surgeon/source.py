@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from surgeon.caches import SUM
 from surgeon.causal import CausalInputs, causal_inputs
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
+from surgeon.conditional import conditional_inputs, is_conditional
 from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import default_inputs
 from surgeon.fake import fake_weights, with_fake_weights, without_values
-from surgeon.generation import Settings
 from surgeon.graph import Source
+from surgeon.sampling import Settings
 
 TASKS = ("forward", "text-generation")
 WEIGHTS = ("real", "fake")
@@ -41,7 +42,7 @@ class LoadedSource:
         source: where it came from.
         tokenizer_path: directory that holds a tokenizer, or None.
         missing: names of weights that the checkpoint did not hold.
-        causal: how a causal language model is called with caches (task ``text-generation``).
+        causal: how a model that generates text is called with caches (task ``text-generation``).
         notes: what a reader of the report should know.
     """
 
@@ -136,12 +137,10 @@ def load_source(
     notes: tuple[str, ...] = ()
     causal = None
     own_choice = task is None and path is not None and inputs is None and not fake
-    if task == "text-generation" and fake:
-        raise TraceError("task 'text-generation' runs the model to see what it caches, which needs weights='real'")
     if task == "text-generation" or (own_choice and _generates(module)):
         try:
             with calling(module):
-                causal = causal_inputs(module, example)
+                causal = (conditional_inputs if is_conditional(module) else causal_inputs)(module, example, fake=fake)
             example = causal.inputs
         except TraceError as error:
             if task is not None:
@@ -231,18 +230,6 @@ def flatten_outputs(result: Any) -> dict[str, Tensor]:
 
 
 # -- example inputs ---------------------------------------------------------------------------------------------------
-
-
-def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
-    """The dimensions of an input that vary by default: batch, and the sequence of two-dimensional integers.
-
-    The sequence of a decoder's inputs has a name of its own, ``target``.
-    """
-    if tensor.dim() == 0:
-        return {}
-    if tensor.dim() == 2 and not tensor.is_floating_point():
-        return {0: "batch", 1: "target" if name.startswith("decoder_") else "sequence"}
-    return {0: "batch"}
 
 
 def resized(
@@ -358,10 +345,11 @@ def _call(description: str) -> tuple[nn.Module, Mapping[str, Tensor] | None]:
 
 
 def _generates(module: nn.Module) -> bool:
-    """Whether a checkpoint's architecture is one that text is generated with, from tokens alone."""
+    """Whether a checkpoint's architecture is one that text is generated with, from tokens alone or by an encoder-decoder."""
     can = getattr(module, "can_generate", None)
-    several_stacks = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    return can is not None and bool(can()) and getattr(module, "main_input_name", None) == "input_ids" and not several_stacks
+    if can is None or not can():
+        return False
+    return is_conditional(module) or getattr(module, "main_input_name", None) == "input_ids"
 
 
 def _generation(module: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:

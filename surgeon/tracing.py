@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from surgeon.caches import PAST, SUM
 from surgeon.canonical import canonicalise
 from surgeon.errors import TraceError, nearest
+from surgeon.example_inputs import default_dims
 from surgeon.experts import use_semantic_experts
 from surgeon.functional import is_functional
 from surgeon.graph import Dim, Graph, Port
@@ -32,7 +33,6 @@ from surgeon.raising import raise_attention, raise_mixtures
 from surgeon.source import (
     LoadedSource,
     calling,
-    default_dims,
     load_source,
     resized,
     size_of,
@@ -59,9 +59,9 @@ def trace(
     Args:
         model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
         inputs: example keyword inputs; optional for models of the transformers library.
-        task: ``"forward"``: the model as it is called, without caches; ``"text-generation"``: a causal language model with
-            its key/value caches as inputs and outputs.  By default forward for a module, and for a checkpoint what
-            its architecture is for.
+        task: ``"forward"``: the model as it is called, without caches; ``"text-generation"``: a causal language model or an
+            encoder-decoder with its key/value caches as inputs and outputs.  By default forward for a module, and for a
+            checkpoint what its architecture is for.
         dtype: type of the floating-point weights, ``None`` for the model's own.
         weights: ``"fake"`` traces without the values of the weights, in the memory of the graph alone: a checkpoint is
             built from its config.json.  The graph can be discovered and inspected, not run, and is not compared with the
@@ -174,7 +174,8 @@ def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: _Dims) -> li
             sizes[label] = max(bounds.min, min(wanted, bounds.max or wanted))
         found.append(sizes)
     if PAST in graph.dims:  # prefill, and one token behind a long past
-        found = [found[0] | {PAST: 0}, found[1] | {PAST: 0, "sequence": 1}, found[0] | {"sequence": 1}]
+        new = "target" if "target" in graph.dims else "sequence"
+        found = [found[0] | {PAST: 0}, found[1] | {PAST: 0, new: 1}, found[0] | {new: 1}]
     return found if graph.dims else []
 
 

@@ -14,6 +14,7 @@ import surgeon
 from surgeon.errors import TraceError
 from surgeon.fake import with_fake_weights
 from surgeon.inspection import inspection
+from tests.conditional import conditional
 from tests.models import tiny
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
@@ -110,6 +111,19 @@ def test_what_needs_values_is_refused_with_what_to_do() -> None:
         surgeon.compile(with_fake_weights(module), [{"drop_blocks": {"count": 1}}], inputs=inputs)
     with pytest.raises(TraceError, match="unknown weights 'none'.*real"):
         surgeon.trace(module, inputs, weights="none")
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_caches_of_a_model_without_values(name: str) -> None:
+    """What is cached is found out on shapes alone; positions are an input then, since what they are by default is not."""
+    module = tiny("llama", layers=2)[0] if name == "llama" else conditional(name)
+    real = surgeon.trace(module, task="text-generation")
+    fake = surgeon.trace(module, task="text-generation", weights="fake")
+    assert fake.source.task == "text-generation"
+    assert fake.fingerprint() == real.fingerprint()
+    ports, wanted = ([(p.name, p.shape) for p in (*graph.inputs, *graph.outputs)] for graph in (fake, real))
+    assert ports == wanted
+    assert len(surgeon.discover(fake).blocks) == len(surgeon.discover(real).blocks)
 
 
 class RunningSum(nn.Module):

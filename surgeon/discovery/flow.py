@@ -7,9 +7,11 @@ hang beside the hidden state instead of on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, fx
 
+from surgeon.caches import KEPT
 from surgeon.discovery import operators
 from surgeon.graph import Graph
 
@@ -26,6 +28,7 @@ class Flow:
         constant: nodes that depend on no input tensor (weights, tables, and what is computed from them).
         weights: names of the tensors that a constant node is computed from.
         outputs: nodes that the graph returns, in order.
+        kept: those of them that are returned as keys and values of an attention only, to be read by itself again.
         cuts: tensors of the streams, once these are known; no part takes them in because it alone reads them.
     """
 
@@ -39,6 +42,7 @@ class Flow:
         self._ancestors: dict[fx.Node, int] = {}
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
         self.outputs: list[fx.Node] = []
+        self.kept: set[fx.Node] = set()
         self.cuts: set[fx.Node] = set()
         for node in self.nodes:
             self._add(node)
@@ -46,6 +50,9 @@ class Flow:
     def _add(self, node: fx.Node) -> None:
         if node.op == "output":
             self.outputs = list(dict.fromkeys(node.all_input_nodes))
+            results: Any = node.args[0]
+            read = {result for result, port in zip(results, self.graph.outputs, strict=True) if port.role not in KEPT}
+            self.kept = set(self.outputs) - read
             return
         if node.op == "get_attr":
             self.constant.add(node)
@@ -103,14 +110,17 @@ class Flow:
         return found
 
     def close(self, nodes: Iterable[fx.Node], entry: fx.Node) -> set[fx.Node]:
-        """The nodes, and every other node (``entry`` and cuts excepted) that only they use: weights, constants, indices."""
+        """The nodes, and every other node (``entry`` and cuts excepted) that only they use: weights, constants, indices.
+
+        Keys and values that an attention hands out belong to it.
+        """
         found = set(nodes)
         stack = [source for node in found for source in node.all_input_nodes]
         while stack:
             node = stack.pop()
             if node is entry or node in found or node in self.cuts or node.op in ("placeholder", "output"):
                 continue
-            if all(user in found for user in node.users):
+            if all(user in found or (user.op == "output" and node in self.kept) for user in node.users):
                 found.add(node)
                 stack.extend(node.all_input_nodes)
         return found

@@ -1,0 +1,175 @@
+"""How the next token is chosen, and what a checkpoint says about generating with it.
+
+A checkpoint's generation configuration may change the scores before a token is taken: it suppresses tokens, forces the first
+or the last one, penalises repetition.  These rules are applied by the library's own processors, in the library's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import GenerateError
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""Tokens so far [batch, length] and scores [batch, vocabulary] -> scores."""
+
+RULES = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+"""Fields of a generation configuration that change scores and are followed, in the order in which they do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint says about generating with it.
+
+    Attributes:
+        eos_token_id: tokens that end a text.
+        pad_token_id: what fills rows that have ended, None for the first token that ends a text.
+        bos_token_id: token that starts a text.
+        decoder_start_token_id: token that a decoder behind an encoder starts from.
+        rules: what else changes the scores, by names of ``RULES``.
+    """
+
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Settings:
+        """Read them from a generation or model configuration as plain data."""
+        eos = data.get("eos_token_id")
+        several = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+        rules = {name: data[name] for name in RULES if data.get(name) not in (None, [], ())}
+        start = data.get("decoder_start_token_id")
+        return cls(several, data.get("pad_token_id"), data.get("bos_token_id"), start, rules)
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data, which :meth:`of` reads."""
+        return {
+            "eos_token_id": list(self.eos_token_id),
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "decoder_start_token_id": self.decoder_start_token_id,
+            **self.rules,
+        }
+
+    def processor(self, length: int, max_new_tokens: int, padding: Tensor | None) -> Processor | None:
+        """The rules as one function, or None where there are none.
+
+        Args:
+            length: tokens that a row starts with.
+            max_new_tokens: tokens to add at most.
+            padding: tokens on the left of every row that are none of its text, [batch]; None where nothing says so.
+        """
+        import transformers as tf
+
+        def value(name: str) -> Any:
+            return self.rules.get(name)
+
+        found = tf.LogitsProcessorList()
+        ends: Any = list(self.eos_token_id)
+        if (penalty := value("repetition_penalty")) not in (None, 1.0):
+            found.append(tf.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding))
+        if value("no_repeat_ngram_size"):
+            found.append(tf.NoRepeatNGramLogitsProcessor(value("no_repeat_ngram_size")))
+        if value("bad_words_ids"):
+            found.append(tf.NoBadWordsLogitsProcessor(value("bad_words_ids"), ends or None))
+        if value("min_length") and ends:
+            found.append(tf.MinLengthLogitsProcessor(value("min_length"), ends))
+        if value("min_new_tokens") and ends:
+            found.append(tf.MinNewTokensLengthLogitsProcessor(length, value("min_new_tokens"), ends))
+        if (first := value("forced_bos_token_id")) is not None:
+            found.append(tf.ForcedBOSTokenLogitsProcessor(first))
+        if (last := value("forced_eos_token_id")) is not None:
+            found.append(tf.ForcedEOSTokenLogitsProcessor(length + max_new_tokens, last))
+        if value("suppress_tokens"):
+            found.append(tf.SuppressTokensLogitsProcessor(value("suppress_tokens")))
+        if value("begin_suppress_tokens"):
+            begin = length if length > 1 or first is None else length + 1
+            found.append(tf.SuppressTokensAtBeginLogitsProcessor(value("begin_suppress_tokens"), begin))
+        return found if found else None  # type: ignore[return-value]  # any integer tensor will do
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        do_sample: draw from the distribution instead of taking the most likely token.
+        temperature: the logits are divided by it.
+        top_k: only so many of the most likely tokens are drawn from; None for all.
+        top_p: only the most likely tokens that together have this probability; None for all.
+        seed: of the draws; None for torch's global generator.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    _chosen: Processor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            GenerateError: a number is out of range, or says something about draws where nothing is drawn.
+        """
+        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, None):
+            raise GenerateError("temperature, top_k and top_p choose among tokens to draw from: give do_sample=True with them")
+        if not self.temperature > 0:
+            raise GenerateError(f"temperature must be positive, found {self.temperature}; greedy is do_sample=False")
+        if self.top_k is not None and self.top_k < 1:
+            raise GenerateError(f"top_k must be at least 1, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise GenerateError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        object.__setattr__(self, "_chosen", self._make())
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The next token of every row.
+
+        Args:
+            tokens: so far, [batch, length].
+            logits: of the last position, [batch, vocabulary].
+
+        Returns:
+            [batch] int64.
+        """
+        return self._chosen(tokens, logits.float())
+
+    def _make(self) -> Processor:
+        if not self.do_sample:
+            return lambda tokens, logits: logits.argmax(-1)
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            warpers.append(TopPLogitsWarper(float(self.top_p)))
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+
+        def draw(tokens: Tensor, logits: Tensor) -> Tensor:
+            scores: Tensor = warpers(tokens, logits)  # type: ignore[arg-type]  # any integer tensor will do
+            probabilities = torch.softmax(scores, dim=-1)
+            return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(tokens.device)
+
+        return draw

@@ -1,0 +1,213 @@
+"""Generating with encoder-decoders, against ``generate`` of the transformers library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import surgeon
+from surgeon.caches import CROSS, PAST, PRESENT
+from surgeon.cli import app
+from surgeon.errors import GenerateError, RewriteError
+from surgeon.generation import decoder_of, generate
+from surgeon.halves import halves
+from surgeon.rewrite import Editor
+from surgeon.sampling import Sampling, Settings
+from tests.conditional import conditional, encoder_inputs
+from tests.conftest import MODELS
+
+WORDS = 1024
+"""Words of the tokenizer."""
+
+
+def library(module: nn.Module, inputs: dict[str, torch.Tensor], new: int, **options: Any) -> torch.Tensor:
+    """What the library generates greedily; Whisper's own ``generate`` cuts its prompt off, the general one does not."""
+    from transformers import GenerationMixin
+
+    rows = len(next(iter(inputs.values())))
+    first = module.config.decoder_start_token_id  # type: ignore[union-attr]  # of the library's models
+    start = torch.full((rows, 1), first)
+    options = {"eos_token_id": None, "decoder_input_ids": start} | options
+    found: torch.Tensor = GenerationMixin.generate(module, **inputs, max_new_tokens=new, do_sample=False, **options)  # type: ignore[arg-type]
+    return found
+
+
+def assert_same(model: surgeon.Compiled, module: nn.Module, name: str, new: int = 20) -> None:
+    for batch in (1, 3):
+        inputs = encoder_inputs(name, batch)
+        expected = library(module, inputs, new)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=new, eos_token_id=()), expected)
+        assert len(set(expected[0, 1:].tolist())) > 1  # the model says something
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 with a tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "t5"
+    module: Any = conditional("t5", vocabulary=WORDS)
+    module.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODELS / "tiny-llama" / file, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("build") / "t5"
+    surgeon.compile(checkpoint, [], output=folder, progress=False)
+    return folder
+
+
+def test_a_checkpoint_is_built_for_generation(checkpoint: Path, built: Path) -> None:
+    model, module = surgeon.load(built), conditional("t5", vocabulary=WORDS)
+    assert_same(model, module, "t5")
+    inputs = encoder_inputs("t5", 3)
+    unmasked = model.generate(inputs["input_ids"], max_new_tokens=8, eos_token_id=())
+    assert torch.equal(unmasked, library(module, inputs, 8))  # the padding token says where the padding is
+    begun = torch.tensor([[0, 50, 60]] * 3)
+    found = model.generate(**inputs, decoder_input_ids=begun, max_new_tokens=8, eos_token_id=())
+    assert torch.equal(found, library(module, inputs, 8, decoder_input_ids=begun))
+    plain = model(**inputs, decoder_input_ids=begun)
+    with torch.no_grad():
+        expected = module(**inputs, decoder_input_ids=begun)
+    assert sorted(plain) == ["encoder_last_hidden_state", "logits"]
+    assert float((plain["logits"] - expected.logits).abs().max()) < 1e-4 * float(expected.logits.abs().max())
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_a_graph_generates_the_same_tokens(name: str) -> None:
+    module = conditional(name)
+    model = surgeon.compile(module, [], task="text-generation", backend=None, progress=False)
+    assert_same(model, module, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_an_artefact_generates_the_same_tokens(name: str, tmp_path: Path) -> None:
+    module = conditional(name)
+    surgeon.compile(module, [], task="text-generation", output=tmp_path / "out", progress=False)
+    assert_same(surgeon.load(tmp_path / "out"), module, name)
+
+
+def test_the_encoder_runs_once(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = surgeon.load(built)
+    artifact: Any = model.artifact
+    runs = {"encoder": 0, "decoder": 0}
+    for name in runs:
+        session = artifact.half(name).session()
+        whole = session.run_with_iobinding
+
+        def counted(binding: Any, name: str = name, whole: Any = whole) -> None:
+            runs[name] += 1
+            whole(binding)
+
+        monkeypatch.setattr(session, "run_with_iobinding", counted)
+    model.generate(**encoder_inputs("t5", 2), max_new_tokens=7, eos_token_id=())
+    assert runs == {"encoder": 1, "decoder": 7}
+    assert {file.path for file in artifact.files} == {"encoder_model.onnx", "decoder_model.onnx"}
+
+
+def test_dropping_a_block_drops_its_caches() -> None:
+    module: Any = conditional("bart", layers=3)
+    graph = surgeon.trace(module, task="text-generation")
+    clone = graph.clone()
+    blocks = surgeon.discover(clone).blocks
+    assert len(blocks) == 6
+    editor = Editor(clone)
+    for block in (blocks[1], blocks[4]):  # the second of the encoder and of the decoder
+        editor.replace(block.exit, block.entry)
+    editor.finish()
+    names = [f"{number}.{half}" for number in (0, 1) for half in ("key", "value")]
+    for ports, role, form in (
+        (clone.inputs, PAST, "past_key_values"),
+        (clone.outputs, PRESENT, "present"),
+        (clone.outputs, CROSS, "cross_key_values"),
+    ):
+        assert [port.name for port in ports if port.role == role] == [f"{form}.{n}" for n in names]
+    for stack in (module.model.encoder, module.model.decoder):
+        del stack.layers[1]
+    for index, layer in enumerate(module.model.decoder.layers):
+        layer.self_attn.layer_idx = layer.encoder_attn.layer_idx = index
+    module.config.encoder_layers = module.config.decoder_layers = module.config.num_hidden_layers = 2
+    inputs = encoder_inputs("bart", 3)
+    settings = Settings(decoder_start_token_id=2, rules={"forced_eos_token_id": 2})
+    found = generate(
+        decoder_of(clone), clone.inputs, inputs, max_new_tokens=20, sampling=Sampling(), settings=settings
+    )
+    assert torch.equal(found, library(module, inputs, 20))
+
+
+@pytest.mark.slow
+def test_passes_on_both_stacks_survive_lowering(tmp_path: Path) -> None:
+    module = conditional("t5", layers=3)
+    begun = torch.tensor([[0, 20, 30], [0, 90, 30]])
+    batches = [{**encoder_inputs("t5", 2, seed), "decoder_input_ids": begun + seed} for seed in range(4)]
+    steps = [
+        {"drop_blocks": {"blocks": [1, 4], "count": 2}},
+        {"moefy_ffn": {"experts": 4, "top_k": 2, "blocks": [0, 3]}},
+        {"low_rank": {"ratio": 0.6, "blocks": [1, 2], "names": "*.ffn.*"}},
+        {"quantize": {"scheme": "int8"}},
+    ]
+    model = surgeon.compile(
+        module, steps, task="text-generation", calibration=batches, output=tmp_path / "out", progress=False,
+        backend={"onnxruntime": {"accuracy_level": 0}},
+    )  # fmt: skip
+    assert model.graph is not None
+    inputs = encoder_inputs("t5", 3)
+    for given in (inputs, {name: value[:1] for name, value in inputs.items()}):
+        expected = generate(
+            decoder_of(model.graph), model.graph.inputs, given, max_new_tokens=12, sampling=Sampling(),
+            settings=Settings(decoder_start_token_id=0),
+        )  # fmt: skip
+        assert torch.equal(surgeon.load(tmp_path / "out").generate(**given, max_new_tokens=12, eos_token_id=()), expected)
+
+
+def test_a_decoder_that_reads_its_encoder_otherwise_is_refused() -> None:
+    from dataclasses import replace
+
+    graph = surgeon.trace(conditional("bart"), task="text-generation")
+    encoder, decoder = halves(graph)
+    assert {port.name for port in encoder.inputs} == {"input_ids", "attention_mask"}
+    assert "input_ids" not in {port.name for port in decoder.inputs}
+    assert set(encoder.parameters()) | set(decoder.parameters()) == set(graph.parameters())
+    graph.outputs = tuple(replace(p, role="") if p.name == "cross_key_values.1.value" else p for p in graph.outputs)
+    with pytest.raises(RewriteError, match="otherwise than by keys and values of cross-attention"):
+        halves(graph)
+
+
+def test_refusals(built: Path) -> None:
+    from surgeon.backends._onnx_genai import refusals
+    from surgeon.contract import Artifact
+
+    model = surgeon.load(built)
+    inputs = encoder_inputs("t5", 2)
+    for given, message in (
+        ({"attention_mask": inputs["attention_mask"]}, "input_ids must be an int64 tensor .* found NoneType"),
+        ({**inputs, "pixel_values": torch.zeros(2, 3)}, "inputs are input_ids, attention_mask; unknown: pixel_values"),
+        ({**inputs, "decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)}, "must have 2 rows as input_ids has, found 1"),
+    ):
+        with pytest.raises(GenerateError, match=message):
+            model.generate(**given)
+    graph = surgeon.trace(conditional("bart"), task="text-generation")
+    assert "an encoder-decoder" in refusals(graph)[0].reason
+    assert model.artifact is not None
+    with pytest.raises(GenerateError, match="every token would run the encoder again"):
+        Artifact.decoder(model.artifact)  # what a backend without halves has
+    silent = surgeon.Compiled(report=model.report, artifact=model.artifact, generation={})
+    with pytest.raises(GenerateError, match="names no token that its decoder starts from"):
+        silent.generate(**inputs)
+
+
+def test_the_command_prints_what_the_decoder_says(built: Path) -> None:
+    run = CliRunner().invoke(app, ["generate", str(built), "--prompt", "def main(", "--max-new-tokens", "6", "--quiet"])
+    assert run.exit_code == 0, run.output
+    model = surgeon.load(built)
+    ids = model.tokenizer("def main(", return_tensors="pt")["input_ids"]
+    expected = model.tokenizer.decode(model.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True)
+    assert run.stdout.rstrip("\n") == expected.rstrip("\n")
