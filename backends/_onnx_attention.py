@@ -187,3 +187,42 @@ def _table(node: fx.Node) -> fx.Node | None:
     parts: Any = at.args[0] if doubled and isinstance(at, fx.Node) else ()
     alike = len(parts) == 2 and parts[0] is parts[1]
     return table if alike and isinstance(table, fx.Node) and table.meta["val"].dim() == 3 else None
+
+
+def spread_mask(nodes: fx.Graph, node: fx.Node) -> bool:
+    """``mask[rows, columns]`` is ``mask[:B, None, None, :T]`` where rows are 0 ... B - 1 and columns 0 ... T - 1.
+
+    Rows are [B, 1, 1, 1] and columns [1, 1, 1, T].  Models look up a padding mask in that way; as a gather it takes a dozen
+    nodes.  Replaces the node at the insertion point before it; False where it is none of this form.
+    """
+    source, indices, *_ = node.args
+    if not isinstance(source, fx.Node) or source.meta["val"].dim() != 2 or not isinstance(indices, list | tuple):
+        return False
+    if len(indices) != 2 or node.meta["val"].dim() != 4:
+        return False
+    counts = [_counted(index, axis) for index, axis in zip(indices, (0, 3), strict=True)]
+    if None in counts:
+        return False
+    rows, columns = source.meta["val"].shape
+    new: fx.Node = source
+    for axis, (have, count) in enumerate(zip((rows, columns), counts, strict=True)):
+        size = count.meta["val"] if isinstance(count, fx.Node) else count
+        if str(have) != str(size):
+            new = nodes.call_function(aten.slice.Tensor, (new, axis, 0, count))
+    for _ in range(2):
+        new = nodes.call_function(aten.unsqueeze.default, (new, 1))
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    return True
+
+
+def _counted(index: Any, axis: int) -> Any:
+    """The count n (a node or a number) where ``index`` is 0 ... n - 1 along ``axis`` of four dimensions, else None."""
+    if not isinstance(index, fx.Node) or index.meta["val"].dim() != 4:
+        return None
+    if any(size != 1 for at, size in enumerate(index.meta["val"].shape) if at != axis):
+        return None
+    while index.target == aten.unsqueeze.default:
+        index = index.args[0]
+    whole = index.target == aten.arange.default and len(index.args) == 1 and index.meta["val"].dim() == 1
+    return index.args[0] if whole else None

@@ -29,7 +29,7 @@ import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.backends import _onnx_ops as emit
 from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
-from surgeon.backends._onnx_attention import CachedAttention
+from surgeon.backends._onnx_attention import CachedAttention, spread_mask
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.gates import gate
 from surgeon.graph import Graph, assign_tensor
@@ -93,10 +93,11 @@ class Lowering:
         for node in self._nodes.nodes:
             if node.op == "get_attr":
                 self._readers[_identity(self.graph.tensor(str(node.target)))] += len(node.users)
-        rules: dict[Any, Callable[[fx.Node], None]] = {
+        rules: dict[Any, Callable[[fx.Node], object]] = {
             DYNAMIC: self._quantize_once,
             aten.scaled_dot_product_attention.default: self._attention,
             ATTENTION: self._cached_attention,
+            aten.index.Tensor: lambda node: spread_mask(self._nodes, node),
             aten.linear.default: self._linear,
             aten.embedding.default: self._embedding,
             MOE: self._moe,
@@ -106,7 +107,7 @@ class Lowering:
         self._nodes.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         return self._module()
 
-    def _apply(self, rules: Mapping[Any, Callable[[fx.Node], None]]) -> None:
+    def _apply(self, rules: Mapping[Any, Callable[[fx.Node], object]]) -> None:
         for node in list(self._nodes.nodes):
             rule = rules.get(node.target)
             if rule is not None and node.users:

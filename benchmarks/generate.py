@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +96,7 @@ def exported(module: LlamaForCausalLM, ids: torch.Tensor, folder: Path, threads:
         module, inputs, OnnxConfig(dynamic=True, ort_fusions="cpu"), multi_token_decode=True
     )
     path = folder / "decode.onnx"
-    parts["decode"].program.save(str(path))
+    onnx_ir.save(parts.components["decode"].program, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
