@@ -101,8 +101,8 @@ class ConditionalDecoder:
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run on the new tokens; see :class:`Decoder`."""
         if self._crossing is None:
-            self._crossing = dict(self._encode({name: inputs[name] for name in self._first}))
-        return self._decoder({**{name: inputs[name] for name in self._every}, **self._crossing})
+            self._crossing = dict(self._encode({name: inputs[name] for name in self._first if name in inputs}))
+        return self._decoder({**{name: inputs[name] for name in self._every if name in inputs}, **self._crossing})
 
 
 def empty_cache(port: Port, rows: Tensor) -> Tensor:
@@ -176,10 +176,12 @@ def generate(
         scores = step(new)[:, -1].float()
         if rules is not None:
             scores = rules(tokens, scores)
-        chosen = torch.where(going, sampling(tokens, scores), fill)
+        chosen = sampling(tokens, scores)
+        if settings.eos_token_id:
+            chosen = torch.where(going, chosen, fill)
+            going &= ~torch.isin(chosen, ends)
         new = chosen[:, None]
         tokens = torch.cat([tokens, new], 1)
-        going &= ~torch.isin(chosen, ends)
         if streamer is not None:
             streamer.put(chosen.cpu())
         if not bool(going.any()):
