@@ -4,6 +4,7 @@
     python benchmarks/moe.py --only 'kmeans*'  some rows; the others keep the figures that are there
     python benchmarks/moe.py --missing         rows that have no figures yet
 
+Rows of merging experts are in ``_moe_merge.py``.
 Writes ``benchmarks/results/moe.json`` and ``moe.md``.  A new method is one more ``Row`` in ``ROWS``; a claim of a paper
 about the order of two of them is one more line in ``CLAIMS``.  All rows of one model see the same calibration windows and
 are judged on the same held-out windows.  Nothing is trained after the surgery.  Latency is that of the onnxruntime
@@ -24,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import _moe_merge
 import torch
 from torch import Tensor
 
@@ -189,6 +191,13 @@ def _densify() -> list[Row]:
     return rows
 
 
+def _merge() -> list[Row]:
+    return [
+        Row(model, budget, method, [{"merge_experts": fields}], None, None, seeds, random)
+        for model, budget, method, fields, seeds, random in _moe_merge.rows()
+    ]
+
+
 ROWS: list[Row] = [
     Row("tiny-llama", "untouched", "dense", []),
     *_moefy(),
@@ -196,6 +205,7 @@ ROWS: list[Row] = [
     *_upcycle(),
     Row("tiny-mixtral", "untouched", "mixture", []),
     *_densify(),
+    *_merge(),
 ]
 
 CLAIMS: list[tuple[str, str, str, str]] = [
@@ -212,6 +222,7 @@ CLAIMS: list[tuple[str, str, str, str]] = [
     ("OneS: svd beats the mean", "densify: svd", "densify: mean", "*"),
     ("OneS: top columns beat the mean", "densify: top_columns", "densify: mean", "*"),
     ("ExFusion: learned weights beat the mean", "densify: learned", "densify: mean", "*"),
+    *_moe_merge.CLAIMS,
 ]  # fmt: skip
 
 

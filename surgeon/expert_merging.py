@@ -166,14 +166,17 @@ def _refitted(stack: ExpertStack, group: Sequence[int], merged: ExpertStack, tok
     x, index, weight = tokens.x[routed].to(stack.w_in.dtype), tokens.index[routed], weight[routed]
     if not len(x):
         return merged
-    wanted = moe(x, index, weight, stack.w_in, stack.w_out, stack.b_in, stack.b_out, stack.activation)
+    token, place = (weight != 0).nonzero(as_tuple=True)  # one row for each pair: k rows per token would be mostly zeros
+    pairs = x[token], index[token, place][:, None], weight[token, place][:, None]
+    each = moe(*pairs, stack.w_in, stack.w_out, stack.b_in, stack.b_out, stack.activation).to(stack.dtype)
+    wanted = each.new_zeros(len(x), each.shape[1]).index_add_(0, token, each)
     factor = weight.to(stack.dtype).sum(1, keepdim=True)
     hidden = factor * merged.hidden(0, x)
     found = hidden @ merged.w_out[0].T
     if merged.b_out is not None:
         hidden = torch.cat([hidden, factor], dim=1)
         found = found + factor * merged.b_out[0]
-    change = output_correction(hidden, wanted.to(stack.dtype) - found, RIDGE).to(stack.dtype)
+    change = output_correction(hidden, wanted - found, RIDGE).to(stack.dtype)
     width = stack.width
     b_out = None if merged.b_out is None else merged.b_out + change[:, width]
     return ExpertStack(merged.w_in, merged.w_out + change[:, :width], merged.b_in, b_out, merged.activation)
