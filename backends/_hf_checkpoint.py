@@ -65,6 +65,10 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     if isinstance(skeleton, str):
         return [Refusal("model", f"{source.model_class} cannot be built from the source's configuration: {skeleton}")]
     structure = discover(graph)
+    skipping = [site.name for site in structure.moes() if site.part.masked]
+    if skipping:
+        reason = f"it skips chosen experts at run time, which no configuration says; {ENGINES} run it"
+        return [Refusal(name, reason) for name in skipping]
     contents = read(graph, {*skeleton.shapes, *skeleton.buffers}, repeat_merged=repeat_merged)
     for name in skeleton.buffers:
         contents.held.pop(name, None)  # made by the class, not stored

@@ -5,6 +5,7 @@
     python benchmarks/moe.py --missing         rows that have no figures yet
 
 Rows of merging experts are in ``_moe_merge.py``.
+Rows of dropping and skipping experts are in ``_moe_drop.py``.
 Writes ``benchmarks/results/moe.json`` and ``moe.md``.  A new method is one more ``Row`` in ``ROWS``; a claim of a paper
 about the order of two of them is one more line in ``CLAIMS``.  All rows of one model see the same calibration windows and
 are judged on the same held-out windows.  Nothing is trained after the surgery.  Latency is that of the onnxruntime
@@ -25,8 +26,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import _moe_drop
 import _moe_merge
 import torch
+from _moe_drop import drop_rows, skip_rows
 from torch import Tensor
 
 from surgeon.accounting import active_parameter_count, parameter_count
@@ -206,6 +209,8 @@ ROWS: list[Row] = [
     Row("tiny-mixtral", "untouched", "mixture", []),
     *_densify(),
     *_merge(),
+    *drop_rows(Row),
+    *skip_rows(Row),
 ]
 
 CLAIMS: list[tuple[str, str, str, str]] = [
@@ -223,6 +228,7 @@ CLAIMS: list[tuple[str, str, str, str]] = [
     ("OneS: top columns beat the mean", "densify: top_columns", "densify: mean", "*"),
     ("ExFusion: learned weights beat the mean", "densify: learned", "densify: mean", "*"),
     *_moe_merge.CLAIMS,
+    *_moe_drop.CLAIMS,
 ]  # fmt: skip
 
 
@@ -329,7 +335,7 @@ def latency(row: Row, graph: Graph) -> dict[str, float]:
     """Milliseconds of the artefact and of the untouched model's, for 16 tokens and for 8 x 128."""
     base = bench(row.model)
     # weights do not enter: but how many experts run does, where that is not fixed
-    key = row.key if row.budget == "as many as needed" else graph.fingerprint()
+    key = row.key if row.budget == "as many as needed" or "skipped" in row.budget else graph.fingerprint()
     if key not in base.latency:
         artifact = lowered(graph) if row.steps else base.artifact
         found: dict[str, float] = {}

@@ -104,10 +104,10 @@ class DropExperts(Pass[DropExpertsPlan]):
     tokens: Annotated[int, Field(ge=1)] = 8192
     """Most tokens of calibration data at which activation_norm, reap and reconstruction run the experts; drawn at random
     beyond that. reconstruction uses fewer where there are more than 64 experts."""
-    exhaustive: Annotated[int, Field(ge=1)] = 1000
+    exhaustive: Annotated[int, Field(ge=1)] = 2000
     """With criterion reconstruction: as many sets of one size are compared one by one; beyond that they are searched."""
-    beam: Annotated[int, Field(ge=1)] = 4
-    """Sets that the search goes on with after each expert; 1 is greedy."""
+    beam: Annotated[int, Field(ge=1)] = 1
+    """Sets that the search goes on with after each expert: 1 is greedy, more search wider in as many times the seconds."""
     seed: int = 0
     """Seed of random, and of the sample of tokens."""
 

@@ -25,6 +25,9 @@ from surgeon.structure import MoE
 _CHUNK = 1 << 22
 """Most numbers held at once for one intermediate value, 32 MB in float64."""
 
+_OUTPUTS = 1 << 24
+"""Most numbers of expert outputs held at once, 64 MB in float32: an expert of many should see more than a few tokens."""
+
 PRODUCTS = 1 << 25
 """Most inner products that are kept, T E^2: 128 MB in float32, 8192 tokens of 64 experts or 512 of 256."""
 
@@ -97,7 +100,7 @@ def output_products(x: Tensor, operands: Operands, activation: str) -> Tensor:
     Every pair of a token and an expert is a token of its own to the grouped operator, so that no loop runs over either.
     """
     experts, width = operands[0].shape[0], operands[1].shape[1]
-    step = max(1, _CHUNK // (experts * width))
+    step = max(1, _OUTPUTS // (experts * width))
     parts = []
     for start in range(0, x.shape[0], step):
         rows = x[start : start + step].to(operands[0].dtype)

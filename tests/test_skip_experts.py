@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from surgeon.backends._hf_checkpoint import plan as checkpoint_plan
 from surgeon.backends._trt_dialect import write
 from surgeon.backends.aotinductor import AotInductor
 from surgeon.backends.onnxruntime import OnnxRuntime
@@ -224,6 +225,14 @@ def test_what_cannot_be_skipped_is_refused_by_site(name: str, fields: dict[str, 
 def test_fields_that_contradict(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make_pass({"skip_experts": fields})
+
+
+def test_a_checkpoint_cannot_say_it(tiny_mixtral: Trained) -> None:
+    graph = tiny_mixtral.operate({"skip_experts": {"beta": 0.5}}).graph
+    refusals = checkpoint_plan(graph, architecture="auto", repeat_merged=False)
+    assert isinstance(refusals, list)
+    assert [refusal.node for refusal in refusals] == [site.name for site in tiny_mixtral.structure.moes()]
+    assert "skips chosen experts at run time" in refusals[0].reason
 
 
 def test_unreached_mixtures_are_refused_by_site(tiny_mixtral: Trained) -> None:
