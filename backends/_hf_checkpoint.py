@@ -72,6 +72,9 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     contents = read(graph, {*skeleton.shapes, *skeleton.buffers}, repeat_merged=repeat_merged)
     for name in skeleton.buffers:
         contents.held.pop(name, None)  # made by the class, not stored
+    for name, shape in skeleton.shapes.items():
+        if name in contents.held and len(shape) > 2 and set(shape[2:]) == {1}:
+            contents.held[name] = _as_kernel(contents.held[name], len(shape))
     whole = reshaped(graph, structure, skeleton, contents, architecture)
     if isinstance(whole, list):
         return whole
@@ -93,6 +96,14 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
         return [Refusal(name, reason) for name in lost]
     fill = _unread(fitted, contents.held)
     return fill if isinstance(fill, list) else Checkpoint(fitted, contents, fill)
+
+
+def _as_kernel(held: Held, rank: int) -> Held:
+    """A matrix [out, in] as the kernel of one position [out, in, 1 ...] that the source has; any other tensor as it is."""
+    if len(held.shape) != 2 or held.key is None:
+        return held
+    shape = (*held.shape, *[1] * (rank - 2))
+    return held._replace(shape=shape, make=lambda: held.make().reshape(shape))
 
 
 def _unread(fitted: Fitted, held: Mapping[str, Held]) -> dict[str, str] | list[Refusal]:

@@ -19,6 +19,8 @@ Rules, with x the input and y the output of a node:
 11. glu(x): a sigmoid(b) of its halves [a | b].
 12. chunk, narrow, expand_as, mT ...: the operator that they are defined by.
 13. op_(x), a write into a tensor of which no view is read afterwards: op(x), which x is from there on.
+14. a convolution with a kernel of one position: a linear over the channels, between permutations.  Its weight, where nothing
+    else reads it, becomes the matrix [out, in] over the same memory.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from surgeon.canonical_rules import RULES
+from surgeon.canonical_rules import RULES, kernel_of_one
 from surgeon.errors import TraceError
 from surgeon.functional import Aliases, in_place_form
 from surgeon.graph import assign_tensor
@@ -111,6 +113,7 @@ class _Builder:
         self.roots: dict[sympy.Symbol, tuple[fx.Node, int]] = {}  # rule 8
         self.sizes: dict[sympy.Expr, Any] = {}
         self.tensors: dict[Any, str] = {}
+        self.matrices = _matrices(exported)  # rule 14
         for name, tensor in tensors.items():
             self.tensors.setdefault(_identity_of(tensor), name)
 
@@ -253,6 +256,8 @@ class _Builder:
         if not isinstance(owner, Tensor):
             raise TraceError(f"the exported graph reads {name!r}, a {type(owner).__name__}; only tensors can be read")
         name = self.tensors.setdefault(_identity_of(owner), name)
+        if _identity_of(owner) in self.matrices:
+            owner = _as_matrix(owner)
         if ("get_attr", name) not in self.known:
             self.known["get_attr", name] = self._read_tensor(name, owner)
         return self.known["get_attr", name]
@@ -343,6 +348,10 @@ class _Builder:
         while hasattr(self.root, f"{stem}_{number}"):
             number += 1
         return f"{stem}_{number}"
+
+    def is_matrix(self, node: fx.Node) -> bool:
+        """Whether the tensor that a node of the exported graph reads is kept as a matrix (rule 14)."""
+        return _identity_of(_get(self.exported, str(node.target))) in self.matrices
 
     def sizes_of(self, value: Tensor) -> list[Any]:
         """The shape of a fake tensor as numbers and nodes."""
@@ -436,6 +445,24 @@ def _identity_of(tensor: Tensor) -> Any:
     """Equal for two views of the same elements in the same order."""
     place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
     return (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+
+
+def _matrices(exported: fx.GraphModule) -> set[Any]:
+    """Rule 14: the tensors that only convolutions with a kernel of one position read."""
+    found: set[Any] = set()
+    others: set[Any] = set()
+    for node in exported.graph.nodes:
+        tensor = _get(exported, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(tensor, Tensor) and tensor.dim() > 2:
+            only = all(kernel_of_one(user) is node for user in node.users)
+            (found if only else others).add(_identity_of(tensor))
+    return found - others
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """[out, in, 1 ...] as [out, in], over the same memory; a parameter stays one."""
+    matrix = tensor.detach().flatten(1)
+    return torch.nn.Parameter(matrix, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else matrix
 
 
 def _unbacked(value: Any) -> bool:

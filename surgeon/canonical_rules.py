@@ -27,6 +27,9 @@ class Build(Protocol):
     def sizes_of(self, value: Tensor) -> list[Any]:
         """The shape of a fake tensor as numbers and nodes."""
 
+    def is_matrix(self, node: fx.Node) -> bool:
+        """Whether the tensor that a node of the exported graph reads is kept as a matrix."""
+
 
 Rule = Callable[[Build, dict[str, Any], fx.Node], Any]
 
@@ -58,6 +61,7 @@ _FILLS: dict[str, float | None] = {
     "aten::zeros": 0,
 }
 _NEUTRAL = {"aten::add": 0, "aten::sub": 0, "aten::mul": 1, "aten::div": 1}
+_CONVOLUTIONS = {f"aten::{name}" for name in "conv1d conv2d conv3d convolution".split()}
 _CONJUNCTIONS = {"aten::__and__", "aten::bitwise_and", "aten::logical_and"}
 _INFINITY = 9223372036854775807
 """How export spells an open end of a slice."""
@@ -233,6 +237,42 @@ def _strided(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     return None
 
 
+def kernel_of_one(old: fx.Node) -> fx.Node | None:
+    """The weight of a convolution that looks at one position at a time: kernel 1, no padding, one group, read as stored."""
+    target = old.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.name not in _CONVOLUTIONS:
+        return None
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, old.args, strict=False)), **old.kwargs}
+    weight, padding = given["weight"], given.get("padding", 0)
+    sizes = [padding] if isinstance(padding, int) else padding
+    padded = not isinstance(padding, str) and any(size != 0 for size in sizes)
+    if padded or given.get("groups", 1) != 1 or given.get("transposed", False) or weight.op != "get_attr":
+        return None
+    return weight if all(size == 1 for size in weight.meta["val"].shape[2:]) else None
+
+
+def _pointwise_convolution(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
+    """y[b, :, p] = W x[b, :, stride p] + bias for every position p: a linear over the channels."""
+    kernel = kernel_of_one(old)
+    if kernel is None or not build.is_matrix(kernel):
+        return None
+    x, positions = given["input"], kernel.meta["val"].dim() - 2
+    rank = x.meta["val"].dim()
+    channels = rank - positions - 1
+    strides = given["stride"] if isinstance(given["stride"], list | tuple) else [given["stride"]]
+    for i in range(positions):
+        step = strides[i % len(strides)]
+        if step != 1:
+            x = build.emit(aten.slice.Tensor, (x, channels + 1 + i, 0, None, step), {})
+    inward = [*range(channels), *range(channels + 1, rank), channels]
+    outward = [*range(channels), rank - 1, *range(channels, rank - 1)]
+    operands = (build.emit(aten.permute.default, (x, inward), {}), given["weight"])
+    bias = given["bias"]
+    y = build.emit(aten.linear.default, operands if bias is None else (*operands, bias), {})
+    return build.emit(aten.permute.default, (y, outward), {})  # Rule 14
+
+
 def _concatenate(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     return given["tensors"][0] if len(given["tensors"]) == 1 else None
 
@@ -268,5 +308,6 @@ RULES: dict[str, Rule] = {
     "aten::copy": _copy,
     "aten::cat": _concatenate,
     "aten::glu": _gated_half,
+    **dict.fromkeys(_CONVOLUTIONS, _pointwise_convolution),
     "aten::as_strided": _strided,
 }

@@ -29,6 +29,7 @@ from surgeon.example_inputs import default_dims
 from surgeon.experts import use_semantic_experts
 from surgeon.functional import is_functional
 from surgeon.graph import Dim, Graph, Port
+from surgeon.projections import flatten_projections
 from surgeon.raising import raise_attention, raise_mixtures
 from surgeon.source import (
     LoadedSource,
@@ -107,6 +108,7 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         _refuse_missing(graph, loaded)
         graph, left = raise_mixtures(graph, adopt=loaded.source.path is not None)
         graph = graph.with_source(left=left)
+        flatten_projections(graph)
         spelled = raise_attention(graph)
         loaded.notes += tuple(f"{name}: attention over a cache stays as it is: {why}" for name, why in spelled.items())
         if fake:  # no numbers to compare

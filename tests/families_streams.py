@@ -478,12 +478,17 @@ def hiera() -> Family:
 
 @family
 def poolformer() -> Family:
-    """Pooling mixes positions; normalisation over positions does not count as mixing."""
+    """Pooling mixes positions; normalisation over positions does not.  The FFN is made of convolutions of one position."""
     import transformers as tf
 
     c = tf.PoolFormerConfig(hidden_sizes=[16, 24, 32], depths=[1, 2, 1], num_encoder_blocks=3)
     inputs = images(64)
-    streams = {"stream": [Blocks("mixer+other", sum(c.depths))]}
+    streams = {
+        "stream": [
+            Blocks("mixer+ffn", depth, (("ffn", (int(c.mlp_ratio * width), "gelu")),))
+            for width, depth in zip(c.hidden_sizes, c.depths, strict=True)
+        ]
+    }
     ends = ("poolformer.encoder.block.2",)
     return Family(tf.PoolFormerForImageClassification(c), inputs, streams, dynamic=static(inputs), ends=ends)
 

@@ -442,6 +442,49 @@ def test_sums_in_other_spellings() -> None:
     assert [block.kind for block in stream.blocks] == ["attention+ffn"] * 3
 
 
+@pytest.mark.parametrize("complement", ["one minus", "negated"])
+def test_gates_that_keep_a_part_of_the_state(complement: str) -> None:
+    class Highway(Layers):
+        """``(1 - g) x + g f(x)``, with a gate that is computed from x, as in highway networks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = nn.ModuleList([nn.Linear(32, 32) for _ in range(6)])
+
+        def gated(self, gate: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            score = gate(x)
+            taken = score.sigmoid()
+            kept = 1 - taken if complement == "one minus" else (-score).sigmoid()
+            return x * kept + taken * y
+
+        def run(self, x: Tensor) -> Tensor:
+            for i, layer in enumerate(self.layers):
+                x = self.gated(self.gates[2 * i], x, layer.attend(layer.norms[0](x)))
+                x = self.gated(self.gates[2 * i + 1], x, layer.ffn(layer.norms[1](x)))
+            return x
+
+    structure = traced(Highway(), x=X)
+    (stream,) = structure.streams
+    assert [block.kind for block in stream.blocks] == ["attention+ffn"] * 3
+    assert not structure.unrecognised
+
+
+def test_two_gates_that_do_not_add_up_to_one_keep_no_state() -> None:
+    class Two(Layers):
+        """``s(a) x + t(a) f(x)`` where s + t is not 1."""
+
+        def __init__(self) -> None:
+            super().__init__(depth=1)
+            self.gate = nn.Linear(32, 32)
+
+        def run(self, x: Tensor) -> Tensor:
+            score = self.gate(x)
+            return x * score.sigmoid() + score.tanh() * self.layers[0].ffn(x)
+
+    with pytest.raises(DiscoverError, match="no residual stream"):
+        traced(Two(), x=X)
+
+
 def test_a_stream_into_which_another_is_put_is_another_stream() -> None:
     class Put(nn.Module):
         def __init__(self) -> None:

@@ -75,8 +75,8 @@ def _attention(
         reasons.append(
             f"output of {core.node.name}: {len(outputs)} linears follow it in the region, needed exactly one"
         )
-    queries = heads[0] or _leading(core.q)
-    keys = heads[1] or min(queries, _leading(core.k))
+    queries = heads[0] or core.heads
+    keys = heads[1] or (queries if operators.kind(core.node) == "aten::einsum" else min(queries, _leading(core.k)))
     cross = not flow.depends(core.k, entry) and flow.depends(core.q, entry)
     return Attention(core.node, q, k, v, o, queries, min(queries, keys), core.head_dim, core.causal, cross), reasons
 

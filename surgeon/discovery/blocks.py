@@ -66,6 +66,8 @@ class Layers:
 
 def find_blocks(flow: Flow, classifier: Classifier, chain: Chain) -> Layers:
     """Blocks of a stream, in order."""
+    sides = [classifier.reads_channels_first(span.entry, span.path) for span in chain.spans if span.residual]
+    classifier.channels_first = set().union(*sides) == {True}
     sublayers = _sublayers(flow, classifier, chain)
     groups = group(sublayers, _letters(classifier, sublayers))
     layers = [sublayers[start:stop] for start, stop in groups]

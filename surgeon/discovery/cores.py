@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import fx
 
@@ -23,7 +24,10 @@ from surgeon.discovery.flow import Flow
 
 @dataclass(frozen=True)
 class Core:
-    """``node`` mixes the values of v by the similarity of q and k, which have ``head_dim`` features per head."""
+    """``node`` mixes the values of v by the similarity of q and k, which have ``head_dim`` features per head.
+
+    ``heads``: as the dimensions of the scores beside batch, queries and keys say; 1 where there are none.
+    """
 
     node: fx.Node
     q: fx.Node
@@ -31,6 +35,7 @@ class Core:
     v: fx.Node
     head_dim: int
     causal: bool | None
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _fused(node: fx.Node) -> Core | None:
     causal: bool | None = bool(operators.argument(node, position, "is_causal", False))
     if not causal and isinstance(mask, fx.Node):
         causal = None
-    return Core(node, q, k, v, operators.shape(q)[-1], causal)
+    return Core(node, q, k, v, operators.shape(q)[-1], causal, prod(operators.shape(q)[1:-2]))
 
 
 def _spelled(flow: Flow, path: frozenset[fx.Node], node: fx.Node) -> Core | None:
@@ -135,8 +140,15 @@ def _spelled(flow: Flow, path: frozenset[fx.Node], node: fx.Node) -> Core | None
         swapped = first.outer[0] == axis  # the first operand has the keys
         q, k = (first.right, first.left) if swapped else (first.left, first.right)
         size = operators.shape(q)[first.inner[1] if swapped else first.inner[0]]
-        return Core(node, q, k, v, size, None if masked else False)
+        return Core(node, q, k, v, size, None if masked else False, _heads(scores, first))
     return None
+
+
+def _heads(scores: fx.Node, first: Product) -> int:
+    """Heads of scores: the product of their dimensions beside queries, keys and, in front, the batch."""
+    sizes = operators.shape(scores)
+    shared = [size for i, size in enumerate(sizes) if i - len(sizes) not in first.outer]
+    return prod(shared[1:])
 
 
 def _scores(flow: Flow, path: frozenset[fx.Node], weights: fx.Node, keys: int) -> tuple[fx.Node, int, bool] | None:
@@ -219,6 +231,24 @@ def _before(node: fx.Node, axis: int) -> int:
     if name == "aten::permute":
         dims = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]  # likewise
         return dims[axis] - rank if -rank <= axis else axis
+    return axis
+
+
+def axis_before(flow: Flow, node: fx.Node, axis: int, entry: fx.Node) -> int | None:
+    """Where a dimension of a node is in a tensor that it is computed from by norms, element-wise work and transpositions.
+
+    Dimensions are counted from the end; None where something else lies in between.
+    """
+    while node is not entry:
+        name = operators.kind(node)
+        swaps = ("aten::mT", "aten::t", "aten::numpy_T", "aten::transpose", "aten::swapaxes", "aten::swapdims", "aten::permute")
+        if not (operators.is_pointwise(node) or name in operators.NORMS | operators.CASTS or name in swaps):
+            return None
+        rank = len(operators.shape(node))
+        sources = [n for n in flow.inputs(node) if flow.depends(n, entry) and len(operators.shape(n)) == rank]
+        if not sources:
+            return None
+        node, axis = sources[0], _before(node, axis)
     return axis
 
 

@@ -149,7 +149,9 @@ def _noise(node: fx.Node, generator: torch.Generator) -> Tensor:
     return torch.randn(operators.shape(node), generator=generator).to(operators.value(node).dtype)
 
 
-def mixes(flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None = None) -> bool:
+def mixes(
+    flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None = None, channels_first: bool = False
+) -> bool:
     """Whether the value at one position depends on other positions, found by changing the input at one of them.
 
     The hidden state is [batch, positions ..., features] or [batch, features, positions ...]; a region mixes positions when
@@ -161,6 +163,7 @@ def mixes(flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None =
         entry: node where the region starts.
         exit: node where it ends; of the same shape.
         beside: a node in front of ``entry`` that keeps its value while ``entry`` changes.
+        channels_first: a hidden state of three dimensions is [batch, features, positions].
 
     Returns:
         True where a change at one position of ``entry`` changes ``exit`` at another.
@@ -169,7 +172,7 @@ def mixes(flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None =
     shape = operators.shape(entry)
     generator = torch.Generator().manual_seed(0)
     before = _noise(entry, generator)
-    candidates = [len(shape) - 1] if len(shape) < 4 else [len(shape) - 1, 1]
+    candidates = [len(shape) - 1, 1] if len(shape) > 3 else [1 if channels_first and len(shape) == 3 else len(shape) - 1]
     given = {} if beside is None else {beside: _noise(beside, generator)}
     (reference,) = _run(flow, [exit], {**given, entry: before}, by_row=True)
     for features in candidates:

@@ -10,6 +10,7 @@ from torch import fx
 
 from surgeon.discovery import operators, probe
 from surgeon.discovery.attention import find_attentions
+from surgeon.discovery.cores import axis_before
 from surgeon.discovery.ffn import find_ffns
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
@@ -20,13 +21,18 @@ from surgeon.structure import Attention, Region, RegionKind
 
 
 class Classifier:
-    """Turns parts of the stream into regions; remembers what it measured, so that equal layers are measured once."""
+    """Turns parts of the stream into regions; remembers what it measured, so that equal layers are measured once.
+
+    Attributes:
+        channels_first: features are the dimension in front of the last one on the stream that is being looked at.
+    """
 
     def __init__(self, flow: Flow, linears: Linears) -> None:
         self.flow = flow
         self.linears = linears
         self._products = {self.linears.core[node] for node in linears.raw}
         self._measured: dict[object, bool | str] = {}
+        self.channels_first = False
 
     def sublayer(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> Region:
         """Classify what lies between two cuts.
@@ -38,6 +44,8 @@ class Classifier:
         """
         attentions, unattended = find_attentions(self.flow, self.linears, path, entry)
         ffns, unfed = find_ffns(self.flow, self.linears, path)
+        outputs = {attention.o.node for attention in attentions if attention.o}
+        ffns = [ffn for ffn in ffns if ffn.up.node not in outputs]  # a gate on the output of an attention
         mixtures, unrouted = find_mixtures(self.flow, self.linears, path, tuple(ffns))
         if mixtures:
             ffns = []
@@ -88,6 +96,27 @@ class Classifier:
             return False
         return all(node in self._products for node in region.nodes if operators.kind(node) in operators.PRODUCTS)
 
+    def reads_channels_first(self, entry: fx.Node, path: frozenset[fx.Node]) -> set[bool]:
+        """Whether the first products in a region sum over the dimension in front of the last one, for each of them.
+
+        Args:
+            entry: where the region starts, [batch, ..., ...] with three dimensions.
+            path: nodes on paths through the region.
+        """
+        if len(operators.shape(entry)) != 3:
+            return set()
+        found: set[bool] = set()
+        for node in path:
+            if node in self._products:
+                axis, source = -1, node.args[1 if operators.kind(node) == "aten::addmm" else 0]
+            elif operators.kind(node) in operators.CONVOLUTIONS:
+                axis, source = -2, node.args[0]
+            else:
+                continue
+            axis_on_stream = axis_before(self.flow, source, axis, entry) if isinstance(source, fx.Node) else None
+            found |= {axis_on_stream == -2} if axis_on_stream in (-1, -2) else set()
+        return found
+
     def starts_without_input(self, region: Region) -> bool:
         """Whether a region's entry is computed from weights alone, such as latents or queries that are learned."""
         return region.entry in self.flow.constant
@@ -105,7 +134,7 @@ class Classifier:
         if not self.flow.depends(inner, entry) or works(self.flow, self.flow.between(entry, inner)):
             return False
         try:
-            return not probe.mixes(self.flow, inner, exit, beside=entry)
+            return not probe.mixes(self.flow, inner, exit, beside=entry, channels_first=self.channels_first)
         except RuntimeError:
             return False
 
@@ -120,10 +149,10 @@ class Classifier:
         ordered = self.flow.ordered(self._without_routing(exit, path))
         if all(self._is_position_wise(node) for node in ordered):
             return False
-        key = tuple((operators.kind(node), operators.shape(node)) for node in ordered)
+        key = (self.channels_first, *((operators.kind(node), operators.shape(node)) for node in ordered))
         if key not in self._measured:
             try:
-                self._measured[key] = probe.mixes(self.flow, entry, exit)
+                self._measured[key] = probe.mixes(self.flow, entry, exit, channels_first=self.channels_first)
             except RuntimeError as error:
                 self._measured[key] = f"whether it mixes positions could not be measured: {str(error).splitlines()[0]}"
         return self._measured[key]

@@ -3,6 +3,8 @@
 1. The terms of a sum are the leaves of its tree of additions; additions in between have no other reader.
 2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled by constants) that every other term is computed
    from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
+   So is a sum of two products k x + t f(x) with k + t = 1, whatever k is computed from (highway and recurrent gates); that
+   the two add up to 1 is measured.
 3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
    positions with weights.  Then it is a skip around a stack, and the inner ones count.
 4. A sum with a term that is the end of another sublayer with weights, with nothing but norms or scales behind it, is no
@@ -17,9 +19,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import fx
 
-from surgeon.discovery import operators
+from surgeon.discovery import operators, probe
 from surgeon.discovery.flow import Flow
 
 Term = tuple[fx.Node, ...]
@@ -136,7 +139,46 @@ def _shared(flow: Flow, node: fx.Node, terms: list[Term]) -> tuple[fx.Node, list
             if all(any(flow.depends(n, entry) for n in other) for other in others):
                 started = entry not in flow.constant or flow.weights.get(entry)
                 return (entry, others) if started and prod(operators.shape(entry)) == elements else None
+    return _blended(flow, elements, terms)
+
+
+def _blended(flow: Flow, elements: int, terms: list[Term]) -> tuple[fx.Node, list[Term]] | None:
+    """``k x + t f`` with ``k + t = 1`` and f computed from x: the tensor x, and the other term."""
+    if len(terms) != 2 or any(len(term) != 1 for term in terms):
+        return None
+    products = [[n for n in flow.inputs(term[0]) if n not in flow.constant] for term in terms]
+    if any(operators.kind(term[0]) != "aten::mul" or len(p) != 2 for term, p in zip(terms, products, strict=True)):
+        return None
+    for own, other, term in ((products[0], products[1], terms[1]), (products[1], products[0], terms[0])):
+        for x, kept in (own, own[::-1]):
+            for f, taken in (other, other[::-1]):
+                if prod(operators.shape(x)) == elements and flow.depends(f, x) and _add_up_to_one(flow, kept, taken):
+                    return x, [term]
     return None
+
+
+def _add_up_to_one(flow: Flow, kept: fx.Node, taken: fx.Node) -> bool:
+    """Whether two tensors are functions of one, element by element, that add up to 1."""
+    root = next((node for node in _unary(flow, kept) if node in _unary(flow, taken)), None)
+    if root is None:
+        return False
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        total = probe.elementwise(flow, kept, {root: x}) + probe.elementwise(flow, taken, {root: x})
+    except RuntimeError:  # a learned vector in between: its size is not the probe's
+        return False
+    return bool(torch.allclose(total, torch.ones_like(x), rtol=0, atol=1e-6))
+
+
+def _unary(flow: Flow, node: fx.Node) -> list[fx.Node]:
+    """The node, and what it is a function of element by element, nearest first."""
+    found = [node]
+    while operators.is_pointwise(found[-1]) or operators.is_reshape(found[-1]):
+        sources = [n for n in flow.inputs(found[-1]) if n not in flow.constant]
+        if len(sources) != 1:
+            break
+        found.append(sources[0])
+    return found
 
 
 def _origins(flow: Flow, term: fx.Node) -> list[fx.Node]:

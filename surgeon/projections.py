@@ -1,0 +1,197 @@
+"""Products with a stored tensor that is no matrix, as linears: weights per head, [heads, width, size] and the like.
+
+Rules, with W the stored tensor, C its dimensions that are summed with x's, K the others (all of them in the result):
+
+1. ``einsum("..c, W -> ..k")``: x with C last and flattened, times W as the matrix [K, C], the result with K apart again and
+   its dimensions in the order of the result:  y[b, k] = sum_c x[b, c] W[k, c], for any number of dimensions in b, c and k.
+2. ``matmul(x, W)`` with W [n, c, k] and x [..., 1, s, c]: every one of n reads the same x, so that n belongs to K.
+3. ``linear`` or ``matmul`` with W through reshapes and permutations only: these become those of the matrix.
+
+Mixtures of experts may be spelled the same way; the rules come after these are raised.
+The matrix is over W's memory where its dimensions are stored in that order, otherwise a copy.  A tensor is rewritten where all
+that reads it gives the same matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from string import ascii_letters
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.graph import Graph
+from surgeon.rewrite import Editor
+
+aten = torch.ops.aten
+_MOVEMENTS = (aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One product with a tensor of three dimensions or more.
+
+    Attributes:
+        node: the product.
+        x: its other operand.
+        weight: the read of the stored tensor.
+        free: dimensions of x that are kept.
+        summed: dimensions of x that are summed over.
+        dropped: dimensions of x of size 1 that the result has another size for.
+        order: the weight's dimensions as [K ..., C ...]; C in the order of ``summed``.
+        kept: how many of them are K.
+        output: where the result's dimensions are among [free ..., K ...].
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    free: tuple[int, ...]
+    summed: tuple[int, ...]
+    dropped: tuple[int, ...]
+    order: tuple[int, ...]
+    kept: int
+    output: tuple[int, ...]
+
+
+def flatten_projections(graph: Graph) -> None:
+    """Replace every such product; edits the graph in place."""
+    editor = Editor(graph)
+    reads: dict[str, list[fx.Node]] = {}
+    for node in graph.module.graph.find_nodes(op="get_attr"):
+        reads.setdefault(str(node.target), []).append(node)
+    changed = False
+    for name, nodes in reads.items():
+        tensor = graph.tensor(name)
+        if tensor.dim() < 3 or not tensor.is_floating_point():
+            continue
+        changed |= _flatten(editor, name, nodes)
+    if changed:
+        editor.finish()
+
+
+def _flatten(editor: Editor, name: str, reads: list[fx.Node]) -> bool:
+    users = list(dict.fromkeys(user for read in reads for user in read.users))
+    if users and all(user.target in _MOVEMENTS for user in users):
+        return _reshaped(editor, name, users)
+    found = [_projection(user, read) for read in reads for user in read.users]
+    projections = [projection for projection in found if projection is not None]
+    if not projections or len(projections) < len(found):
+        return False
+    if len({(projection.order, projection.kept) for projection in projections}) > 1:
+        return False
+    tensor, first = editor.tensor(name), projections[0]
+    moved = tensor.detach().permute(first.order)
+    sizes = [int(size) for size in moved.shape]
+    matrix = moved.reshape(prod(sizes[: first.kept]), prod(sizes[first.kept :]))
+    editor.set_tensor(name, matrix)
+    for projection in projections:
+        _replace(editor, projection, sizes)
+    return True
+
+
+# -- Rule 3 -------------------------------------------------------------------------------------------------------
+
+
+def _reshaped(editor: Editor, name: str, users: list[fx.Node]) -> bool:
+    """A tensor that is only read as one matrix, through movements."""
+    ends: set[fx.Node] = set()
+    for node in users:
+        while len(node.users) == 1 and (user := next(iter(node.users))).target in _MOVEMENTS:
+            node = user
+        ends.add(node)
+    if len(ends) != 1:
+        return False
+    (end,) = ends
+    if end.meta["val"].dim() != 2:
+        return False
+    chain, node = [end], end
+    while node.all_input_nodes and node.all_input_nodes[0].op != "get_attr":
+        node = node.all_input_nodes[0]
+        chain.append(node)
+    if any(len(node.all_input_nodes) != 1 for node in chain):
+        return False
+    matrix: Tensor = editor.tensor(name).detach()
+    for node in reversed(chain):
+        matrix = node.target(matrix, *node.args[1:], **node.kwargs)  # type: ignore[operator]  # a movement
+    editor.set_tensor(name, matrix)
+    with editor.before(end):
+        read = editor.read(name)
+    editor.replace(end, read)
+    return True
+
+
+# -- Rules 1 and 2 ------------------------------------------------------------------------------------------------
+
+
+def _projection(node: fx.Node, weight: fx.Node) -> Projection | None:
+    if node.target == aten.einsum.default and isinstance(node.args[1], list | tuple) and len(node.args[1]) == 2:
+        equation = str(node.args[0]).replace(" ", "")
+        operands = tuple(node.args[1])
+    elif node.target == aten.matmul.default:
+        operands = node.args
+        equation = _matmul(operands[0], operands[1])
+    else:
+        return None
+    inputs, _, output = equation.partition("->")
+    subscripts = inputs.split(",")
+    if "." in equation or not output or sum(operand is weight for operand in operands) != 1:
+        return None
+    place = 0 if operands[0] is weight else 1
+    x, own, other = operands[1 - place], subscripts[place], subscripts[1 - place]
+    if not isinstance(x, fx.Node) or any(len(set(text)) < len(text) for text in (own, other, output)):
+        return None
+    summed = [letter for letter in other if letter in own and letter not in output]
+    free = [letter for letter in other if letter not in own and letter in output]
+    dropped = [letter for letter in other if letter not in own and letter not in output]
+    kept = [letter for letter in output if letter in own]
+    if not summed or not kept or set(kept) & set(other) or set(own) != {*summed, *kept}:
+        return None
+    if any(x.meta["val"].shape[other.index(letter)] != 1 for letter in dropped):
+        return None
+    return Projection(
+        node, x, weight,
+        tuple(other.index(letter) for letter in free),
+        tuple(other.index(letter) for letter in summed),
+        tuple(other.index(letter) for letter in dropped),
+        tuple(own.index(letter) for letter in (*kept, *summed)),
+        len(kept),
+        tuple([*free, *kept].index(letter) for letter in output),
+    )  # fmt: skip
+
+
+def _matmul(x: object, weight: object) -> str:
+    """A matmul as an einsum, "" where it is none: the weight's leading dimensions meet dimensions of x of size 1, or none."""
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return ""
+    sizes, rank = x.meta["val"].shape, weight.meta["val"].dim()
+    if len(sizes) < 2 or rank < 3 or weight.op != "get_attr":
+        return ""
+    letters = iter(ascii_letters)
+    batch, position, inner, outer = ([next(letters) for _ in range(n)] for n in (len(sizes) - 2, 1, 1, 1))
+    leading = [next(letters) for _ in range(rank - 2)]
+    for i in range(1, min(len(batch), len(leading)) + 1):
+        if sizes[-2 - i] != 1:
+            return ""
+    result = batch[: max(0, len(batch) - len(leading))] + leading + position + outer
+    return f"{''.join(batch + position + inner)},{''.join(leading + inner + outer)}->{''.join(result)}"
+
+
+def _replace(editor: Editor, projection: Projection, sizes: list[int]) -> None:
+    """``sizes``: those of the weight as [K ..., C ...]."""
+    node, kept, x = projection.node, sizes[: projection.kept], projection.x
+    inner = prod(sizes[projection.kept :])
+    order = (*projection.dropped, *projection.free, *projection.summed)
+    with editor.before(node):
+        if order != tuple(range(len(order))):
+            x = editor.call(aten.permute.default, x, list(order))
+        lead = editor.sizes(x)[len(projection.dropped) : len(projection.dropped) + len(projection.free)]
+        if projection.dropped or len(projection.summed) > 1:
+            x = editor.call(aten.reshape.default, x, [*lead, inner])
+        y = editor.call(aten.linear.default, x, editor.read(str(projection.weight.target)))
+        if len(kept) > 1:
+            y = editor.call(aten.reshape.default, y, [*lead, *kept])
+        if projection.output != tuple(range(len(projection.output))):
+            y = editor.call(aten.permute.default, y, list(projection.output))
+    editor.replace(node, y)
