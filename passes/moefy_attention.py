@@ -242,7 +242,7 @@ def _projections(graph: Graph, site: Site[Attention]) -> tuple[Linear, Linear]:
     """Query and output projection.
 
     Raises:
-        PlanError: one of them is not known, or is packed, factored or cut unevenly.
+        PlanError: one of them is not known, or is packed, factored, joined with another or cut unevenly.
     """
     query, output = site.part.q, site.part.o
     if query is None or output is None:
@@ -252,6 +252,8 @@ def _projections(graph: Graph, site: Site[Attention]) -> tuple[Linear, Linear]:
         raise PlanError(f"{site.name}: its output projection is quantized already; put moefy_attention before quantize")
     if output.factors:
         raise PlanError(f"{site.name}: its output projection was factored already; put moefy_attention before low_rank")
+    if output.columns is not None:
+        raise PlanError(f"{site.name}: its output projection {output.weight} is one matrix with that of another part beside it")
     if output.in_features % site.part.kv_heads:
         raise PlanError(
             f"{site.name}: its output projection reads {output.in_features} features, "

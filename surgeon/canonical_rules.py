@@ -243,13 +243,14 @@ def kernel_of_one(old: fx.Node) -> fx.Node | None:
     if not isinstance(target, torch._ops.OpOverload) or target._schema.name not in _CONVOLUTIONS:
         return None
     names = [argument.name for argument in target._schema.arguments]
-    given = {**dict(zip(names, old.args, strict=False)), **old.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, old.args, strict=False)), **old.kwargs}
     weight, padding = given["weight"], given.get("padding", 0)
     sizes = [padding] if isinstance(padding, int) else padding
     padded = not isinstance(padding, str) and any(size != 0 for size in sizes)
     if padded or given.get("groups", 1) != 1 or given.get("transposed", False) or weight.op != "get_attr":
         return None
-    return weight if all(size == 1 for size in weight.meta["val"].shape[2:]) else None
+    kernel: fx.Node = weight
+    return kernel if all(size == 1 for size in kernel.meta["val"].shape[2:]) else None
 
 
 def _pointwise_convolution(build: Build, given: dict[str, Any], old: fx.Node) -> Any:

@@ -145,7 +145,8 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
         ffn: the FFN.
 
     Raises:
-        PlanError: its weights are quantized or factored, its activation was not recognised, or its neurons are normalised.
+        PlanError: its weights are quantized or factored, its activation was not recognised, its neurons are normalised,
+            or its down projection is one matrix with that of an attention beside it.
     """
     for part in (ffn.gate, ffn.up, ffn.down):
         if part is None:
@@ -154,6 +155,11 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
             raise PlanError(f"{site}: its weights are quantized already; put {name} before quantize")
         if part.factors:
             raise PlanError(f"{site}: its weights were factored already; put {name} before low_rank")
+    if ffn.down.columns is not None:
+        raise PlanError(
+            f"{site}: its down projection {ffn.down.weight} is one matrix with that of another part (input features "
+            f"{ffn.down.columns[0]} to {ffn.down.columns[1]} are the FFN's), so it cannot be replaced alone"
+        )
     if ffn.activation is None:
         raise PlanError(f"{site}: its activation function was not recognised, so its neurons cannot be told apart")
     if ffn.normed:
@@ -161,9 +167,10 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
 
 
 def rows(graph: Graph, linear: Linear) -> Tensor:
-    """Weight of a linear as [out, in], only the rows that belong to it."""
+    """Weight of a linear as [out, in], only the rows and columns that belong to it."""
     weight = graph.tensor(linear.weight).detach()
-    return _own(weight.T if linear.transposed else weight, linear)
+    matrix = _own(weight.T if linear.transposed else weight, linear)
+    return matrix if linear.columns is None else matrix[:, linear.columns[0] : linear.columns[1]]
 
 
 def bias(graph: Graph, linear: Linear) -> Tensor | None:

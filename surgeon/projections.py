@@ -7,7 +7,8 @@ Rules, with W the stored tensor, C its dimensions that are summed with x's, K th
 2. ``matmul(x, W)`` with W [n, c, k] and x [..., 1, s, c]: every one of n reads the same x, so that n belongs to K.
 3. ``linear`` or ``matmul`` with W through reshapes and permutations only: these become those of the matrix.
 
-Mixtures of experts may be spelled the same way; the rules come after these are raised.
+Mixtures of experts may be spelled the same way: the rules come after these are raised, and leave alone a tensor whose product
+another stack of weights reads entry by entry.
 The matrix is over W's memory where its dimensions are stored in that order, otherwise a copy.  A tensor is rewritten where all
 that reads it gives the same matrix.
 """
@@ -21,6 +22,7 @@ from string import ascii_letters
 import torch
 from torch import Tensor, fx
 
+from surgeon.discovery import operators
 from surgeon.graph import Graph
 from surgeon.rewrite import Editor
 
@@ -77,7 +79,7 @@ def _flatten(editor: Editor, name: str, reads: list[fx.Node]) -> bool:
         return _reshaped(editor, name, users)
     found = [_projection(user, read) for read in reads for user in read.users]
     projections = [projection for projection in found if projection is not None]
-    if not projections or len(projections) < len(found):
+    if not projections or len(projections) < len(found) or any(_enters_a_stack(p.node) for p in projections):
         return False
     if len({(projection.order, projection.kept) for projection in projections}) > 1:
         return False
@@ -159,6 +161,24 @@ def _projection(node: fx.Node, weight: fx.Node) -> Projection | None:
         len(kept),
         tuple([*free, *kept].index(letter) for letter in output),
     )  # fmt: skip
+
+
+def _enters_a_stack(start: fx.Node) -> bool:
+    """Whether a product's result goes, by element-wise work and movement, into a product with a stack of matrices."""
+    seen: set[fx.Node] = set()
+    stack = [start]
+    while stack:
+        for user in stack.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if operators.kind(user) in operators.PRODUCTS:
+                reads = [n for n in user.all_input_nodes if n.op == "get_attr" and n.meta["val"].dim() > 2]
+                if any(_projection(user, read) is None for read in reads):
+                    return True
+            elif operators.is_pointwise(user) or operators.is_movement(user):
+                stack.append(user)
+    return False
 
 
 def _matmul(x: object, weight: object) -> str:

@@ -38,6 +38,8 @@ class Linear:
         index: the output features where they are some but not contiguous (``rows`` is None then), otherwise None.
         factors: the two linears (applied first, applied second) that this projection was factored into, with nothing in
             between; ``input`` and ``in_features`` are then those of the first, everything else that of the second.
+        columns: (start, stop) input features of the weight that this linear means, where its input is several values side
+            by side and the part reads one of them; None for all.  ``in_features`` counts them.
     """
 
     node: fx.Node
@@ -50,6 +52,7 @@ class Linear:
     rows: tuple[int, int] | None = None
     index: tuple[int, ...] | None = None
     factors: tuple[Linear, ...] = ()
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgeon.data import load_data
 from surgeon.discovery import discover
+from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.pipeline import _operate
 from surgeon.progress import Progress
@@ -178,3 +179,54 @@ def test_a_stride_skips_positions() -> None:
     module = Halved().eval()
     graph = trace(module, {"x": X}, dynamic={"x": {0: "batch"}})  # compared with its source while it is traced
     assert all(tensor.dim() <= 2 for tensor in graph.parameters().values())
+
+
+class Joined(nn.Module):
+    """Attention and FFN side by side; one matrix makes both of their inputs, one reads both of their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.start, self.end = nn.Linear(WIDTH, 3 * WIDTH + INNER), nn.Linear(WIDTH + INNER, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, hidden = self.start(self.norm(x)).split([WIDTH, WIDTH, WIDTH, INNER], -1)
+        q, k, v = (t.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.end(torch.cat([attended, F.gelu(hidden)], -1))
+
+
+def test_an_output_projection_that_reads_an_attention_and_an_ffn() -> None:
+    module, graph, structure = found(Joined)
+    for block in structure.blocks:
+        assert block.kind == "parallel"
+        (attention,), (ffn,) = block.regions[0].attention, block.regions[0].ffn
+        assert attention.o is not None
+        assert (attention.o.columns, ffn.down.columns) == ((0, WIDTH), (WIDTH, WIDTH + INNER))
+        assert (attention.heads, ffn.width, ffn.activation) == (HEADS, INNER, "gelu")
+    data = load_data([{"x": X}], graph)
+    with pytest.raises(PlanError, match="is one matrix with that of another part"):
+        _operate(make_pass({"moefy_ffn": {"experts": 4, "top_k": 4}}), graph, structure, data, None, Progress(False))
+    step = make_pass({"low_rank": {"ratio": 1.0, "method": "svd"}})
+    changed, again, _, _ = _operate(step, graph, structure, data, None, Progress(False))
+    with torch.no_grad():
+        assert torch.allclose(next(iter(changed(x=X).values())), module(X), atol=1e-4)
+    assert [block.kind for block in again.blocks] == ["parallel"] * BLOCKS
+
+
+class Adapted(nn.Module):
+    """A weight with an adapter beside it: a sum of two linears is no gate of one by the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, INNER, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x) + 0.5 * self.b(self.a(x))))
+
+
+def test_a_sum_of_two_linears_is_no_gated_ffn() -> None:
+    _, _, structure = found(Adapted)
+    regions = [region for block in structure.blocks for region in block.regions]
+    assert all(not region.ffn and "weighted sum" in (region.reason or "") for region in regions)

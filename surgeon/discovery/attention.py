@@ -46,7 +46,9 @@ def find_attentions(
     found: list[Attention] = []
     for group in groups.values():
         parts = [attention for attention, _ in group]
-        if len(parts) > 1 and len({(core.q, core.k) for _, core in group}) == 1:
+        if len(parts) == 1:
+            found.append(replace(parts[0], o=_own(flow, linears, parts[0])))
+        elif len({(core.q, core.k) for _, core in group}) == 1:
             found.append(replace(parts[0], node=parts[-1].node, v=_union(linears, [part.v for part in parts])))
         elif _are_heads(flow, parts):
             found.append(_joined(linears, parts))
@@ -79,6 +81,13 @@ def _attention(
     keys = heads[1] or (queries if operators.kind(core.node) == "aten::einsum" else min(queries, _leading(core.k)))
     cross = not flow.depends(core.k, entry) and flow.depends(core.q, entry)
     return Attention(core.node, q, k, v, o, queries, min(queries, keys), core.head_dim, core.causal, cross), reasons
+
+
+def _own(flow: Flow, linears: Linears, attention: Attention) -> Linear | None:
+    """The output projection, cut down to the columns of the attention where it reads other work beside it."""
+    sections = [] if attention.o is None else linears.sections(attention.o)
+    own = [part for value, part in sections if flow.depends(value, attention.node)]
+    return own[0] if len(own) == 1 < len(sections) else attention.o
 
 
 def _leading(argument: fx.Node) -> int:

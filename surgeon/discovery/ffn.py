@@ -7,7 +7,8 @@ Which half is the gate is decided by evaluating the element-wise part h = f(a, b
 so with ``b`` as up, f(a, b) = b f(a, 1), and f(a, 1) is the activation.  Where constants were put into it, such as clamps, the
 forms of ``surgeon.gates`` are tried both ways round.  A normalisation may stand in front of ``down``.
 
-Two linears with nothing between them that is not linear (a latent, an adapter) are no FFN.
+Two linears with nothing between them that is not linear (a latent, an adapter) are no FFN.  Nor is one whose neurons further
+linears read, such as several gates.  ``down`` may read its neurons beside the output of an attention, as one matrix.
 """
 
 from __future__ import annotations
@@ -50,12 +51,20 @@ def find_ffns(flow: Flow, linears: Linears, path: frozenset[fx.Node]) -> tuple[l
         down = linears.whole.get(node)
         if down is None:
             continue
-        ffn = _match(flow, linears, path, down)
-        if isinstance(ffn, FFN):
-            found.append(ffn)
-        elif ffn:
-            reasons.append(f"{node.name} is the down projection of no FFN: {ffn}")
-    return found, reasons
+        for part in [down, *(part for _, part in linears.sections(down))]:
+            ffn = _match(flow, linears, path, part)
+            if isinstance(ffn, FFN):
+                found.append(ffn)
+            elif ffn:
+                reasons.append(f"{node.name} is the down projection of no FFN: {ffn}")
+    kept: list[FFN] = []
+    for ffn in found:
+        readers = [other.down.node.name for other in found if other.up.node is ffn.up.node and other.up.rows == ffn.up.rows]
+        if len(readers) == 1:
+            kept.append(ffn)
+        else:
+            reasons.append(f"{ffn.down.node.name} is the down projection of no FFN: {', '.join(readers)} read its neurons")
+    return kept, reasons
 
 
 def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear) -> FFN | str:
@@ -125,7 +134,7 @@ def _halves(flow: Flow, linears: Linears, ups: list[Linear], hidden: fx.Node) ->
     return halves
 
 
-def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) -> FFN:
+def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) -> FFN | str:
     width = down.in_features
     inner = normalised(flow, flow.strip(down.input, _is_gain(flow)))
     normed, hidden = inner is not None, inner or down.input
@@ -133,6 +142,9 @@ def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) ->
         (half,) = halves
         activation = _recognise(lambda x: _evaluate(flow, hidden, {half: x}), recognise, recognise_alone)
         return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed)
+    if _adds(flow, hidden, halves):
+        names = " and ".join(half.linear.node.name for half in halves)
+        return f"it reads a function of a weighted sum of {names}, needed one linear (an adapter beside a weight is another)"
     gate, up = _gate_and_up(flow, hidden, halves)
     activation = _recognise(lambda x: _evaluate(flow, hidden, {gate: x, up: torch.ones_like(x)}), recognise)
     for first, second in ((gate, up), (up, gate)):
@@ -163,6 +175,22 @@ def _gate_and_up(flow: Flow, hidden: fx.Node, halves: list[Half]) -> tuple[Half,
     except RuntimeError:  # a learned vector in between: its size is not the probe's
         return first, second
     return first, second
+
+
+def _adds(flow: Flow, hidden: fx.Node, halves: list[Half]) -> bool:
+    """Whether h = f(a, b) depends on a sum of multiples of a and b only: then its two derivatives are proportional."""
+    first, second = halves
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, generator=generator, dtype=torch.float64)
+    step = 1e-5
+    try:
+        by_a = _evaluate(flow, hidden, {first: a + step, second: b}) - _evaluate(flow, hidden, {first: a - step, second: b})
+        by_b = _evaluate(flow, hidden, {first: a, second: b + step}) - _evaluate(flow, hidden, {first: a, second: b - step})
+    except RuntimeError:  # a learned vector in between: its size is not the probe's
+        return False
+    ratio = (by_a * by_b).sum() / by_b.square().sum()
+    slack = 1e-3 * float(by_a.abs().mean())
+    return bool(ratio.isfinite()) and slack > 0 and torch.allclose(by_a, ratio * by_b, rtol=1e-3, atol=slack)
 
 
 def _close(x: Tensor, y: Tensor) -> bool:

@@ -176,6 +176,26 @@ class Linears:
             found[target] = _numbers(values[target])
         return found
 
+    def sections(self, linear: Linear) -> list[tuple[fx.Node, Linear]]:
+        """The values that stand side by side in a linear's input, and the part of the linear that each is read by."""
+        joined = linear.input
+        while operators.is_reshape(joined) and _keeps_last(self.flow.inputs(joined)[0], joined):
+            joined = self.flow.inputs(joined)[0]
+        values = joined.args[0] if operators.kind(joined) == operators.CONCATENATE else None
+        rank = len(operators.shape(joined))
+        if not isinstance(values, list | tuple) or int(operators.argument(joined, 1, "dim", 0)) % rank != rank - 1:
+            return []
+        if linear.factors or linear.columns is not None:
+            return []
+        found: list[tuple[fx.Node, Linear]] = []
+        start = 0
+        for value in values:
+            assert isinstance(value, fx.Node)
+            stop = start + operators.shape(value)[-1]
+            found.append((value, replace(linear, input=value, in_features=stop - start, columns=(start, stop))))
+            start = stop
+        return found
+
     def part(self, linear: Linear, target: fx.Node) -> Linear:
         """The linear cut down to the output features that reach ``target``."""
         numbers = sorted({number for held in self.features(linear, target).values() for number in held})
