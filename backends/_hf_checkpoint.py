@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     for name, shape in skeleton.shapes.items():
         if name in contents.held and len(shape) > 2 and set(shape[2:]) == {1}:
             contents.held[name] = _as_kernel(contents.held[name], len(shape))
+        elif name not in contents.held and f"{name}_0" in contents.extra:
+            _join(graph, contents, name, shape)
     whole = reshaped(graph, structure, skeleton, contents, architecture)
     if isinstance(whole, list):
         return whole
@@ -96,6 +99,15 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
         return [Refusal(name, reason) for name in lost]
     fill = _unread(fitted, contents.held)
     return fill if isinstance(fill, list) else Checkpoint(fitted, contents, fill)
+
+
+def _join(graph: Graph, contents: Contents, name: str, shape: tuple[int, ...]) -> None:
+    """The parts of a tensor that the source has as one (surgeon.projections), side by side again, where they fit."""
+    names = [part for part in (f"{name}_{i}" for i in range(len(contents.extra))) if part in contents.extra]
+    tensors = [graph.tensor(part).detach() for part in names]
+    if sum(tensor.numel() for tensor in tensors) == prod(shape):
+        contents.extra.difference_update(names)
+        contents.held[name] = Held(shape, lambda: torch.cat([t.reshape(-1, *shape[1:]) for t in tensors]))
 
 
 def _as_kernel(held: Held, rank: int) -> Held:

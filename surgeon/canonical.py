@@ -21,11 +21,13 @@ Rules, with x the input and y the output of a node:
 13. op_(x), a write into a tensor of which no view is read afterwards: op(x), which x is from there on.
 14. a convolution with a kernel of one position: a linear over the channels, between permutations.  Its weight, where nothing
     else reads it, becomes the matrix [out, in] over the same memory.
+15. a split of a concatenation where its pieces meet: the pieces.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,6 +155,11 @@ class _Builder:
                 "nested graph), and the canonical graph is flat; make that part of the model free of control flow"
             )
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
+        if target is operator.getitem and isinstance(args[0], tuple):
+            pieces, place = args
+            assert isinstance(place, int)
+            self.became[node] = pieces[place]  # Rule 15
+            return
         if isinstance(target, torch._ops.OpOverload):
             if target._schema.is_mutable:
                 if self._write(node, target, args, kwargs):

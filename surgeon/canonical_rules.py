@@ -144,15 +144,34 @@ def _narrow(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
 
 def _chunk(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     x, dim = given["self"], given["dim"]
+    pieces = _pieces(x, dim, [value.shape[dim] for value in old.meta["val"]])
+    if pieces is not None:
+        return pieces
     size = build.sizes_of(old.meta["val"][0])[dim]
     return build.emit(aten.split.Tensor, (x, size, dim) if dim else (x, size), {})  # Rule 12
 
 
 def _split(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     sizes, dim = given["split_size"], given["dim"]
+    pieces = _pieces(given["self"], dim, [value.shape[dim] for value in old.meta["val"]])
+    if pieces is not None:
+        return pieces
     if not isinstance(sizes, list | tuple):
         return None
     return build.emit(aten.split_with_sizes.default, (given["self"], sizes, dim) if dim else (given["self"], sizes), {})
+
+
+def _pieces(x: fx.Node, dim: int, sizes: list[Any]) -> tuple[fx.Node, ...] | None:
+    """The pieces of a concatenation that is split where they meet (Rule 15)."""
+    if x.target != aten.cat.default or not isinstance(x.args[0], list | tuple):
+        return None
+    rank = x.meta["val"].dim()
+    joined = x.args[1] if len(x.args) > 1 else 0
+    pieces = tuple(piece for piece in x.args[0] if isinstance(piece, fx.Node))
+    assert isinstance(joined, int)
+    if joined % rank != dim % rank:
+        return None
+    return pieces if [piece.meta["val"].shape[dim] for piece in pieces] == sizes else None
 
 
 def _swap(build: Build, given: dict[str, Any], old: fx.Node) -> Any:

@@ -6,6 +6,9 @@ Rules, with W the stored tensor, C its dimensions that are summed with x's, K th
    its dimensions in the order of the result:  y[b, k] = sum_c x[b, c] W[k, c], for any number of dimensions in b, c and k.
 2. ``matmul(x, W)`` with W [n, c, k] and x [..., 1, s, c]: every one of n reads the same x, so that n belongs to K.
 3. ``linear`` or ``matmul`` with W through reshapes and permutations only: these become those of the matrix.
+4. ``linear``, ``matmul`` ... with entries or rows W[i:j] of a tensor, all of which are read so, once each: tensors of their
+   own, over the same memory (one projection for query and another for key and value out of one packed weight; layers whose
+   weights are one stack).
 
 Mixtures of experts may be spelled the same way: the rules come after these are raised, and leave alone a tensor whose product
 another stack of weights reads entry by entry.
@@ -15,6 +18,7 @@ that reads it gives the same matrix.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from string import ascii_letters
@@ -27,6 +31,8 @@ from surgeon.graph import Graph
 from surgeon.rewrite import Editor
 
 aten = torch.ops.aten
+_CUTS = (aten.slice.Tensor, aten.select.int)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 _MOVEMENTS = (aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default)
 
 
@@ -57,13 +63,23 @@ class Projection:
     output: tuple[int, ...]
 
 
-def flatten_projections(graph: Graph) -> None:
-    """Replace every such product; edits the graph in place."""
+def flatten_projections(graph: Graph, left: Collection[str] = ()) -> None:
+    """Replace every such product; edits the graph in place.
+
+    Args:
+        graph: a canonical graph.
+        left: names of tensors that look like those of experts; stacks among them are not taken apart.
+    """
     editor = Editor(graph)
+    changed = False
+    for name in dict.fromkeys(str(node.target) for node in graph.module.graph.find_nodes(op="get_attr")):
+        if name not in left or graph.tensor(name).dim() < 3:
+            changed |= _take_apart(editor, name)
+    if changed:
+        editor.settle()
     reads: dict[str, list[fx.Node]] = {}
     for node in graph.module.graph.find_nodes(op="get_attr"):
         reads.setdefault(str(node.target), []).append(node)
-    changed = False
     for name, nodes in reads.items():
         tensor = graph.tensor(name)
         if tensor.dim() < 3 or not tensor.is_floating_point():
@@ -91,6 +107,55 @@ def _flatten(editor: Editor, name: str, reads: list[fx.Node]) -> bool:
     for projection in projections:
         _replace(editor, projection, sizes)
     return True
+
+
+# -- Rule 4 -------------------------------------------------------------------------------------------------------
+
+
+def _take_apart(editor: Editor, name: str) -> bool:
+    """Entries of a tensor, each of them an operand of a product or the bias of one, as tensors of their own."""
+    tensor = editor.tensor(name)
+    reads = [node for node in editor.graph.module.graph.find_nodes(op="get_attr") if node.target == name]
+    users = [user for read in reads for user in read.users]
+    if not users or not tensor.is_floating_point() or not 0 < tensor.dim() < 4:
+        return False
+    splits = [user for user in users if user.target in _SPLITS]
+    ends = [user for user in users if user not in splits] + [end for split in splits for end in split.users]
+    if any(user.target not in _CUTS for user in users if user not in splits) or len(ends) < 2:
+        return False
+    rows = torch.arange(tensor.shape[0])
+    parts: dict[fx.Node, Tensor] = {}
+    for end in ends:
+        source = end.args[0]
+        assert isinstance(source, fx.Node)
+        cut = source if source in splits else end
+        if cut.args[1:2] and cut.target in (aten.slice.Tensor, aten.select.int, aten.unbind.int) and cut.args[1] != 0:
+            return False
+        if cut.target in (aten.split.Tensor, aten.split_with_sizes.default) and cut.args[2:] not in ((), (0,)):
+            return False
+        if cut.kwargs or any(isinstance(argument, fx.Node) for argument in cut.args[1:]) or not _multiplied(end):
+            return False
+        held = [cut.target(t, *cut.args[1:]) for t in (rows, tensor.detach())]  # type: ignore[operator]  # an operator
+        if cut is source:
+            held = [t[end.args[1]] for t in held]
+        rows_read, parts[end] = held
+        end.meta["rows"] = rows_read.reshape(-1)
+    if torch.cat([end.meta.pop("rows") for end in parts]).sort().values.tolist() != rows.tolist():
+        return False
+    for number, (end, part) in enumerate(parts.items()):
+        if isinstance(tensor, torch.nn.Parameter):
+            part = torch.nn.Parameter(part, tensor.requires_grad)
+        with editor.before(end):
+            editor.replace(end, editor.add_tensor(f"{name}_{number}", part))
+    return True
+
+
+def _multiplied(node: fx.Node) -> bool:
+    """Whether every reader of a part of a tensor is a product that takes it for a weight or a bias."""
+    users = list(node.users)
+    while len(users) == 1 and users[0].target in (aten.t.default, aten.transpose.int, aten.permute.default):
+        users = list(users[0].users)
+    return bool(users) and all(operators.kind(user) in operators.PRODUCTS for user in users)
 
 
 # -- Rule 3 -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -108,7 +109,7 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         _refuse_missing(graph, loaded)
         graph, left = raise_mixtures(graph, adopt=loaded.source.path is not None)
         graph = graph.with_source(left=left)
-        flatten_projections(graph)
+        flatten_projections(graph, left)
         spelled = raise_attention(graph)
         loaded.notes += tuple(f"{name}: attention over a cache stays as it is: {why}" for name, why in spelled.items())
         if fake:  # no numbers to compare
@@ -482,4 +483,9 @@ def relative_error(found: Tensor, reference: Tensor) -> float:
 
 
 def _first_lines(error: Exception, lines: int = 4) -> str:
-    return "\n".join(str(error).strip().splitlines()[:lines])
+    text = "\n".join(str(error).strip().splitlines()[:lines])
+    if text:
+        return text
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return f"{type(error).__name__}{place}"

@@ -230,3 +230,73 @@ def test_a_sum_of_two_linears_is_no_gated_ffn() -> None:
     _, _, structure = found(Adapted)
     regions = [region for block in structure.blocks for region in block.regions]
     assert all(not region.ffn and "weighted sum" in (region.reason or "") for region in regions)
+
+
+class Packed(nn.Module):
+    """One tensor for all four projections, rows of it for each; their biases are split from a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4 * WIDTH, WIDTH) * 0.1)
+        self.biases = nn.ParameterList([torch.randn(WIDTH) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        *first, out = self.weight.chunk(4)
+        biases = torch.cat(list(self.biases)).chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+            for w, b in zip(first, biases, strict=True)
+        )
+        return x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), out)
+
+
+def test_rows_of_a_packed_weight_are_weights_of_their_own() -> None:
+    module, graph, structure = found(Packed)
+    for block in structure.blocks:
+        (attention,) = block.regions[0].attention
+        assert None not in (attention.q, attention.k, attention.v, attention.o)
+    assert not structure.unrecognised
+    sizes = [sum(p.numel() for p in parameters) for parameters in (graph.parameters().values(), module.parameters())]
+    assert sizes[0] == sizes[1]
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in graph.parameters().values()} == own
+
+
+def test_cross_attention_of_torch_s_own_decoder() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerDecoderLayer(WIDTH, HEADS, INNER, batch_first=True, norm_first=True)
+            self.stack = nn.TransformerDecoder(layer, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return self.stack(x, memory)
+
+    inputs = {"x": X, "memory": torch.randn(2, 5, WIDTH)}
+    structure = discover(trace(Decoder().eval(), inputs, dynamic=dict.fromkeys(inputs)))
+    assert [block.kind for block in structure.blocks] == ["attention+attention+ffn"] * 2
+    for block in structure.blocks:
+        for region in block.regions[:2]:
+            (attention,) = region.attention
+            assert None not in (attention.q, attention.k, attention.v, attention.o)
+            assert (attention.heads, attention.head_dim) == (HEADS, SIZE)
+
+
+class Piecewise(nn.Module):
+    """An activation that is told apart by a comparison, with learned slopes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.slope = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return x + self.down(torch.where(hidden > 0, hidden * hidden, self.slope * torch.expm1(hidden)))
+
+
+def test_an_activation_with_a_comparison_in_it() -> None:
+    _, _, structure = found(Piecewise)
+    for block in structure.blocks:
+        (ffn,) = block.regions[0].ffn
+        assert (block.kind, ffn.width, ffn.activation) == ("ffn", INNER, None)

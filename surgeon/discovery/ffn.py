@@ -81,7 +81,7 @@ def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear)
             if linears.whole[node] not in ups:
                 ups.append(linears.whole[node])
             continue
-        if node not in path:
+        if node not in path and node in flow:
             return ""  # it reads the stream itself: no FFN ends here
         name = operators.kind(node)
         inner = normalised(flow, node)

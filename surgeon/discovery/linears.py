@@ -185,7 +185,7 @@ class Linears:
         rank = len(operators.shape(joined))
         if not isinstance(values, list | tuple) or int(operators.argument(joined, 1, "dim", 0)) % rank != rank - 1:
             return []
-        if linear.factors or linear.columns is not None:
+        if linear.columns is not None:
             return []
         found: list[tuple[fx.Node, Linear]] = []
         start = 0
