@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]  # ships no stubs
 import torch
@@ -156,9 +156,7 @@ class _Builder:
             )
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
         if target is operator.getitem and isinstance(args[0], tuple):
-            pieces, place = args
-            assert isinstance(place, int)
-            self.became[node] = pieces[place]  # Rule 15
+            self.became[node] = cast("tuple[fx.Node, ...]", args[0])[cast("int", args[1])]  # Rule 15
             return
         if isinstance(target, torch._ops.OpOverload):
             if target._schema.is_mutable:
