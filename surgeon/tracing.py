@@ -39,6 +39,7 @@ from surgeon.source import (
     resized,
     size_of,
 )
+from surgeon.symbolic_sizes import symbolic_sizes
 from surgeon.unrolling import unrolled
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -291,6 +292,7 @@ def _exportable(module: nn.Module) -> Iterator[None]:
             stack.enter_context(_sdpa(module))
         stack.enter_context(use_semantic_experts(module))
         stack.enter_context(_settled())
+        stack.enter_context(symbolic_sizes())
         yield
 
 
@@ -447,8 +449,14 @@ def _call(loaded: LoadedSource, inputs: Mapping[str, Tensor], what: str) -> dict
 
 def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, Tensor], where: str) -> None:
     """Refuse a graph that does not compute what the source computes."""
-    with torch.no_grad():
-        found = graph(**inputs)
+    try:
+        with torch.no_grad():
+            found = graph(**inputs)
+    except (RuntimeError, IndexError) as error:  # an operator does not accept what the example's took
+        raise TraceError(
+            f"the traced graph fails at {where}: {_first_lines(error)}. A size or a value of the example became a "
+            "constant of the graph; fix the dimensions (dynamic={input: None}) or trace another part of the model"
+        ) from error
     types = [t.dtype for t in graph.parameters().values() if t.is_floating_point()]
     types += [t.dtype for t in expected.values() if t.is_floating_point()]
     tolerance = max((_TOLERANCE.get(dtype, 5e-2) for dtype in types), default=1e-5)

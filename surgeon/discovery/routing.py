@@ -312,14 +312,19 @@ def _selecting(routing: Routing, runs: _Runs) -> Routing:
 def _capacity(flow: Flow, logits: fx.Node, weight: fx.Node) -> int | None:
     """How many tokens an expert takes: what a running count of its tokens is compared with."""
     way = paths(flow, logits, [weight])
-    counted = {node for node in way if operators.kind(node) == "aten::cumsum" and not operators.is_float(node)}
+    counted = {node: 0.0 for node in way if operators.kind(node) == "aten::cumsum"}
     for node in way:
-        if any(source in counted for source in node.all_input_nodes):
-            limit = node.args[1] if len(node.args) > 1 else None
-            if isinstance(limit, fx.Node):
-                limit = limit.meta["val"] if not isinstance(limit.meta.get("val"), Tensor) else None
-            if operators.kind(node) in ("aten::le", "aten::lt") and limit is not None:
-                return operators.hint(limit) - (operators.kind(node) == "aten::lt")
-            if operators.kind(node) != "aten::le":
-                counted.add(node)
+        shifts = [counted[source] for source in node.all_input_nodes if source in counted]
+        if not shifts:
+            continue
+        name = operators.kind(node)
+        number = node.args[1] if len(node.args) > 1 else None
+        if isinstance(number, fx.Node):
+            number = number.meta["val"] if not isinstance(number.meta.get("val"), Tensor) else None
+        limit = None if number is None else float(operators.hint(number) if not isinstance(number, float) else number)
+        if name in ("aten::le", "aten::lt") and limit is not None and limit.is_integer():  # others are sums of shares
+            return int(limit - shifts[0]) - (name == "aten::lt")
+        if name not in ("aten::le", "aten::lt"):
+            moved = {"aten::sub": -1.0, operators.ADD: 1.0}.get(name, 0.0)
+            counted[node] = shifts[0] + (moved * limit if limit is not None else 0.0)
     return None

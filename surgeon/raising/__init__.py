@@ -104,7 +104,10 @@ def _search(
     if reader is None:
         return ""
     reason = ""
+    best: Mixture | None = None
     for x in cuts.inputs(flow, reader[1]):
+        if best is not None and not cuts.is_dispatched(flow, best.x):
+            break
         trials, unfit = _trials(flow, follower, read, x, names, experts)
         reason = reason or unfit
         for trial in reversed(trials):  # as much as possible, so last exits first
@@ -112,9 +115,19 @@ def _search(
             if key not in proofs:
                 proofs[key] = trial.solve()
             known = proofs[key]
+            if isinstance(known, Mixture) and known.beyond == "something":
+                count = known.roles.second.stack.shape[0]
+                if not cuts.is_bounded(trial.routing.source, count):
+                    known = f"{trial.routing.source.name} may be {count} or more, which selects something too"
+            if isinstance(known, Mixture) and trial.routing.kind == "slots" and not trial.holds_one_each():
+                known = f"{trial.routing.source.name} holds several tokens in one place, or not those that are dispatched"
             if isinstance(known, Mixture):
-                return transfer(known, trial)
+                if best is None or flow.index[trial.region.exit] > flow.index[best.region.exit]:
+                    best = transfer(known, trial)
+                break
             reason = reason or known
+    if best is not None:
+        return best
     return reason or "no input and no routing were found that its experts follow from alone"
 
 

@@ -8,6 +8,7 @@ question of reachability, and whether it is the operator's function of them is d
     mask and weight    one-hot rows [T, k, E], some of them blanked (dropped tokens), and weights [T, k]
     choice and weight  tokens that each expert chose [E, c] and their weights [E, c]
     dense              a weight for every expert [T, E]
+    slots              weights [T, E, C] of the one token in each of an expert's C places, with or without the same as ones
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ _DISPATCH = operators.LOOKUPS | operators.REPETITIONS | operators.RESHAPES | ope
 }
 """What may stand between the experts' input and an expert."""
 
+_SELECTIONS = frozenset({operators.TOPK, *(f"aten::{name}" for name in "max min argmax argmin sort argsort".split())})
+"""Operators whose integers are positions along a dimension of what they read."""
+
 
 @dataclass(frozen=True)
 class Routing:
     """What the router hands over.
 
     Attributes:
-        kind: ``index``, ``mask``, ``choice`` or ``dense``.
-        source: experts, mask, tokens, or dense weights.
-        weight: node of the weights, or None.
+        kind: ``index``, ``mask``, ``choice``, ``dense`` or ``slots``.
+        source: experts, mask, tokens, dense weights, or weights of places.
+        weight: node of the weights (of ``slots``: of the ones), or None.
         k: experts per token; E where every expert has a weight.
     """
 
@@ -111,12 +115,25 @@ def inputs(flow: Flow, operand: fx.Node) -> list[fx.Node]:
         if is_sized(node) and node not in flow.constant and len(operators.shape(node)) > 1:
             if str(operators.shape(node)[-1]) in wide or operators.kind(operand) not in _DISPATCH:
                 found.append(node)
-        if operators.kind(node) in _DISPATCH:
+        if operators.kind(node) in _DISPATCH or _is_dispatch(flow, node):
             for source in flow.inputs(node):
                 if source not in seen and source not in flow.constant:
                     seen.add(source)
                     stack.append(source)
     return sorted(found, key=lambda node: -flow.index[node])
+
+
+def _is_dispatch(flow: Flow, node: fx.Node) -> bool:
+    """Whether rows may be taken by a product with ones and zeros: a product of activations."""
+    factors = flow.inputs(node)
+    return operators.kind(node) in operators.PRODUCTS and len(factors) > 1 and not any(n in flow.constant for n in factors)
+
+
+def is_dispatched(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node's rows may have been taken from another one's."""
+    while operators.is_reshape(node) and flow.inputs(node):
+        node = flow.inputs(node)[0]
+    return operators.kind(node) in operators.LOOKUPS | {"aten::gather"} or _is_dispatch(flow, node)
 
 
 def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[int]) -> Iterator[Routing]:
@@ -159,10 +176,31 @@ def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[in
             yield Routing("mask", node, weight, k)
     for node, weight in _choices(behind, experts):
         yield Routing("choice", node, weight, operators.shape(node)[0])
+    yield from _slots(behind, tokens, experts)
     for node in reversed(dense):
         yield Routing("dense", node, None, operators.shape(node)[-1])
     for node, k in index:
         yield Routing("index", node, None, k)
+
+
+def _slots(behind: list[fx.Node], tokens: int, experts: set[int]) -> Iterator[Routing]:
+    """Weights [..., S, E, C] of places, alone and together with a tensor of the same shape."""
+    shaped = [node for node in behind if len(operators.shape(node)) > 2 and operators.shape(node)[-2] in experts]
+    shaped = [node for node in shaped if _numel(operators.shape(node)[:-2]) == tokens and operators.shape(node)[-1] > 1]
+    for node in reversed(shaped):
+        if operators.is_float(node):
+            count = operators.shape(node)[-2]
+            yield Routing("slots", node, None, count)
+            for other in reversed(shaped):
+                if other is not node and operators.shape(other) == operators.shape(node):
+                    yield Routing("slots", node, other, count)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
 
 
 def _choices(behind: list[fx.Node], experts: set[int]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -224,6 +262,35 @@ def _after(flow: Flow, sources: tuple[fx.Node, ...], last: fx.Node) -> set[fx.No
     return found
 
 
+def _places(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Ones and zeros [..., S, E, C]: in most of an expert's places one token, and no token twice at one expert."""
+    *groups, rows, experts, size = shape
+    found = torch.zeros(_numel(tuple(groups)), rows, experts, size, dtype=torch.float64)
+    for group in found:
+        for expert in range(experts):
+            tokens = torch.randperm(rows, generator=generator)[:size]
+            held = torch.rand(len(tokens), generator=generator) < 0.8
+            group[tokens[held], expert, torch.arange(len(tokens))[held]] = 1.0
+    return found.reshape(shape)
+
+
+def is_bounded(node: fx.Node, experts: int) -> bool:
+    """Whether the graph shows that a node's integers are below a number of experts."""
+    while operators.is_movement(node):
+        sources = [source for source in node.all_input_nodes if not is_size(source)]
+        if not sources:
+            return False
+        node = sources[0]
+    name = operators.kind(node)
+    if name == "aten::remainder":
+        return isinstance(node.args[1], int) and 0 < node.args[1] <= experts
+    source = node.args[0] if name in _SELECTIONS else None
+    dim = operators.argument(node, 2 if name == operators.TOPK else 1, "dim", -1) if name in _SELECTIONS else None
+    if not isinstance(source, fx.Node) or not isinstance(dim, int) or not operators.shape(source):
+        return False
+    return operators.shape(source)[dim] <= experts
+
+
 def _is_blank(node: fx.Node) -> bool:
     return operators.kind(node) in ("aten::full", "aten::zeros", "aten::empty")
 
@@ -255,6 +322,13 @@ def sample(
         index = torch.arange(experts).expand(tokens, experts)
         assert routing.weight is not None
         return {**values, routing.weight: share.to(operators.value(routing.weight).dtype)}, index, weight
+    if routing.kind == "slots":
+        places = _places(shape, generator)
+        share = places * weights(*shape)
+        values[source] = share.to(dtype)
+        if routing.weight is not None:
+            values[routing.weight] = places.to(operators.value(routing.weight).dtype)
+        return values, torch.arange(experts).expand(tokens, experts), share.sum(-1).reshape(tokens, experts)
     if routing.kind == "dense":
         index = torch.arange(experts).expand(tokens, experts)
         values[source] = weight.to(dtype).reshape(shape)

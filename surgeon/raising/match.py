@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from surgeon.activations import ACTIVATIONS
 from surgeon.discovery import operators
-from surgeon.gates import Gate, recognise_alone, recognise_gate
+from surgeon.errors import RewriteError
+from surgeon.gates import Gate, gate, recognise_alone, recognise_gate
 from surgeon.ops import moe
 from surgeon.raising.cuts import Routing, sample
 from surgeon.raising.region import Region, is_size
@@ -37,6 +38,7 @@ class Mixture:
         roles: its weights.
         activation: name of the gate.
         scaled: the weights multiply the experts' inputs instead of their outputs.
+        beyond: what a number beyond the experts does: ``error``, or it selects ``nothing``, or ``something``.
     """
 
     region: Region
@@ -46,6 +48,7 @@ class Mixture:
     roles: Roles
     activation: str
     scaled: bool
+    beyond: str = "error"
 
 
 @dataclass
@@ -108,7 +111,7 @@ class Trial:
 
     def vanishes(self, experts: int) -> bool:
         """A cheap test in front: without weights the sum is nothing, with weights it is something."""
-        node = self.routing.source if self.routing.kind == "dense" else self.routing.weight
+        node = self.routing.source if self.routing.kind in ("dense", "slots") else self.routing.weight
         if node is None:
             return True
         generator = torch.Generator().manual_seed(1)
@@ -118,7 +121,7 @@ class Trial:
         try:
             some = self.run(x, values, tensors)
             none = self.run(x, {**values, node: torch.zeros_like(values[node])}, tensors)
-        except (RuntimeError, IndexError):  # an index of the wrong kind
+        except (RuntimeError, IndexError, RewriteError):  # an index of the wrong kind
             return False
         return float(none.abs().max()) <= 1e-6 * float(some.abs().max()) and float(some.abs().max()) > 0
 
@@ -134,15 +137,38 @@ class Trial:
             return self.misfit()
         if not self.vanishes(candidates[0].second.stack.shape[0]):
             return "it is no sum over experts with the router's weights as factors"
-        node = self.routing.source if self.routing.kind == "dense" else self.routing.weight
         for roles in candidates:
             for scaled in (False, True):
-                if scaled and (node is None or self.routing.kind == "choice"):
+                if scaled and self.routing.kind != "dense" and (self.routing.kind != "index" or self.routing.weight is None):
                     continue
                 name = self._activation(roles, scaled)
-                if name is not None:
-                    return Mixture(self.region, self.x, self.routing, self.bases, roles, name, scaled)
+                if name is None:
+                    continue
+                beyond = self._beyond(roles, scaled, name)
+                return Mixture(self.region, self.x, self.routing, self.bases, roles, name, scaled, beyond)
         return "on random inputs it equals no sum of experts with a known activation"
+
+    def _beyond(self, roles: Roles, scaled: bool, name: str) -> str:
+        """What numbers beyond the experts do, see :class:`Mixture`."""
+        if self.routing.kind != "index":
+            return "error"
+        generator = torch.Generator().manual_seed(5)
+        tensors = self.random(generator)
+        weights = tuple(None if t is None else t.double() for t in roles.load(tensors))
+        experts = roles.second.stack.shape[0]
+        values, index, weight = sample(self.routing, self.tokens, experts, generator)
+        stray = torch.rand(index.shape, generator=generator) < 0.5
+        beyond = torch.where(stray, index + experts * (1 + index % 2), index)  # E to 3 E - 1
+        source = self.routing.source
+        values[source] = beyond.to(operators.value(source).dtype).reshape(operators.shape(source))
+        x = torch.randn(self.tokens, self.width, generator=generator, dtype=torch.float64)
+        x = x.to(operators.value(self.x).dtype).double()
+        try:
+            found = self.run(x, values, tensors)
+        except (RuntimeError, IndexError, RewriteError):
+            return "error"
+        expected = _mixture(x, index, weight.masked_fill(stray, 0.0), weights, name, scaled)
+        return "nothing" if _equal(expected, found, self.dtype) else "something"
 
     def _activation(self, roles: Roles, scaled: bool) -> str | None:
         generator = torch.Generator().manual_seed(2)
@@ -156,8 +182,9 @@ class Trial:
         x = x.to(operators.value(self.x).dtype).double()
         try:
             expected = self.run(x, values, tensors)
-        except (RuntimeError, IndexError):  # an index of the wrong kind
+        except (RuntimeError, IndexError, RewriteError):  # an index of the wrong kind
             return None
+        second = _few(x[:4], index[:4], weight[:4], (w_in, w_out, b_in, b_out), scaled)
         for name in [*ACTIVATIONS, None]:
             if name is None:
                 found = self._constants(roles, scaled)
@@ -165,8 +192,7 @@ class Trial:
                     return None
                 name = found.name
             weights = (w_in, w_out, b_in, b_out)
-            few = _mixture(x[:4], index[:4], weight[:4], weights, name, scaled)
-            if not _equal(few, expected[:4], self.dtype):
+            if not _equal(second(name), expected[:4], self.dtype):
                 continue
             if not _equal(_mixture(x, index, weight, weights, name, scaled), expected, self.dtype):
                 continue
@@ -201,9 +227,32 @@ class Trial:
                     counted.add(node)
         return None
 
+    def holds_one_each(self) -> bool:
+        """Whether places hold one token at most, those whose weights are not zero, shown on random and on equal inputs."""
+        flow, source, ones = self.region.flow, self.routing.source, self.routing.weight
+        regions = [Region(flow, node, (self.x,)) for node in self.routing.nodes]
+        if not all(region.complete for region in regions):
+            return False
+        generator = torch.Generator().manual_seed(6)
+        for crowded in (False, True):
+            x = torch.randn(operators.shape(self.x), generator=generator).to(operators.value(self.x).dtype)
+            x = x.flatten(0, -2)[:1].expand(self.tokens, -1).reshape(x.shape) if crowded else x
+            tensors = self.random(generator) | {
+                name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+                for region in regions
+                for name, tensor in ((name, flow.graph.tensor(name)) for name in region.names)
+            }
+            values = [region.run({self.x: x}, tensors) for region in regions]
+            held = values[0].reshape(operators.shape(source)).ne(0)
+            if not bool((held.sum(-3) <= 1).all()) or not bool((held.sum(-1) <= 1).all()):
+                return False
+            if ones is not None and not torch.equal(values[1].reshape(held.shape).double(), held.double()):
+                return False
+        return True
+
     def _fits(self, experts: int) -> bool:
         """Whether the router can be one for so many experts."""
-        if self.routing.kind in ("dense", "choice"):
+        if self.routing.kind in ("dense", "choice", "slots"):
             return self.routing.k == experts
         if self.routing.kind == "mask":
             return operators.shape(self.routing.source)[-1] == experts
@@ -245,7 +294,7 @@ class Trial:
 
         try:
             return recognise_gate(function) if roles.gated else recognise_alone(lambda g: function(g, g))
-        except (RuntimeError, IndexError):
+        except (RuntimeError, IndexError, RewriteError):
             return None
 
 
@@ -277,6 +326,29 @@ def _mixture(x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Tensor | N
     rows = (x[:, None] * weight[..., None]).flatten(0, 1)
     each: Tensor = moe(rows, index.reshape(-1, 1), torch.ones(rows.shape[0], 1, dtype=x.dtype), w_in, w_out, b_in, b_out, name)
     return each.reshape(*index.shape, -1).sum(1)
+
+
+def _few(
+    x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Tensor | None, ...], scaled: bool
+) -> Callable[[str], Tensor]:
+    """As :func:`_mixture` for few tokens, as a function of the activation: what comes before it is computed once."""
+    w_in, w_out, b_in, b_out = weights
+    assert w_in is not None
+    assert w_out is not None
+    rows = x[:, None] * weight[..., None] if scaled else x[:, None].expand(*index.shape, -1)
+    pre = (w_in[index] @ rows[..., None]).squeeze(-1)  # [T, k, O]
+    pre = pre if b_in is None else pre + b_in[index]
+    matrix, inner = w_out[index], w_out.shape[2]
+    share = torch.ones_like(weight) if scaled else weight
+
+    def outputs(name: str) -> Tensor:
+        found = gate(name)
+        hidden = found.alone(pre) if pre.shape[-1] == inner else found.joined(*pre.chunk(2, dim=-1))
+        each = (matrix @ hidden[..., None]).squeeze(-1)
+        each = each if b_out is None else each + b_out[index]
+        return (each * share[..., None]).sum(1)
+
+    return outputs
 
 
 def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
+from surgeon.raising.cuts import is_bounded
 from surgeon.raising.match import Mixture
 from surgeon.raising.region import Region, is_sized
 from surgeon.raising.weights import Piece, Roles
@@ -69,12 +70,18 @@ def _routing(editor: Editor, flow: Flow, mixture: Mixture) -> tuple[fx.Node, fx.
     if routing.kind == "choice":
         assert routing.weight is not None
         return _every(editor, _chosen(editor, mixture, source, editor.current(routing.weight)), routing.k)
-    weight = None if routing.weight is None else _rows(editor, editor.current(routing.weight), routing.k)
+    if routing.kind == "slots":
+        source = editor.call(aten.sum.dim_IntList, source, [-1])
+    weight = None
+    if routing.weight is not None and routing.kind != "slots":
+        weight = _rows(editor, editor.current(routing.weight), routing.k)
     if routing.kind == "index":
         index = _cast(editor, _rows(editor, source, routing.k), torch.int64)
         if weight is None:
             weight = editor.call(aten.ones_like.default, index, dtype=operators.value(mixture.x).dtype)
-        return index, weight
+        experts = mixture.roles.second.stack.shape[0]
+        within = mixture.beyond == "error" or is_bounded(routing.source, experts)
+        return (index, weight) if within else _within(editor, index, weight, experts)
     if routing.kind == "mask":
         assert weight is not None
         experts = operators.shape(routing.source)[-1]
@@ -90,6 +97,14 @@ def _routing(editor: Editor, flow: Flow, mixture: Mixture) -> tuple[fx.Node, fx.
         index = _rows(editor, editor.current(node), k)
         return index, editor.call(aten.gather.default, dense, 1, index)
     return _every(editor, dense, routing.k)
+
+
+def _within(editor: Editor, index: fx.Node, weight: fx.Node, experts: int) -> tuple[fx.Node, fx.Node]:
+    """Weight nothing instead of selecting what does not exist."""
+    exists = editor.call(aten.lt.Scalar, index, experts)
+    blank = editor.call(aten.zeros_like.default, weight)
+    weight = editor.call(aten.where.self, exists, weight, blank)
+    return editor.call(aten.clamp.default, index, None, experts - 1), weight
 
 
 def _every(editor: Editor, dense: fx.Node, experts: int) -> tuple[fx.Node, fx.Node]:
@@ -126,11 +141,12 @@ def _selection(flow: Flow, mixture: Mixture) -> tuple[fx.Node, int] | None:
         shape = operators.shape(node)
         if not is_sized(node) or operators.value(node).dtype != torch.int64 or not shape or node in flow.constant:
             continue
-        k = shape[-1]
+        k = 1 if shape == tokens[:-1] else shape[-1]
         if k >= routing.k or _numel(shape) != _numel(tokens[:-1]) * k:
             continue
         try:
-            dense = weights.run({mixture.x: x}, tensors).reshape(-1, routing.k)
+            dense = weights.run({mixture.x: x}, tensors)
+            dense = (dense.sum(-1) if routing.kind == "slots" else dense).reshape(-1, routing.k)
             index = Region(flow, node, (mixture.x,)).run({mixture.x: x}, tensors).reshape(-1, k)
             outside = dense.scatter(1, index, 0.0)
         except (RuntimeError, IndexError):

@@ -1,0 +1,149 @@
+"""Spellings of dispatch beyond the common ones, each raised to one node with the routing that it has, or left with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.discovery import discover
+from surgeon.tracing import relative_error, trace
+from tests.families_moe import CHOSEN, EXPERTS, HIDDEN, Mixture, Written, randomised
+
+MOE = torch.ops.surgeon.moe.default
+
+
+def places(m: Mixture, h: Tensor) -> Tensor:
+    """Dispatch to places of limited number, by products with ones and zeros."""
+    x, size = h.reshape(-1, HIDDEN), 4
+    weight, index = m.router(x).softmax(-1).max(-1)
+    mask = F.one_hot(index, m.count).to(x.dtype)
+    place = mask.cumsum(0) * mask - 1
+    mask = mask * (place < size)
+    slot = F.one_hot((place * mask).sum(-1).long(), size).to(x.dtype)
+    combine = weight[:, None, None] * mask[:, :, None] * slot[:, None, :]
+    inputs = torch.einsum("tec,th->ech", (combine > 0).to(x.dtype), x)
+    hidden = m.inner(torch.einsum("ech,ehf->ecf", inputs, m.w1))
+    return torch.einsum("tec,ech->th", combine, torch.einsum("ecf,efh->ech", hidden, m.w2)).view(h.shape)
+
+
+def chosen_by_products(m: Mixture, h: Tensor) -> Tensor:
+    """Every expert takes its tokens, by a product with ones and zeros over all tokens."""
+    x = h.reshape(-1, HIDDEN)
+    weight, token = m.router(x).softmax(-1).t().topk(3, -1)
+    ones = F.one_hot(token, x.shape[0]).to(x.dtype)
+    hidden = m.inner(torch.einsum("ech,ehf->ecf", torch.einsum("ect,th->ech", ones, x), m.w1))
+    return torch.einsum("ect,ec,ecf,efh->th", ones, weight, hidden, m.w2).view(h.shape)
+
+
+def sorted_pairs(m: Mixture, h: Tensor) -> Tensor:
+    """Pairs of a token and an expert are sorted, computed as rows of their own, and summed."""
+    x = h.reshape(-1, HIDDEN)
+    weight, index = m.route(x)
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    rows, expert = x[order // CHOSEN], flat[order]
+    each = torch.bmm(m.inner(torch.bmm(rows.unsqueeze(1), m.w1[expert])), m.w2[expert]).squeeze(1)
+    return torch.zeros_like(x).index_add(0, order // CHOSEN, each * weight.flatten()[order, None]).view(h.shape)
+
+
+def overwritten(m: Mixture, h: Tensor) -> Tensor:
+    """One expert's output takes the input's place; nobody keeps it, because there are no more experts."""
+    x = h.reshape(-1, HIDDEN)
+    weight, index = m.router(x).softmax(-1).max(-1)
+    out = x.clone()
+    for e in range(m.count):
+        out[index == e] = m.expert(e, x[index == e])
+    return (out * weight[:, None]).view(h.shape)
+
+
+SOFTMAX = {"scoring": "softmax", "activation": "gelu"}
+FORMS: dict[str, tuple[Written, dict[str, Any]]] = {
+    "places": (Written(places, stacked=True), {**SOFTMAX, "normalised": False, "top_k": 1, "capacity": 4}),
+    "chosen_by_products": (Written(chosen_by_products, stacked=True), {"scoring": "expert_choice", "top_k": EXPERTS}),
+    "sorted_pairs": (Written(sorted_pairs, stacked=True), {**SOFTMAX, "normalised": True, "top_k": CHOSEN}),
+    "overwritten": (Written(overwritten), {**SOFTMAX, "normalised": False, "top_k": 1}),
+}
+
+
+def check_equal(module: nn.Module, graph: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for batch, sequence in ((5, 3), (1, 11), (4, 9)):
+        x = torch.randn(batch, sequence, HIDDEN, generator=generator)
+        with torch.no_grad():
+            assert relative_error(next(iter(graph(x=x).values())), module(x)) < 1e-5
+
+
+def traced(module: nn.Module) -> Any:
+    x = torch.randn(2, 6, HIDDEN, generator=torch.Generator().manual_seed(2))
+    graph = trace(module, {"x": x}, dynamic={"x": {0: "batch", 1: "sequence"}})
+    check_equal(module, graph)
+    return graph
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_spelling_is_raised(name: str) -> None:
+    form, expected = FORMS[name]
+    graph = traced(randomised(Mixture(form)))
+    (site,) = discover(graph).moes()
+    assert {key: getattr(site.part, key) for key in expected} == expected
+    assert site.part.experts == EXPERTS
+
+
+class Numbered(nn.Module):
+    """Experts that a number selects which no router has computed, or one of a router with more outputs than experts."""
+
+    def __init__(self, select: Callable[[Numbered, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.mixture = Mixture(Written(lambda m, h: h))
+        self.router = nn.Linear(HIDDEN, EXPERTS + 2, bias=False)
+        self.select = select
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.mixture.norm(x).reshape(-1, HIDDEN)
+        weight, index = self.select(self, rows)
+        out = torch.zeros_like(rows)
+        for e in range(EXPERTS):
+            token, place = torch.where(index == e)
+            out.index_add_(0, token, self.mixture.expert(e, rows[token]) * weight[token, place, None])
+        return x + out.view(x.shape)
+
+
+def beyond(m: Numbered, x: Tensor) -> tuple[Tensor, Tensor]:
+    weight, index = m.router(x).softmax(-1).topk(CHOSEN, -1)
+    return weight, index
+
+
+def hashed(m: Numbered, x: Tensor) -> tuple[Tensor, Tensor]:
+    index = (x[:, :1].abs() * 50).long() * 7 % EXPERTS
+    return torch.ones_like(x[:, :1]), index
+
+
+def test_numbers_beyond_the_experts_select_nothing() -> None:
+    graph = traced(randomised(Numbered(beyond)))
+    (node,) = [node for node in graph.module.graph.nodes if node.target is MOE]
+    assert node.args[1].target is torch.ops.aten.clamp.default  # the fifth and the sixth expert do not exist
+    (site,) = discover(graph).moes()
+    assert site.part.router is None
+    assert "the router is the linear with 4 outputs" in str([r.reason for b in discover(graph).blocks for r in b.regions])
+
+
+def test_numbers_that_need_no_router_stay_in_front_of_the_node() -> None:
+    graph = traced(randomised(Numbered(hashed)))
+    (node,) = [node for node in graph.module.graph.nodes if node.target is MOE]
+    assert node.args[1].target is torch.ops.aten.remainder.Scalar  # behind the remainder, not in front of it
+
+
+def test_a_size_of_the_input_stays_a_size() -> None:
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            ones = F.one_hot(x.argmax(-1).flatten(), x.shape[0] * HIDDEN).to(x.dtype)
+            return x + ones.sum(0)[:HIDDEN]
+
+    module = Counted()
+    graph = trace(module, {"x": torch.randn(2, 6, HIDDEN)}, dynamic={"x": {0: "batch", 1: "sequence"}})
+    check_equal(module, graph)
