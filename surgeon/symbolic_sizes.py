@@ -22,9 +22,10 @@ def symbolic_sizes() -> Iterator[None]:
     def one_hot(tensor: Tensor, num_classes: int | torch.SymInt = -1) -> Tensor:
         if isinstance(num_classes, int):
             return original(tensor, num_classes)
-        return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).to(torch.int64)
+        numbers: Tensor = torch.arange(num_classes, device=tensor.device)  # type: ignore[call-overload]  # takes sizes too
+        return (tensor.unsqueeze(-1) == numbers).to(torch.int64)
 
-    torch.nn.functional.one_hot = one_hot  # type: ignore[assignment]  # put back below
+    torch.nn.functional.one_hot = one_hot  # put back below
     try:
         yield
     finally:

@@ -452,11 +452,11 @@ def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, 
     try:
         with torch.no_grad():
             found = graph(**inputs)
-    except (RuntimeError, IndexError) as error:  # an operator does not accept what the example's took
+    except (RuntimeError, IndexError) as failure:  # an operator does not accept what the example's took
         raise TraceError(
-            f"the traced graph fails at {where}: {_first_lines(error)}. A size or a value of the example became a "
+            f"the traced graph fails at {where}: {_first_lines(failure)}. A size or a value of the example became a "
             "constant of the graph; fix the dimensions (dynamic={input: None}) or trace another part of the model"
-        ) from error
+        ) from failure
     types = [t.dtype for t in graph.parameters().values() if t.is_floating_point()]
     types += [t.dtype for t in expected.values() if t.is_floating_point()]
     tolerance = max((_TOLERANCE.get(dtype, 5e-2) for dtype in types), default=1e-5)

@@ -147,3 +147,54 @@ def test_a_size_of_the_input_stays_a_size() -> None:
     module = Counted()
     graph = trace(module, {"x": torch.randn(2, 6, HIDDEN)}, dynamic={"x": {0: "batch", 1: "sequence"}})
     check_equal(module, graph)
+
+
+class Weighted(nn.Module):
+    """Experts of a form that the operator does not have, behind a norm with a gate of its own."""
+
+    def __init__(self, make: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, EXPERTS)
+        self.gate = nn.Sequential(nn.Linear(HIDDEN, 8), nn.SiLU(), nn.Linear(8, HIDDEN))
+        self.experts = nn.ModuleList(make(e) for e in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y = y * self.gate(y).sigmoid()
+        weight = self.router(y).softmax(-1)
+        return x + sum(weight[..., e, None] * expert(y) for e, expert in enumerate(self.experts))
+
+
+def normed(number: int) -> nn.Module:
+    del number
+    return nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 24), nn.GELU(), nn.Linear(24, HIDDEN))
+
+
+def of_own_width(number: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(HIDDEN, 8 + 8 * number), nn.GELU(), nn.Linear(8 + 8 * number, HIDDEN))
+
+
+def deep(number: int) -> nn.Module:
+    del number
+    inner = [nn.Linear(HIDDEN, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU()]
+    return nn.Sequential(*inner, nn.Linear(24, HIDDEN))
+
+
+@pytest.mark.parametrize("make", [normed, of_own_width, deep])
+def test_experts_that_are_not_raised_are_no_networks_of_the_block(make: Callable[[int], nn.Module]) -> None:
+    structure = discover(traced(randomised(Weighted(make))))
+    assert list(structure.ffns()) == list(structure.moes()) == []
+    (region,) = (region for block in structure.blocks for region in block.regions)
+    assert region.kind == "other"
+    assert region.reason is not None
+    assert "nearest rule: mixture of experts" in region.reason
+    assert "are weighted or selected token by token" in region.reason
+
+
+def test_a_gate_in_front_of_the_experts_is_no_shared_expert() -> None:
+    def plain(number: int) -> nn.Module:
+        del number
+        return nn.Sequential(nn.Linear(HIDDEN, 24), nn.GELU(), nn.Linear(24, HIDDEN))
+
+    (site,) = discover(traced(randomised(Weighted(plain)))).moes()
+    assert (site.part.experts, site.part.shared, site.part.scoring) == (EXPERTS, (), "softmax")

@@ -10,6 +10,7 @@ from torch import fx
 
 from surgeon.discovery import operators, probe
 from surgeon.discovery.attention import find_attentions
+from surgeon.discovery.beside import experts_among, gates_its_input, is_in_front
 from surgeon.discovery.cores import axis_before
 from surgeon.discovery.ffn import find_ffns
 from surgeon.discovery.flow import Flow
@@ -46,12 +47,20 @@ class Classifier:
         ffns, unfed = find_ffns(self.flow, self.linears, path)
         outputs = {attention.o.node for attention in attentions if attention.o}
         ffns = [ffn for ffn in ffns if ffn.up.node not in outputs]  # a gate on the output of an attention
-        mixtures, unrouted = find_mixtures(self.flow, self.linears, path, tuple(ffns))
-        if mixtures:
-            ffns = []
+        ffns = [ffn for ffn in ffns if not gates_its_input(self.flow, path, ffn)]
+        nodes = [node for node in path if operators.kind(node) == operators.MOE]
+        mixtures, unrouted = find_mixtures(
+            self.flow, self.linears, path, tuple(ffn for ffn in ffns if not is_in_front(self.flow, ffn, nodes))
+        )
+        experts = [] if mixtures else experts_among(self.flow, path, ffns)
+        ffns = [] if mixtures else [ffn for ffn in ffns if ffn not in experts]
         reasons = [*unattended, *unrouted]
+        if experts:
+            reasons.append(_not_raised(self.flow, path, experts))
         kind: RegionKind
         if attentions:
+            cores = [attention.node for attention in attentions]
+            ffns = [ffn for ffn in ffns if not is_in_front(self.flow, ffn, cores)]
             kind = "parallel" if ffns or mixtures else "attention"
             reasons.extend(self._beside(path, attentions))
         else:
@@ -65,9 +74,10 @@ class Classifier:
                 reasons.append("positions are mixed without softmax attention")
             elif mixtures or ffns:
                 kind = "moe" if mixtures else "ffn"
+                reasons.extend([] if mixtures or experts else _left_experts(self.flow, path))
             else:
                 kind = "other"
-                reasons.append(_opaque(self.flow, path, unfed))
+                reasons = reasons or [_opaque(self.flow, path, unfed)]
             if isinstance(mixing, str):
                 reasons.append(mixing)
         return Region(
@@ -192,6 +202,26 @@ class Classifier:
             position = 1 if name in ("aten::slice", "aten::narrow") else 2
             return operators.argument(node, position, "dim", default) in last
         return False
+
+
+def _not_raised(flow: Flow, path: frozenset[fx.Node], experts: list[FFN]) -> str:
+    """Why FFNs that are weighted or selected token by token are no mixture of experts."""
+    widths = sorted({ffn.width for ffn in experts})
+    left = _left_experts(flow, path)
+    reason = left[0].partition("but ")[2] if left else "they hold more than two or three matrices and biases of equal shapes"
+    return (
+        f"nearest rule: mixture of experts, {len(experts)} FFNs of width {', '.join(map(str, widths))} are weighted or "
+        f"selected token by token, but {reason}"
+    )
+
+
+def _left_experts(flow: Flow, path: frozenset[fx.Node]) -> list[str]:
+    """What the region reads of weights that are stacked over experts and were not raised."""
+    read = {name for node in path for source in node.all_input_nodes for name in flow.weights.get(source, ())}
+    for name, reason in flow.graph.source.left.items():
+        if name in read and (flow.graph.tensor(name).dim() > 2 or len(read & set(flow.graph.source.left)) > 3):
+            return [f"nearest rule: mixture of experts, but {name}: {reason}"]
+    return []
 
 
 def _opaque(flow: Flow, path: frozenset[fx.Node], unfed: list[str]) -> str:

@@ -122,7 +122,7 @@ class Remaining:
             role = self._next(f"{place}{part}")
         elif kind in _ELEMENTWISE:
             role = self._next(f"{place}{_ELEMENTWISE[kind]}")
-        elif kind in operators.PRODUCTS:
+        elif kind in operators.PRODUCTS and (place or name not in self.flow.graph.source.left):
             role = self._next(f"{place}projection")
         else:
             where = f"in {place[:-1]}" if place else "outside of the blocks"
