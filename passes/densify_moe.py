@@ -316,7 +316,7 @@ def _sampled(statistics: Statistics, site: str) -> list[Tensor]:
 def _identical(graph: Graph, moe: MoE) -> bool:
     """Whether all experts are equal and the weights of every token have one sum."""
     tensors = [graph.tensor(name) for name in (moe.w_in, moe.w_out, moe.b_in, moe.b_out) if name is not None]
-    constant = moe.normalised or moe.scoring in ("topk_softmax", "uniform")
+    constant = moe.expert_scale is None and (moe.normalised or moe.scoring in ("topk_softmax", "uniform"))
     return constant and all(bool((tensor == tensor[:1]).all()) for tensor in tensors)
 
 

@@ -30,6 +30,8 @@ def refuses_rerouting(moe: MoE) -> str | None:
         return "its router was not recognised"
     if scoring_of(moe) is None:
         return f"its routing ({moe.scoring}) is no selection of the largest scores"
+    if moe.expert_scale is not None:
+        return "its experts' weights have factors of their own"
     if moe.input_scaled:
         return "its weights scale the experts' inputs, so that its output is no weighted sum of theirs"
     return None

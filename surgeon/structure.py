@@ -120,7 +120,8 @@ class MoE:
         node: the ``surgeon::moe`` node.
         input: its x, [tokens, hidden].
         router: the router's linear, None where it was not recognised (see ``reason``).
-        logits: node of the router's scores before selection, [tokens, experts].
+        logits: node of the router's scores before selection, [tokens, experts]; behind a soft cap or a temperature, which
+            the routing is told without.
         index: node of the selected experts, [tokens, top_k].
         weight: node of their weights, [tokens, top_k].
         experts: number of experts E.
@@ -146,6 +147,7 @@ class MoE:
         capacity: tokens that an expert takes (of one sequence, where tokens are counted per sequence), or None.
         masked: some selected experts weigh exactly 0, those that the router skips for a token.
         input_scaled: the weights multiply the experts' inputs instead of their outputs.
+        expert_scale: name of the vector [E] whose entries multiply the weights of the experts in the end, or None.
     """
 
     node: fx.Node
@@ -175,6 +177,7 @@ class MoE:
     capacity: int | None = None
     masked: bool = False
     input_scaled: bool = False
+    expert_scale: str | None = None
 
 
 @dataclass(frozen=True)

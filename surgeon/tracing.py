@@ -40,7 +40,7 @@ from surgeon.source import (
     size_of,
 )
 from surgeon.symbolic_sizes import symbolic_sizes
-from surgeon.unrolling import unrolled
+from surgeon.unrolling import overrun, unrolled
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted max|graph - source| / max|source| by the coarsest floating-point type of the weights: about 80
@@ -195,7 +195,15 @@ def _export(loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, re
         except (GuardOnDataDependentSymNode, UserError) as error:
             if "data-dependent" not in str(error):
                 raise
-        with unrolled():
+        lengths: dict[int, int] = {}
+        try:
+            with unrolled():
+                return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
+        except IndexError as error:
+            lengths = overrun(error) or {}
+            if not lengths:
+                raise
+        with unrolled(lengths):
             return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
     except TraceError:
         raise

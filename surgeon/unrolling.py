@@ -7,11 +7,15 @@ tokens: a loop over the places where a vector of fixed length is true visits all
 was selected holds, and a number of selected things is not zero.  What is done for an expert without tokens changes nothing
 in a mixture of experts; whether that is so in the model at hand is decided by comparing the graph with the model on other
 inputs, as every trace is.
+
+Conditions may be counted for more experts than there are, the last of them for tokens without one.  Where a loop fails
+because it visits such a place (:func:`overrun`), it is traced again without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,24 +50,40 @@ class _Place(list[int]):
         return self.item()
 
 
+_OUT_OF_BOUNDS = re.compile(r"index (\d+) is out of bounds for dimension \d+ with size (\d+)")
+
+
+def overrun(error: IndexError) -> dict[int, int] | None:
+    """The length of a loop that went one place too far, and the length that it should have; None for other errors."""
+    match = _OUT_OF_BOUNDS.search(str(error))
+    if match is None or match[1] != match[2]:
+        return None
+    return {int(match[1]) + 1: int(match[2])}
+
+
 @contextmanager
-def unrolled() -> Iterator[list[str]]:
+def unrolled(lengths: Mapping[int, int] | None = None) -> Iterator[list[str]]:
     """Trace decisions on data as the module's docstring says.
+
+    Args:
+        lengths: how many places are visited of a vector of that length, where that is not all of them.
 
     Yields:
         What was decided so, in words, as it happens.
     """
     decided: list[str] = []
     places: dict[int, tuple[Tensor, int]] = {}
+    visited = dict(lengths or {})
 
     def nonzero(original: Callable[..., Any]) -> Callable[..., Any]:
         def patched(value: Any, *args: Any, **kwargs: Any) -> Any:
             whole = not args and not kwargs.get("as_tuple") and isinstance(value, Tensor) and value.dim() == 1
             if not whole or not isinstance(value.shape[0], int):
                 return original(value, *args, **kwargs)
-            decided.append(f"a vector of {value.shape[0]} conditions is taken to hold everywhere")
-            rows = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
-            places[id(rows)] = (rows, int(value.shape[0]))  # held, so that its id stays its own
+            count = visited.get(value.shape[0], value.shape[0])
+            decided.append(f"a vector of {value.shape[0]} conditions is taken to hold in its first {count} places")
+            rows = torch.arange(count, device=value.device).unsqueeze(1)
+            places[id(rows)] = (rows, count)  # held, so that its id stays its own
             return rows
 
         return patched

@@ -61,12 +61,38 @@ def overwritten(m: Mixture, h: Tensor) -> Tensor:
     return (out * weight[:, None]).view(h.shape)
 
 
+def capped_scores(m: Mixture, h: Tensor) -> Tensor:
+    """A soft cap on the router's output, and a factor of every expert's own."""
+    x = h.reshape(-1, HIDDEN)
+    value, index = (3 * torch.tanh(m.router(x) / 3)).topk(CHOSEN, -1)
+    weight = value.softmax(-1) * m.correction_bias[index]
+    out = torch.zeros_like(x)
+    for e in range(m.count):
+        token, place = torch.where(index == e)
+        out.index_add_(0, token, m.expert(e, x[token]) * weight[token, place, None])
+    return out.view(h.shape)
+
+
+def one_place_too_many(m: Mixture, h: Tensor) -> Tensor:
+    """Hits are counted for one expert more than there are; nobody ever hits it."""
+    x = h.reshape(-1, HIDDEN)
+    weight, index = m.route(x)
+    out = torch.zeros_like(x)
+    mask = F.one_hot(index, m.count + 1).permute(2, 1, 0)
+    for hit in (mask.sum((-1, -2)) > 0).nonzero():
+        place, token = torch.where(mask[hit[0]])
+        out.index_add_(0, token, m.inner(x[token] @ m.w1[hit[0]]) @ m.w2[hit[0]] * weight[token, place, None])
+    return out.view(h.shape)
+
+
 SOFTMAX = {"scoring": "softmax", "activation": "gelu"}
 FORMS: dict[str, tuple[Written, dict[str, Any]]] = {
     "places": (Written(places, stacked=True), {**SOFTMAX, "normalised": False, "top_k": 1, "capacity": 4}),
     "chosen_by_products": (Written(chosen_by_products, stacked=True), {"scoring": "expert_choice", "top_k": EXPERTS}),
     "sorted_pairs": (Written(sorted_pairs, stacked=True), {**SOFTMAX, "normalised": True, "top_k": CHOSEN}),
     "overwritten": (Written(overwritten), {**SOFTMAX, "normalised": False, "top_k": 1}),
+    "capped_scores": (Written(capped_scores), {"scoring": "topk_softmax", "expert_scale": "correction_bias"}),
+    "one_place_too_many": (Written(one_place_too_many, stacked=True), {**SOFTMAX, "normalised": True, "top_k": CHOSEN}),
 }
 
 
@@ -89,9 +115,38 @@ def traced(module: nn.Module) -> Any:
 def test_spelling_is_raised(name: str) -> None:
     form, expected = FORMS[name]
     graph = traced(randomised(Mixture(form)))
-    (site,) = discover(graph).moes()
+    structure = discover(graph)
+    (site,) = structure.moes()
     assert {key: getattr(site.part, key) for key in expected} == expected
+    assert structure.unrecognised == {}
     assert site.part.experts == EXPERTS
+
+
+class InOneMatrix(nn.Module):
+    """Experts below each other in one matrix and side by side in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS)
+        self.below = nn.Parameter(torch.empty(EXPERTS * 24, HIDDEN))
+        self.beside = nn.Parameter(torch.empty(HIDDEN, EXPERTS * 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.layer_norm(x, (HIDDEN,)).reshape(-1, HIDDEN)
+        weight, index = self.router(rows).sigmoid().topk(CHOSEN, -1)
+        out = torch.zeros_like(rows)
+        for e in range(EXPERTS):
+            token, place = torch.where(index == e)
+            part = slice(24 * e, 24 * e + 24)
+            hidden = F.relu(rows[token] @ self.below[part].T)
+            out.index_add_(0, token, hidden @ self.beside[:, part].T * weight[token, place, None])
+        return x + out.view(x.shape)
+
+
+def test_experts_in_one_matrix_are_taken_apart() -> None:
+    module = randomised(InOneMatrix())
+    (site,) = discover(traced(module)).moes()
+    assert (site.part.experts, site.part.width, site.part.scoring, site.part.normalised) == (EXPERTS, 24, "sigmoid", False)
 
 
 class Numbered(nn.Module):

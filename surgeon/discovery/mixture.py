@@ -46,7 +46,6 @@ def _mixture(
     experts, inner_rows, _ = operators.shape(w_in)
     width = operators.shape(w_out)[2]
     router, reason = _router(flow, linears, path, index, weight, experts)
-    logits = None if router is None else router.node
     routing = Routing("other", False, 1.0)
     if router is not None:
         routing = recognise_routing(flow, router.node, index, weight)
@@ -56,7 +55,7 @@ def _mixture(
         node=node,
         input=flow.plain(x) if operators.kind(x) == operators.FAKE_QUANTIZE else x,
         router=router,
-        logits=logits,
+        logits=None if router is None else routing.logits or router.node,
         index=index,
         weight=weight,
         experts=experts,
@@ -80,6 +79,7 @@ def _mixture(
         group_worth=routing.group_worth,
         capacity=routing.capacity,
         masked=routing.masked,
+        expert_scale=routing.expert_scale,
         input_scaled=scaled is not None,
     )
     reason = "; ".join(text for text in (reason, routing.reason) if text)

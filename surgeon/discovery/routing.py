@@ -14,6 +14,9 @@ Weight of a selected expert i, with one factor c for all tokens:
     other          none of these
 
 All of these may be masked: some of the selected weigh 0, and where normalised the sum is that of the rest.
+
+The scores may pass a function of single scores first (a soft cap, a temperature): z is then what it makes of them.  Each
+expert may have a factor of its own behind all that.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ class Routing:
     group_worth: int = 1
     capacity: int | None = None
     masked: bool = False
+    expert_scale: str | None = None
+    logits: fx.Node | None = None
     reason: str = ""
 
 
@@ -78,14 +83,33 @@ def recognise_routing(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.No
         index: selected experts [T, k].
         weight: their weights [T, k].
     """
-    runs = _run(flow, logits, index, weight)
-    if isinstance(runs, str):
-        return Routing("other", False, 1.0, reason=runs)
     tolerance = 1e-2 if operators.value(logits).dtype in (torch.bfloat16, torch.float16) else 1e-4
-    routing = _weighting(flow, logits, weight, runs, tolerance)
+    found: list[tuple[Routing, _Runs]] = []
+    for node in _scores(flow, logits, weight):
+        runs = _run(flow, node, index, weight)
+        if isinstance(runs, str):
+            if not found:
+                return Routing("other", False, 1.0, reason=runs)
+            break
+        found.append((replace(_weighting(flow, node, weight, runs, tolerance), logits=node), runs))
+        if found[-1][0].scoring != "other":
+            break
+    routing, runs = found[-1] if found[-1][0].scoring != "other" else found[0]
     if routing.scoring not in ("other", "sparsemixer", "expert_choice"):
         routing = _selecting(routing, runs)
     return replace(routing, capacity=_capacity(flow, logits, weight))
+
+
+def _scores(flow: Flow, logits: fx.Node, weight: fx.Node) -> list[fx.Node]:
+    """The router's output, and what a function of single scores (a soft cap, a temperature) makes of it."""
+    found = [logits]
+    on_the_way = set(paths(flow, logits, [weight]))
+    while True:
+        users = [user for user in found[-1].users if user in on_the_way]
+        one = len(users) == 1 and operators.shape(users[0]) == operators.shape(logits) and len(flow.active(users[0])) == 1
+        if not one or not (operators.is_pointwise(users[0]) or operators.kind(users[0]) in operators.CASTS):
+            return found
+        found.append(users[0])
 
 
 def without_router(flow: Flow, weight: fx.Node) -> Routing:
@@ -196,12 +220,14 @@ def _known(
             selected = selected * taken
         total = selected.sum(-1, keepdim=True)
         for normalised in (False, True):
-            scale = _ratio(runs.found, selected / total if normalised else selected, tolerance)
-            if scale is None:
-                continue
-            if scoring == "softmax" and normalised and _softmax_of_selected(flow, logits, weight):
-                scoring = "topk_softmax"
-            return Routing(scoring, normalised, scale)
+            expected = selected / total if normalised else selected
+            for name, factor in [(None, None), *runs.corrections.items()]:
+                scale = _ratio(runs.found, expected if factor is None else expected * factor[runs.chosen], tolerance)
+                if scale is None:
+                    continue
+                if scoring == "softmax" and normalised and _softmax_of_selected(flow, logits, weight):
+                    scoring = "topk_softmax"
+                return Routing(scoring, normalised, scale, expert_scale=name)
     return None
 
 
@@ -221,7 +247,7 @@ def _ratio(found: Tensor, expected: Tensor, tolerance: float) -> float | None:
     scale = float(ratio.median())
     if not bool(((ratio - scale).abs() <= tolerance * max(abs(scale), 1e-12)).all()):
         return None
-    return 1.0 if abs(scale - 1) <= tolerance else round(scale, 6)
+    return 1.0 if abs(scale - 1) <= tolerance else float(f"{scale:.5g}")  # what the tolerance leaves
 
 
 def _softmax_of_selected(flow: Flow, logits: fx.Node, weight: fx.Node) -> bool:

@@ -86,6 +86,8 @@ class Naming:
                 self._linear(f"{name}.shared_gate", block.index, moe.shared_gate.node)
             if moe.selection_bias is not None:
                 self.claim(moe.selection_bias, f"{name}.selection_bias")
+            if moe.expert_scale is not None:
+                self.claim(moe.expert_scale, f"{name}.expert_scale")
         rest = (node for node in block.nodes if node in self.linears.whole and node not in self._sites)
         for number, node in enumerate(rest):
             self._linear(f"{block.name}.linear.{number}", block.index, node)

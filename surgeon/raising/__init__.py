@@ -185,6 +185,8 @@ def _seeds(flow: Flow) -> Iterator[tuple[list[fx.Node], set[int]]]:
         if not operators.is_float(node) or all(operators.kind(user) == operators.MOE for user in node.users):
             continue
         shapes = {operators.shape(node), *(operators.shape(user) for user in node.users if user in flow.constant)}
+        apart = cuts.parts(node) if len(operators.shape(node)) == 2 and len(flow.readers[str(node.target)]) == 1 else None
+        shapes |= set() if apart is None else {apart}
         deep = {shape[0] for shape in shapes if len(shape) == 3 and shape[0] > 1 and min(shape) > 1}
         reader = cuts.first_reader(flow, node) if deep or len(operators.shape(node)) == 2 else None
         if reader is None or operators.kind(reader[0]) in operators.CONVOLUTIONS:

@@ -42,6 +42,8 @@ _DISPATCH = operators.LOOKUPS | operators.REPETITIONS | operators.RESHAPES | ope
 _SELECTIONS = frozenset({operators.TOPK, *(f"aten::{name}" for name in "max min argmax argmin sort argsort".split())})
 """Operators whose integers are positions along a dimension of what they read."""
 
+_SPLITS = frozenset(f"aten::{name}" for name in "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk".split())
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -102,6 +104,26 @@ def first_reader(flow: Flow, seed: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             else:
                 stack.append(user)
     return best
+
+
+def parts(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape [E, A, B] of a matrix of which equal parts are read, below each other or side by side."""
+    rows, columns = operators.shape(node)
+    for dim in (0, 1):
+        size = operators.shape(node)[dim]
+        lengths: set[int] = set()
+        for user in node.users:
+            name = operators.kind(user)
+            if name in _SPLITS and operators.argument(user, 2, "dim", 0) % 2 == dim:
+                lengths.update(value.shape[dim] for value in user.meta["val"])
+            elif name == "aten::slice" and operators.argument(user, 1, "dim", 0) % 2 == dim:
+                lengths.add(operators.shape(user)[dim])
+            else:
+                lengths.add(0)
+        (length, *others) = lengths
+        if not others and 0 < length < size and size % length == 0:
+            return (size // length, length, columns) if dim == 0 else (size // length, rows, length)
+    return None
 
 
 def inputs(flow: Flow, operand: fx.Node) -> list[fx.Node]:

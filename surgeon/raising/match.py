@@ -13,7 +13,7 @@ from surgeon.discovery import operators
 from surgeon.errors import RewriteError
 from surgeon.gates import Gate, gate, recognise_alone, recognise_gate
 from surgeon.ops import moe
-from surgeon.raising.cuts import Routing, sample
+from surgeon.raising.cuts import Routing, parts, sample
 from surgeon.raising.region import Region, is_size
 from surgeon.raising.weights import Piece, Roles, find_roles, find_stacks
 
@@ -91,6 +91,9 @@ class Trial:
                 shapes = {operators.shape(user) for user in node.users if operators.kind(user) == "aten::reshape"}
                 if len(shapes) == 1 and len(node.users) == 1 and len(next(iter(shapes))) == 3:
                     found[str(node.target)] = next(iter(shapes))
+                apart = parts(node)
+                if apart is not None and len(shapes) == 0:
+                    found[str(node.target)] = apart
         return found
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:

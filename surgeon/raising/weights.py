@@ -26,19 +26,26 @@ class Stack:
     Attributes:
         names: the stored tensors: one for all experts, or one per expert.
         shape: the shape with the experts in front.
+        columns: the one matrix holds the experts side by side, [A, E B], and not below each other.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    columns: bool = False
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensors of all experts as one of ``shape``; a view where they are stored as one."""
+        if self.columns:
+            experts, rows, columns = self.shape
+            return tensors[self.names[0]].reshape(rows, experts, columns).movedim(1, 0)
         if len(self.names) == 1:
             return tensors[self.names[0]].reshape(self.shape)
         return torch.stack([tensors[name] for name in self.names]).reshape(self.shape)
 
     def write(self, value: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored tensors that :meth:`read` turns into ``value``."""
+        if self.columns:
+            return {self.names[0]: value.movedim(0, 1).flatten(1, 2)}
         if len(self.names) == 1:
             return {self.names[0]: value.reshape(like[self.names[0]].shape)}
         parts = value.unbind(0)
@@ -133,13 +140,18 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]], views: Mapping[str, tuple
     if deep:
         experts = deep[0][0]
         if all(shape[0] == experts for shape in sizes.values()):
-            yield [Stack((name,), _bare(shape)) for name, shape in sizes.items()]
+            yield [Stack((name,), _bare(shape), _stands_side_by_side(shapes[name], shape)) for name, shape in sizes.items()]
         return
     matrices = [name for name, shape in sizes.items() if len(shape) == 2]
     for kinds in (2, 3):
         experts = len(matrices) // kinds
         if experts * kinds == len(matrices) and experts > 1:
             yield from _apart(sizes, experts)
+
+
+def _stands_side_by_side(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a matrix [A, E B] is read as [E, A, B]."""
+    return len(stored) == 2 and len(shape) == 3 and stored == (shape[1], shape[0] * shape[2]) != (shape[0] * shape[1], shape[2])
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
