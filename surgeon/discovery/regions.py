@@ -18,7 +18,7 @@ from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
 from surgeon.discovery.norms import is_normalisation
 from surgeon.discovery.residuals import reads_weights, works
-from surgeon.structure import Attention, Region, RegionKind
+from surgeon.structure import FFN, Attention, Region, RegionKind
 
 
 class Classifier:
