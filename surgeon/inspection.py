@@ -214,10 +214,17 @@ class _Look:
             activation=part.activation,
             scoring=part.scoring,
             normalised=part.normalised,
+            scale=part.scale,
+            selection_bias=part.selection_bias,
+            groups=part.groups,
+            top_groups=part.top_groups,
+            capacity=part.capacity,
+            input_scaled=part.input_scaled,
             router=None if part.router is None else self.projection("router", part.router),
             shared=[self._ffn(ffn) for ffn in part.shared],
+            shared_gate=None if part.shared_gate is None else self.projection("gate", part.shared_gate),
             bits=self.bits(part.w_in),
-            parameters=self.count([*experts, *_names([part.router, *shared])]),
+            parameters=self.count([*experts, *_names([part.router, part.shared_gate, *shared])]),
         )
 
 

@@ -86,22 +86,33 @@ class MoEView(_View):
     activation: str
     scoring: str
     normalised: bool
+    scale: float
+    selection_bias: str | None
+    groups: int
+    top_groups: int
+    capacity: int | None
+    input_scaled: bool
     router: ProjectionView | None
     shared: list[FFNView]
+    shared_gate: ProjectionView | None
     bits: int
     parameters: int
-    """Weights of router, experts and shared experts."""
+    """Weights of router, experts, shared experts and their gate."""
 
     def describe(self) -> str:
         """One line, e.g. ``8 experts of 192, 2 per token, gated silu, softmax router``."""
         text = [
             f"{self.experts} experts of {self.width}",
-            f"{self.top_k} per token",
+            f"{self.top_k} per token" + (f" from {self.top_groups} of {self.groups} groups" if self.groups > 1 else ""),
             f"{'gated ' if self.gated else ''}{self.activation}",
             f"{self.scoring} router" if self.router else "router not recognised",
         ]
+        text += ["biased selection"] if self.selection_bias else []
         text += ["normalised"] if self.normalised else []
-        text += [f"{len(self.shared)} shared"] if self.shared else []
+        text += [f"times {self.scale:g}"] if self.scale != 1 else []
+        text += [f"at most {self.capacity} tokens each"] if self.capacity is not None else []
+        text += ["weights on inputs"] if self.input_scaled else []
+        text += [f"{len(self.shared)} shared{', gated' if self.shared_gate else ''}"] if self.shared else []
         return ", ".join(text) + (f", int{self.bits}" if self.bits < 16 else "")
 
 
@@ -290,5 +301,6 @@ def _shape(value: Any) -> Any:
     """A view without the fields in which equal blocks differ."""
     data = value.model_dump() if isinstance(value, BaseModel) else value
     if isinstance(data, dict):
+        data = {**data, "selection_bias": data.get("selection_bias") is not None}  # by name
         return {key: _shape(item) for key, item in data.items() if key not in ("index", "weight")}
     return [_shape(item) for item in data] if isinstance(data, list) else data

@@ -18,6 +18,7 @@ from surgeon.inspection import inspection
 from surgeon.structure import Structure
 from surgeon.tracing import trace
 from surgeon.views import AttentionView, FFNView, Inspection, MoEView
+from tests import families_moe
 from tests.models import NAMES, tiny
 from tests.pages import Page
 
@@ -156,3 +157,24 @@ def test_inspecting_changes_nothing_and_runs_nothing() -> None:
     with torch.inference_mode():
         inspection(graph, structure)
     assert graph.fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("corrected_groups", ["from 1 of 2 groups", "biased selection", "times 1.5"]),
+        ("scaled_inputs", ["weights on inputs"]),
+        ("qwen2_moe", ["1 shared, gated"]),
+        ("switch", ["at most 3 tokens each"]),
+    ],
+)
+def test_every_fact_of_a_router_is_shown(name: str, words: list[str]) -> None:
+    _, graph, structure = families_moe.traced(name)
+    shown, part = inspection(graph, structure), next(structure.moes()).part
+    pages = [" ".join(printed(shown, 240).split()), shown.html()]
+    assert all(word in text for word in words for text in pages)
+    (seen, *_) = (p for b in shown.to_dict()["blocks"] for r in b["regions"] for p in r["parts"] if p["kind"] == "moe")
+    for field in ("scale", "selection_bias", "groups", "top_groups", "capacity", "input_scaled"):
+        assert seen[field] == getattr(part, field), field
+    gate = part.shared_gate
+    assert (seen["shared_gate"] or {}).get("weight") == (None if gate is None else gate.weight)
