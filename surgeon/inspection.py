@@ -220,6 +220,8 @@ class _Look:
             top_groups=part.top_groups,
             capacity=part.capacity,
             input_scaled=part.input_scaled,
+            masked=part.masked,
+            expert_scale=part.expert_scale,
             router=None if part.router is None else self.projection("router", part.router),
             shared=[self._ffn(ffn) for ffn in part.shared],
             shared_gate=None if part.shared_gate is None else self.projection("gate", part.shared_gate),

@@ -92,6 +92,8 @@ class MoEView(_View):
     top_groups: int
     capacity: int | None
     input_scaled: bool
+    masked: bool
+    expert_scale: str | None
     router: ProjectionView | None
     shared: list[FFNView]
     shared_gate: ProjectionView | None
@@ -111,6 +113,8 @@ class MoEView(_View):
         text += ["normalised"] if self.normalised else []
         text += [f"times {self.scale:g}"] if self.scale != 1 else []
         text += [f"at most {self.capacity} tokens each"] if self.capacity is not None else []
+        text += ["a factor per expert"] if self.expert_scale else []
+        text += ["some skipped"] if self.masked else []
         text += ["weights on inputs"] if self.input_scaled else []
         text += [f"{len(self.shared)} shared{', gated' if self.shared_gate else ''}"] if self.shared else []
         return ", ".join(text) + (f", int{self.bits}" if self.bits < 16 else "")
@@ -301,6 +305,6 @@ def _shape(value: Any) -> Any:
     """A view without the fields in which equal blocks differ."""
     data = value.model_dump() if isinstance(value, BaseModel) else value
     if isinstance(data, dict):
-        data = {**data, "selection_bias": data.get("selection_bias") is not None}  # by name
+        data = {**data, **{key: data[key] is not None for key in ("selection_bias", "expert_scale") if key in data}}  # names
         return {key: _shape(item) for key, item in data.items() if key not in ("index", "weight")}
     return [_shape(item) for item in data] if isinstance(data, list) else data
