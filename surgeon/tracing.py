@@ -351,14 +351,14 @@ def _sdpa(module: nn.Module) -> Iterator[None]:
 
     models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
     before = [(m.config, m.config._attn_implementation) for m in models]
-    for model in models:
-        wants_maps = getattr(model.config, "output_attentions", False)
-        if model.config._attn_implementation != "sdpa" and model._supports_sdpa and not wants_maps:
-            model.config._attn_implementation = "sdpa"
+    # From the outside in, every one: what is set on a model's configuration is set on those of the models in it.
+    for model, (config, implementation) in zip(models, before, strict=True):
+        fits = model._supports_sdpa and not getattr(config, "output_attentions", False)
+        config._attn_implementation = "sdpa" if fits else implementation
     try:
         yield
     finally:
-        for config, implementation in reversed(before):
+        for config, implementation in before:
             config._attn_implementation = implementation
 
 

@@ -604,3 +604,24 @@ class Strange(nn.Module):
 def test_refusals(module: Any, inputs: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TraceError, match=message):
         trace(module, inputs, **options)
+
+
+def test_a_model_inside_another_keeps_its_own_form_of_attention() -> None:
+    """The decoder has no fused attention; what is set on the outer configuration is set on its own too, and undone."""
+    from transformers import PreTrainedModel, TrOCRConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    encoder = ViTConfig(image_size=16, patch_size=8, **size)
+    decoder = TrOCRConfig(vocab_size=100, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    torch.manual_seed(0)
+    module = VisionEncoderDecoderModel(config).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "decoder_input_ids": torch.randint(3, 90, (2, 7))}
+    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    before = [m.config._attn_implementation for m in models]
+    assert set(before) == {"eager", "sdpa"}
+    expected = module(**inputs).logits.detach()
+    graph = trace(module, inputs, task="forward")
+    assert [m.config._attn_implementation for m in models] == before
+    torch.testing.assert_close(graph(**inputs)["logits"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module(**inputs).logits.detach(), expected)
