@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from surgeon.accounting import freed_parameter_count
-from surgeon.caches import PRESENT
+from surgeon.caches import KEPT
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -153,7 +153,7 @@ def _chosen(structure: Structure, plan: DropBlocksPlan) -> list[Block]:
 
 
 def _unread(graph: Graph, blocks: list[Block]) -> list[fx.Node]:
-    """What no output but a cache is computed from any more once blocks are dropped.
+    """What no output but caches is computed from any more once blocks are dropped.
 
     Not all nodes of the blocks, where streams side by side share some; and others, which were computed for them alone.
     """
@@ -161,7 +161,7 @@ def _unread(graph: Graph, blocks: list[Block]) -> list[fx.Node]:
     nodes = graph.module.graph
     shown = zip(nodes.output_node().args[0], graph.outputs, strict=True)  # type: ignore[arg-type]  # a tuple of nodes
     kept: set[fx.Node] = set()
-    stack = [node for node, port in shown if port.role != PRESENT]
+    stack = [node for node, port in shown if port.role not in KEPT]
     while stack:
         node = stack.pop()
         if node in instead:
