@@ -138,7 +138,8 @@ def _explain(path: Path, alternatives: list[ErrorDetails], model: type[BaseModel
     if first["type"] == "missing":
         owner = _model_at(model, path[:-1])
         description = owner.model_fields[key].description if owner and key in owner.model_fields else None
-        return Problem(path, "missing" + (f"; needed: {description}" if description else ""), "missing")
+        needed = " ".join((description or "").split())  # a message is one line
+        return Problem(path, "missing" + (f"; needed: {needed}" if needed else ""), "missing")
     needs = dict.fromkeys(_needed(details) for details in alternatives)
     found = first["input"]
     message = f"found {shown(found)}, needed {' or '.join(needs)}"
