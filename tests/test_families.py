@@ -116,7 +116,6 @@ def test_refusals_are_the_expected_ones() -> None:
         "drop_blocks": {"hiera"},  # its last block pools
         "moefy_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
         "upcycle_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
-        "low_rank": {"poolformer"},  # its linears are convolutions
     }
 
 

@@ -122,7 +122,7 @@ class Remaining:
             role = self._next(f"{place}{part}")
         elif kind in _ELEMENTWISE:
             role = self._next(f"{place}{_ELEMENTWISE[kind]}")
-        elif kind in operators.PRODUCTS and (place or name not in self.flow.graph.source.left):
+        elif kind in operators.PRODUCTS and (place or not self._may_be_an_expert(name, operand)):
             role = self._next(f"{place}projection")
         else:
             where = f"in {place[:-1]}" if place else "outside of the blocks"
@@ -134,6 +134,10 @@ class Remaining:
             )
             return
         self.naming.claim(name, role)
+
+    def _may_be_an_expert(self, name: str, operand: fx.Node) -> bool:
+        """Whether a weight looked like one of experts; not where it meets another weight first, as learned queries do."""
+        return name in self.flow.graph.source.left and len(self.flow.weights.get(operand, ())) <= 1
 
     def _reader(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The tensor as the first computation with activations reads it, and that computation."""
