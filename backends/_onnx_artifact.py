@@ -71,6 +71,16 @@ class OnnxRuntimeArtifact(Artifact):
         """The model file; the one that holds built engines where there is one."""
         return self.folder / (tensorrt.CONTEXT if tensorrt.CONTEXT in {file.path for file in self.files} else self.file)
 
+    @property
+    def device(self) -> str:
+        """Where it runs, as ONNX Runtime names devices: ``cpu``, or ``cuda`` for every other provider."""
+        return "cpu" if self.options.get("provider", "cpu") == "cpu" else "cuda"
+
+    def failed(self, inputs: Mapping[str, Tensor], error: Exception) -> LowerError:
+        """What the runtime said, with the shapes that it was given."""
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        return LowerError(f"{self.path}: ONNX Runtime failed on inputs {shapes}: {error}")
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs.
 
@@ -88,13 +98,12 @@ class OnnxRuntimeArtifact(Artifact):
         inputs = check_inputs(self.path, self.inputs, inputs)
         session = self.session()
         try:
-            if self.options.get("provider", "cpu") != "cpu":
+            if self.device != "cpu":
                 return self._run_on_device(session, inputs, wanted)
             feed = {port.name: inputs[port.name].detach().to("cpu").contiguous().numpy() for port in self.inputs}
             results = session.run([port.name for port in wanted], feed)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-            raise LowerError(f"{self.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
+            raise self.failed(inputs, error) from error
         return {port.name: torch.from_numpy(value) for port, value in zip(wanted, results, strict=True)}
 
     def decoder(self) -> Decoder:
@@ -157,15 +166,13 @@ class OnnxRuntimeArtifact(Artifact):
         given = check_inputs(self.path, self.inputs, inputs)
         session = self.session()
         binding = session.io_binding()
-        for name, tensor in given.items():
-            binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
+        _bind(binding, given)
         for name in names:
-            binding.bind_output(name, "cpu" if self.options.get("provider", "cpu") == "cpu" else "cuda")
+            binding.bind_output(name, self.device)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
-            raise LowerError(f"{self.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
+            raise self.failed(given, error) from error
         return dict(zip(names, binding.get_outputs(), strict=True))
 
     @contextmanager
@@ -203,6 +210,12 @@ class OnnxRuntimeArtifact(Artifact):
         return {port.name: tensor for port, tensor in zip(wanted, tensors, strict=True)}
 
 
+def _bind(binding: Any, inputs: Mapping[str, Tensor]) -> None:
+    """Bind tensors of any device from the host's memory."""
+    for name, tensor in inputs.items():
+        binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
+
+
 class OnnxRuntimeDecoder:
     """Steps of an ONNX model; what it returns as presents is bound as pasts, so that no cache passes through Python."""
 
@@ -214,7 +227,7 @@ class OnnxRuntimeDecoder:
         self._artifact = artifact
         self._held = held if held is not None else {}
         self._session = artifact.session()
-        self._device = "cpu" if artifact.options.get("provider", "cpu") == "cpu" else "cuda"
+        self._device = artifact.device
         self._pasts = [port for port in artifact.inputs if port.role == PAST]
         self._presents = [port.name for port in artifact.outputs if port.role == PRESENT]
         self._caches: list[Any] = []
@@ -230,8 +243,7 @@ class OnnxRuntimeDecoder:
             self._caches = [self._value(tensor) for tensor in empty]
         inputs = {**inputs, **routes.complete(self._artifact.inputs, inputs)}
         binding = self._session.io_binding()
-        for name, tensor in inputs.items():
-            binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
+        _bind(binding, inputs)
         for name, value in self._held.items():
             binding.bind_ortvalue_input(name, value)
         for port, value in zip(self._pasts, self._caches, strict=True):
@@ -242,8 +254,7 @@ class OnnxRuntimeDecoder:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-            raise LowerError(f"{self._artifact.path}: ONNX Runtime failed on inputs {shapes}: {error}") from error
+            raise self._artifact.failed(inputs, error) from error
         logits, *self._caches = binding.get_outputs()
         return torch.from_numpy(logits.numpy()).to(next(iter(inputs.values())).device)
 

@@ -142,19 +142,9 @@ class Lowering:
         self._replace(node, emit.dequantize_codes, (*self._codes[node], node.meta["val"].dtype))
 
     def _dequantize_remainder(self, node: fx.Node) -> None:
-        weight = self._low_bit(node)
+        weight = self._stored(node)
         if weight is not None:
-            self._record("unpacked", weight, weight.group)
-        elif node.all_input_nodes[0].meta["val"].dtype == FLOAT8:
-            group: Any = node.args[4]
-            self.weights[str(node.all_input_nodes[0].target)] = {
-                "operator": "Cast of float8",
-                "bits": 8,
-                "group": group,
-                "block": group,
-                "symmetric": True,
-                "shape": list(node.meta["val"].shape),
-            }
+            self._record("unpacked" if weight.packed.dtype != FLOAT8 else "Cast of float8", weight, weight.group)
         self._replace(node, emit.unpack, node.args)
 
     def _linear(self, node: fx.Node) -> None:
@@ -351,7 +341,12 @@ class Lowering:
     # -- constants ----------------------------------------------------------------------------------------------
 
     def _low_bit(self, node: Any) -> LowBit | None:
-        """The arguments of a dequantize node whose tensors are constants and whose codes kernels take, else None."""
+        """What a dequantize node stores, where kernels take such codes, else None."""
+        weight = self._stored(node)
+        return None if weight is None or weight.packed.dtype == FLOAT8 else weight
+
+    def _stored(self, node: Any) -> LowBit | None:
+        """The arguments of a dequantize node whose tensors are constants, else None."""
         if not isinstance(node, fx.Node) or node.target != DEQUANTIZE:
             return None
         arguments: tuple[Any, ...] = node.args
@@ -363,8 +358,6 @@ class Lowering:
         )
         assert codes is not None
         assert scales is not None
-        if codes.dtype == FLOAT8:
-            return None
         return LowBit(codes, scales, zeros, bits, group, columns, str(packed.target))
 
     def _is_integer(self, x: fx.Node, weight: LowBit) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
 from surgeon.gates import gate as lookup
-from surgeon.numerics.quantization import FLOAT8
+from surgeon.numerics.quantization import FLOAT8, dequantize
 
 Linear = tuple[Any, ...]
 """A linear map as arguments of a node: ``("float", w[K, N], b?)``, ``("nbits", packed, scale, zero_point?, b?, bits,
@@ -136,7 +136,7 @@ def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, 
     arguments are those of the operator; returns [..., out, columns] in the dtype of ``scale``.
     """
     if packed.dtype == FLOAT8:
-        return (packed.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)[..., :columns]
+        return dequantize(packed, scale, zero_point, bits, group, columns)
     codes = packed
     if bits < 8:
         mask = torch.full((), 2**bits - 1, dtype=torch.uint8)

@@ -55,6 +55,7 @@ from torch import Tensor, fx
 
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
+from surgeon.expert_budget import needed
 from surgeon.expert_merging import Merger, Routed
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
@@ -199,7 +200,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
         if self.budget == "layer":
             return wanted
         counts = [_counts(statistics, site) for site in sites]
-        return groups_per_layer(counts, sum(wanted), [_least(site.part) for site in sites])
+        return groups_per_layer(counts, sum(wanted), [needed(site.part) for site in sites])
 
     def _labels(self, graph: Graph, site: Site[MoE], statistics: Statistics, groups: int) -> Tensor:
         """Group of every expert, [E]."""
@@ -337,18 +338,13 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             )
 
 
-def _least(moe: MoE) -> int:
-    """Experts that must remain: k, or one where a token is routed to every expert anyway."""
-    return 1 if moe.top_k == moe.experts else moe.top_k
-
-
 def _refuse_budget(site: str, moe: MoE, groups: int) -> None:
     if groups > moe.experts:
         raise PlanError(f"{site}: {groups} groups asked, the mixture has {moe.experts} experts")
-    if groups < _least(moe):
+    if groups < needed(moe):
         raise PlanError(
             f"{site}: {groups} experts would remain, the router chooses {moe.top_k} per token; "
-            f"ask for {_least(moe)} at least, or densify_moe"
+            f"ask for {needed(moe)} at least, or densify_moe"
         )
 
 

@@ -88,9 +88,7 @@ def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor], *, fake: bool
         TraceError: the model keeps no caches, or caches of another kind than keys and values.
     """
     accepted = inspect.signature(module.forward).parameters
-    argument = next((name for name in ARGUMENTS if name in accepted), None)
-    if argument is None:
-        raise refusal(module, f"its forward takes no {' or '.join(ARGUMENTS)}")
+    argument = cache_argument(module)
     if "input_ids" not in inputs:
         raise refusal(module, f"it starts from {', '.join(inputs)}, needed input_ids")
     unknown = sorted(set(inputs) - {"input_ids", "attention_mask"})
@@ -98,7 +96,7 @@ def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor], *, fake: bool
         raise refusal(module, f"it is given {', '.join(unknown)}, which nothing continues from one new token to the next")
     ids = inputs["input_ids"]
     batch, sequence = ids.shape
-    prefix = ids.repeat(1, -(-_EXAMPLE_PAST // sequence))[:, :_EXAMPLE_PAST].flip(0)
+    prefix = earlier_tokens(ids, _EXAMPLE_PAST)
     masked = {"attention_mask": torch.ones_like(prefix)} if "attention_mask" in accepted else {}
     call, pasts = _prefill(module, argument, {"input_ids": prefix, **masked}, fake=fake)
     found = {"input_ids": ids}
@@ -129,11 +127,27 @@ def cached_call(module: nn.Module, ids: Tensor) -> CachedCall:
         TraceError: the model keeps no caches, or caches of another kind than keys and values.
     """
     accepted = inspect.signature(module.forward).parameters
+    argument = cache_argument(module)
+    masked = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
+    return _prefill(module, argument, {"input_ids": ids, **masked})[0]
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Name of the argument that takes a module's cache.
+
+    Raises:
+        TraceError: its forward takes none.
+    """
+    accepted = inspect.signature(module.forward).parameters
     argument = next((name for name in ARGUMENTS if name in accepted), None)
     if argument is None:
         raise refusal(module, f"its forward takes no {' or '.join(ARGUMENTS)}")
-    masked = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
-    return _prefill(module, argument, {"input_ids": ids, **masked})[0]
+    return argument
+
+
+def earlier_tokens(ids: Tensor, length: int) -> Tensor:
+    """Tokens [batch, length] for an example's past: its own [batch, any], repeated, of the rows in reverse."""
+    return ids.repeat(1, -(-length // ids.shape[1]))[:, :length].flip(0)
 
 
 def cache_of(pairs: list[tuple[Tensor, Tensor]] | list[Any]) -> Any:

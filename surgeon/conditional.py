@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.caches import CROSS, DECODER_TOKENS, HALVES, NAMES, PAST, PRESENT
-from surgeon.causal import ARGUMENTS, CausalInputs, cache_of, cache_tensors, empty_run, refusal
+from surgeon.causal import CausalInputs, cache_argument, cache_of, cache_tensors, earlier_tokens, empty_run, refusal
 from surgeon.example_inputs import default_dims
 
 _EXAMPLE_PAST = 3
@@ -88,19 +88,15 @@ def conditional_inputs(module: nn.Module, inputs: Mapping[str, Tensor], *, fake:
     Raises:
         TraceError: the model keeps no caches, or caches of another kind than keys and values.
     """
-    accepted = inspect.signature(module.forward).parameters
-    argument = next((name for name in ARGUMENTS if name in accepted), None)
-    if argument is None:
-        raise refusal(module, f"its forward takes no {' or '.join(ARGUMENTS)}")
+    argument = cache_argument(module)
     if DECODER_TOKENS not in inputs:
         raise refusal(module, f"it is given {', '.join(inputs)}, needed {DECODER_TOKENS} too")
     unknown = sorted(name for name in inputs if name.startswith("decoder_") and name != DECODER_TOKENS)
     if unknown:
         raise refusal(module, f"it is given {', '.join(unknown)}, which nothing continues from one new token to the next")
     ids = inputs[DECODER_TOKENS]
-    batch, length = ids.shape
-    prefix = ids.repeat(1, -(-_EXAMPLE_PAST // length))[:, :_EXAMPLE_PAST].flip(0)
-    cache = empty_run(module, argument, {**inputs, DECODER_TOKENS: prefix}, fake=fake)
+    batch = ids.shape[0]
+    cache = empty_run(module, argument, {**inputs, DECODER_TOKENS: earlier_tokens(ids, _EXAMPLE_PAST)}, fake=fake)
     own, cross = getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None)
     if own is None or cross is None:
         raise refusal(module, f"its cache is a {type(cache).__name__} without one for cross-attention")

@@ -10,14 +10,18 @@ from surgeon.errors import PlanError
 from surgeon.structure import MoE
 
 
+def needed(moe: MoE) -> int:
+    """Experts that a router chooses from at least: k, or one where a token is routed to every expert anyway."""
+    return 1 if moe.top_k == moe.experts else moe.top_k
+
+
 def refuse_budget(site: str, moe: MoE, keep: int) -> None:
     """Refuse a number of experts that the router cannot choose from.
 
     Raises:
         PlanError: names the site and the numbers.
     """
-    needed = 1 if moe.top_k == moe.experts else moe.top_k  # one where a token is routed to every expert anyway
-    if keep < needed:
+    if keep < needed(moe):
         raise PlanError(f"{site}: {keep} experts would remain, the router chooses {moe.top_k} per token")
     if keep % moe.groups:
         raise PlanError(
