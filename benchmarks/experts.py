@@ -13,18 +13,17 @@ Writes ``benchmarks/results/experts.json`` and ``experts.md``; rows that are not
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import RESULTS, arguments, earlier, is_wanted
 from torch import Tensor
 
 from surgeon.data import load_data
@@ -35,7 +34,6 @@ from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.tracing import trace
 
-RESULTS = Path(__file__).parent / "results"
 EXPERTS, HIDDEN, WIDTH, KEPT, TOKENS = 256, 1024, 256, 128, 4096
 SECONDS, BYTES = 60, 2 << 30
 GROUPINGS: dict[str, dict[str, Any]] = {
@@ -152,18 +150,12 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], help="shell patterns over rows")
-    parser.add_argument("--missing", action="store_true", help="only rows that have no figures yet")
-    options = parser.parse_args()
+    options = arguments(__doc__, "rows").parse_args()
     torch.set_num_threads(2)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "experts.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before, path = earlier("experts.json"), RESULTS / "experts.json"
     graph, batches = layer(), tokens()
     for name, row in ROWS.items():
-        wanted = any(fnmatchcase(name, pattern) for pattern in options.only)
-        if wanted and not (options.missing and name in before):
+        if is_wanted(options, name, name in before):
             before[name] = merge(graph, batches, row)
             print(f"{name:60}", *(f"{key} {value:.4g}" for key, value in before[name].items()), flush=True)
             path.write_text(json.dumps(before, indent=1) + "\n")

@@ -14,7 +14,6 @@ artefact on one thread, measured in turn with the untouched model's; graphs that
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ import _moe_drop
 import _moe_merge
 import torch
 from _moe_drop import drop_rows, skip_rows
+from _rows import RESULTS, arguments, earlier, is_wanted
 from torch import Tensor
 
 from surgeon.accounting import active_parameter_count, parameter_count
@@ -49,7 +49,6 @@ from surgeon.sweep import run_pass
 from surgeon.tracing import trace
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "models"
-RESULTS = Path(__file__).parent / "results"
 WINDOWS, LENGTH = 64, 128  # of held-out text; half as many windows of calibration text
 MLP: dict[str, Any] = {"router": "mlp", "router_steps": 200}
 
@@ -411,19 +410,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], help="shell patterns over methods")
-    parser.add_argument("--missing", action="store_true", help="only rows that have no figures yet")
+    parser = arguments(__doc__, "methods")
     parser.add_argument("--no-latency", action="store_true", help="skip lowering")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "moe.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before, path = earlier("moe.json"), RESULTS / "moe.json"
     results: dict[str, Any] = {}
     for row in ROWS:
-        wanted = any(fnmatchcase(row.method, pattern) for pattern in options.only)
-        if wanted and not (options.missing and row.key in before):
+        if is_wanted(options, row.method, row.key in before):
             found = measure(row, not options.no_latency)
             results[row.key] = {**before.get(row.key, {}), **found} if options.no_latency else found
             print(f"{row.key:90}{results[row.key]['loss']:9.4f}{results[row.key]['seconds']:8.1f} s", flush=True)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.models import randomised
+
 VOCABULARY = 160
 FAMILIES = ("gpt2", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "olmo2", "mistral", "opt", "bloom", "falcon", "gemma3n")
 
@@ -67,15 +69,7 @@ def causal(name: str, layers: int = 4) -> nn.Module:
             module = tf.Gemma3nForCausalLM(config)
         case _:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(FAMILIES)}")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() >= 2:
-                parameter.copy_(noise * 0.2)
-            else:  # norms stay near their initial one or zero
-                parameter.add_(noise * 0.1)
-    return module.eval()
+    return randomised(module, 0.2)
 
 
 def padded_prompts(batch: int, length: int = 9, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

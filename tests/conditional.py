@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.causal import VOCABULARY
+from tests.models import randomised
 
 FAMILIES = ("t5", "bart", "whisper")
 
@@ -36,15 +37,7 @@ def conditional(name: str, layers: int = 2, vocabulary: int = VOCABULARY) -> nn.
             module = tf.WhisperForConditionalGeneration(tf.WhisperConfig(**shape, **both, **sizes, **special))
         case _:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(FAMILIES)}")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() >= 2:
-                parameter.copy_(noise * 0.2)
-            else:  # norms stay near their initial one or zero
-                parameter.add_(noise * 0.1)
-    return module.eval()
+    return randomised(module, 0.2)
 
 
 def encoder_inputs(name: str, batch: int, seed: int = 3) -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ from surgeon.contract import Pass, Plan
 from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
 from surgeon.discovery import discover
 from surgeon.graph import Graph
+from surgeon.observe import observe
 from surgeon.pipeline import _operate
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration
 from surgeon.registry import make_pass
+from surgeon.samples import Sample
 from surgeon.structure import Structure
 from surgeon.tracing import trace
 
@@ -66,6 +68,16 @@ class Trained(Patient):
     """A trained language model with held-out text."""
 
     held_out: dict[str, torch.Tensor] | None = None
+
+    def routed_tokens(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Every calibration token's input, experts, weights and router scores, by mixture."""
+        samples = {}
+        for site in self.structure.moes():
+            part = site.part
+            assert part.logits is not None
+            samples[site.name] = Sample(part.input, part.index, part.weight, part.logits, limit=1 << 20)
+        observe(self.graph, self.data.calibration, samples)
+        return {name: tuple(sample.values()) for name, sample in samples.items()}
 
 
 def _trained(name: str) -> Trained:

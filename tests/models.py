@@ -57,15 +57,20 @@ def tiny(name: str, *, layers: int = LAYERS, seed: int = 0) -> tuple[nn.Module, 
             module = tf.ViTModel(tf.ViTConfig(**shape))
         case _:  # NAMES are those that every general test runs on
             raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
-    generator = torch.Generator().manual_seed(seed + 1)
+    return randomised(module, 0.08, seed + 1), inputs_for(name, seed=seed)
+
+
+def randomised(module: nn.Module, size: float, seed: int = 1) -> nn.Module:
+    """The module with random matrices of that standard deviation; norms stay near their initial one or zero."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * 0.08)
-            else:  # norms stay near their initial one or zero
+                parameter.copy_(noise * size)
+            else:
                 parameter.add_(noise * 0.1)
-    return module.eval(), inputs_for(name, seed=seed)
+    return module.eval()
 
 
 def inputs_for(name: str, batch: int = 2, sequence: int = 7, *, padded: bool = False, seed: int = 0) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ def library(module: nn.Module, inputs: dict[str, torch.Tensor], new: int, **opti
     first = module.config.decoder_start_token_id  # type: ignore[union-attr]  # of the library's models
     start = torch.full((rows, 1), first)
     options = {"eos_token_id": None, "decoder_input_ids": start} | options
-    found: torch.Tensor = GenerationMixin.generate(module, **inputs, max_new_tokens=new, do_sample=False, **options)  # type: ignore[arg-type]
+    greedily: Any = GenerationMixin.generate
+    found: torch.Tensor = greedily(module, **inputs, max_new_tokens=new, do_sample=False, **options)
     return found
 
 

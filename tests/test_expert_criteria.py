@@ -11,9 +11,7 @@ import torch
 
 from surgeon.errors import PlanError, SurgeonError
 from surgeon.expert_budget import share_out
-from surgeon.observe import observe
 from surgeon.registry import make_pass
-from surgeon.samples import Sample
 from surgeon.structure import MoE
 from tests.conftest import Trained
 
@@ -22,13 +20,7 @@ CRITERIA = ("frequency", "soft_frequency", "gate_mass", "activation_norm", "reap
 
 def seen(model: Trained) -> dict[str, tuple[np.ndarray, ...]]:
     """Every calibration token's input, experts, weights and scores, by site."""
-    samples = {}
-    for site in model.structure.moes():
-        part = site.part
-        assert part.logits is not None
-        samples[site.name] = Sample(part.input, part.index, part.weight, part.logits, limit=1 << 20)
-    observe(model.graph, model.data.calibration, samples)
-    return {name: tuple(v.numpy() for v in sample.values()) for name, sample in samples.items()}
+    return {name: tuple(value.numpy() for value in values) for name, values in model.routed_tokens().items()}
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

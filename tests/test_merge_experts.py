@@ -20,7 +20,6 @@ from surgeon.expert_stack import ExpertStack
 from surgeon.observe import observe
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
-from surgeon.samples import Sample
 from surgeon.structure import MoE
 from surgeon.verify import relative_error
 from tests.conftest import Patient, Trained
@@ -116,15 +115,9 @@ def test_a_refit_without_alignment_brings_the_model_nearer() -> None:
 def seen(model: Trained) -> dict[str, dict[str, np.ndarray]]:
     """Every calibration token's input, experts, weights and router scores, by site."""
     names = ("x", "index", "weight", "logits")
-    samples = {}
-    for site in model.structure.moes():
-        part = site.part
-        assert part.logits is not None
-        samples[site.name] = Sample(part.input, part.index, part.weight, part.logits, limit=1 << 20)
-    observe(model.graph, model.data.calibration, samples)
     return {
-        site: dict(zip(names, (value.double().numpy() for value in sample.values()), strict=True))
-        for site, sample in samples.items()
+        site: dict(zip(names, (value.double().numpy() for value in values), strict=True))
+        for site, values in model.routed_tokens().items()
     }
 
 
