@@ -1,0 +1,252 @@
+"""What discovery found, beside what a model's configuration says, field by field where it says something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.activations import probe_grid
+from surgeon.gates import gate
+from surgeon.graph import Graph
+from surgeon.structure import Region, Stream, Structure
+
+
+@dataclass
+class Part:
+    """One stack of layers; every field holds the values that are right for it, empty where nothing is said.
+
+    Attributes:
+        name: where it is said.
+        layers: number of layers.
+        heads, kv: heads of queries, and of keys and values.
+        widths: intermediate neurons of networks and experts.
+        activations: names of the library's activations.
+        experts, top_k: of mixtures.
+        certain: whether the model is known to hold it; others may lie idle for the inputs that were given.
+    """
+
+    name: str
+    layers: set[int]
+    heads: set[int] = field(default_factory=set)
+    kv: set[int] = field(default_factory=set)
+    widths: set[int] = field(default_factory=set)
+    activations: set[str] = field(default_factory=set)
+    experts: set[int] = field(default_factory=set)
+    top_k: set[int] = field(default_factory=set)
+    certain: bool = True
+
+
+# -- what was found -----------------------------------------------------------------------------------------------
+
+
+def describe(structure: Structure) -> list[dict[str, Any]]:
+    """Each stream as plain data."""
+    return [_stream(stream) for stream in structure.streams]
+
+
+def _stream(stream: Stream) -> dict[str, Any]:
+    regions = [region for block in stream.blocks for region in block.regions]
+    attentions = [a for r in regions for a in r.attention]
+    ffns = [f for r in regions for f in r.ffn]
+    moes = [m for r in regions for m in r.moe]
+    shared = [f for m in moes for f in m.shared]
+    return {
+        "label": stream.label,
+        "blocks": len(stream.blocks),
+        "kinds": list(dict.fromkeys(block.kind for block in stream.blocks)),
+        "attentions": len(attentions),
+        "heads": _set(a.heads for a in attentions),
+        "kv": _set(a.kv_heads for a in attentions),
+        "ffns": len(ffns),
+        "widths": _set([*(f.width for f in ffns), *(m.width for m in moes), *(f.width for f in shared)]),
+        "activations": _set(str(x.activation) for x in [*ffns, *moes, *shared]),
+        "moes": len(moes),
+        "experts": _set(m.experts for m in moes),
+        "top_k": _set(m.top_k for m in moes),
+        "scoring": _set(m.scoring for m in moes),
+    }
+
+
+def _set(values: Iterable[Any]) -> list[Any]:
+    return sorted(set(values))
+
+
+def opaque(structure: Structure) -> list[str]:
+    """What was found and not understood, each with its reason."""
+    found = []
+    for block in structure.blocks:
+        for region in block.regions:
+            found += [f"{block.kind}: {region.kind}: {why}" for why in _reasons(region)]
+    unread = [f"{name}: {why}" for name, why in structure.unrecognised.items()]
+    return list(dict.fromkeys(found)) + unread
+
+
+def _reasons(region: Region) -> Iterator[str]:
+    if region.kind == "other":
+        yield region.reason or "no reason"
+    for part in region.ffn:
+        if part.activation is None:
+            yield "the activation of the network is none that is known"
+    for moe in region.moe:
+        if moe.router is None or moe.scoring == "other":
+            yield f"the routing is {moe.scoring}: {region.reason}"
+
+
+# -- what a configuration says ------------------------------------------------------------------------------------
+
+_LAYER_FIELDS = {
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_blocks", "layers"),
+    "encoder": ("encoder_layers", "num_encoder_layers", "encoder_num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers", "decoder_num_layers", "decoder_num_hidden_layers"),
+}
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads", "num_attn_heads")
+_KV = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num", "n_head_kv")
+_WIDTH = re.compile(
+    r"\w*intermediate_size\w*|\w*ffn\w*(size|dim)|d_ff|n_inner|mlp_dim|d_inner|\w*feedforward_dim|\w*linear_units|dim_feedforward"
+    r"|\w*mlp_hidden\w*"
+)
+_ACTIVATIONS = (
+    "hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn", "act_fn", "mlp_hidden_act",
+    "encoder_activation_function", "decoder_activation_function", "ffn_act_fn",
+)  # fmt: skip
+_EXPERTS = re.compile(r"(num_|n_)?(local_|routed_)?experts|moe_num_experts|num_routed_experts|moe_num_primary_experts")
+_TOP_K = re.compile(r"num_experts_per_(tok|token)|moe_k|moe_top_?k|n_experts_per_tok|experts_per_token|num_selected_experts|top_k_experts")
+
+
+def said(config: Any, name: str = "") -> list[Part]:
+    """The stacks of layers that a configuration of transformers and its parts name."""
+    values = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+    found = list(_stacks(config, values, name))
+    for key, value in values.items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            found += said(value, f"{name}.{key}".strip("."))
+    return found
+
+
+def _first(config: Any, names: Iterable[str]) -> Any:
+    return next((v for n in names if (v := getattr(config, n, None)) is not None and not isinstance(v, bool)), None)
+
+
+def _numbers(value: Any) -> set[int]:
+    items = value if isinstance(value, list | tuple) else [value]
+    return {v for v in items if isinstance(v, int) and not isinstance(v, bool) and v > 0}
+
+
+def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
+    depths = values.get("depths")
+    sides = [side for side in ("encoder", "decoder") if _numbers(_first(config, _LAYER_FIELDS[side]))]
+    if isinstance(depths, list | tuple) and _numbers(depths):
+        yield _part(config, values, name or "stages", {sum(depths)}, "")
+        return
+    for side in sides:
+        yield _part(config, values, f"{name}.{side}".strip("."), _numbers(_first(config, _LAYER_FIELDS[side])), side)
+    alone = _numbers(_first(config, _LAYER_FIELDS[""]))
+    if alone and "encoder" in sides:
+        return
+    if alone and sides == ["decoder"]:
+        yield _part(config, values, f"{name}.encoder".strip("."), alone, "encoder")
+    elif alone:
+        yield _part(config, values, name or "layers", alone, "")
+
+
+def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side: str) -> Part:
+    own = lambda names: _first(config, [f"{side}_{n}" for n in names] if side else []) or _first(config, names)  # noqa: E731
+    heads = _numbers(own(_HEADS)) or _numbers(values.get(f"{side}_attention_heads"))
+    every = set().union(*(_numbers(v) for k, v in values.items() if re.search(r"(^|_)num_(attention_)?heads$|attention_heads$", k)))
+    kv = _numbers(own(_KV)) | set().union(*(_numbers(v) for k, v in values.items() if re.fullmatch(r"\w+_num_key_value_heads", k)))
+    widths = set().union(*(_numbers(v) for k, v in values.items() if _WIDTH.fullmatch(k)))
+    hidden = _numbers(_first(config, ("hidden_size", "d_model", "n_embd"))) | _numbers(values.get("hidden_sizes"))
+    ratio = _first(config, ("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
+    for factor in ratio if isinstance(ratio, list | tuple) else [ratio] if ratio is not None else []:
+        widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
+    widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
+    act = own(_ACTIVATIONS)
+    experts = set().union(*(_numbers(v) for k, v in values.items() if _EXPERTS.fullmatch(k)))
+    top_k = set().union(*(_numbers(v) for k, v in values.items() if _TOP_K.fullmatch(k)))
+    return Part(
+        name, count, heads | (every if heads else set()), kv or heads | every, widths,
+        {act} if isinstance(act, str) else set(), {e for e in experts if e > 1}, top_k,
+    )  # fmt: skip
+
+
+# -- comparison ---------------------------------------------------------------------------------------------------
+
+
+def differences(found: list[dict[str, Any]], parts: list[Part], module: nn.Module, graph: Graph) -> list[str]:
+    """What was found otherwise than it is said; empty where everything that is said is right."""
+    open_ = list(parts)
+    differing = []
+    for stream in sorted(found, key=lambda s: -s["blocks"]):
+        judged = [(_unlike(stream, part), part) for part in open_]
+        if not judged:
+            if parts:
+                differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
+            continue
+        reasons, part = min(judged, key=lambda pair: (len(pair[0]), pair[1].name))
+        open_.remove(part)
+        differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
+    reached = _reached(module, graph)
+    for part in open_:
+        count = sum(length in part.layers for length in reached)
+        matched = sum(bool(other.layers & part.layers) for other in parts if other not in open_)
+        if part.certain and count > matched:
+            differing.append(f"no stream for {part.name} ({min(part.layers)} layers)")
+    return differing
+
+
+def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
+    found = []
+    if stream["blocks"] not in part.layers:
+        found.append(f"{stream['blocks']} blocks, said {_text(part.layers)} layers")
+    for key, wanted in (("heads", part.heads), ("kv", part.kv), ("widths", part.widths)):
+        wrong = [v for v in stream[key] if wanted and v not in wanted]
+        if wrong:
+            found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
+    for key, wanted in (("experts", part.experts), ("top_k", part.top_k)):
+        wrong = [v for v in stream[key] if wanted and v not in wanted]
+        if wrong:
+            found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
+    if part.heads and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):
+        found.append(f"no attention, said {_text(part.heads)} heads")
+    if part.widths and not stream["ffns"] and not stream["moes"]:
+        found.append(f"no network, said widths {_text(part.widths)}")
+    if part.experts and not stream["moes"]:
+        found.append(f"no mixture, said {_text(part.experts)} experts")
+    names = [name for name in stream["activations"] if name != "None"]
+    if part.activations and names and not any(_same(name, said_) for name in names for said_ in part.activations):
+        found.append(f"activations {', '.join(names)}, said {', '.join(part.activations)}")
+    return found
+
+
+def _text(values: Iterable[Any]) -> str:
+    return "/".join(str(v) for v in sorted(values))
+
+
+def _same(name: str, library: str) -> bool:
+    """Whether an activation of surgeon is the one of transformers with that name, by values."""
+    from transformers.activations import ACT2FN
+
+    label = re.sub(r"^gated-", "", library)
+    if label not in ACT2FN:
+        return True
+    grid = probe_grid().float()
+    wanted = ACT2FN[label](grid)
+    value = gate(name).alone(grid)
+    return bool(torch.allclose(value, wanted, atol=2e-3)) or name.split("(")[0] in ("sigmoid",) and label in ("glu",)
+
+
+def _reached(module: nn.Module, graph: Graph) -> list[int]:
+    """Lengths of the lists of layers of which every entry has a weight that the graph reads."""
+    read = set(graph.parameters())
+    found = []
+    for path, part in module.named_modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
+            prefixes = [f"{path}.{name}." for name, _ in part.named_children()]
+            if all(any(name.startswith(prefix) for name in read) for prefix in prefixes):
+                found.append(len(part))
+    return found

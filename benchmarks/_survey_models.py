@@ -1,0 +1,343 @@
+"""The models of the survey, by library: how each is built at tiny size, on which inputs, and what its configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from _survey_inputs import find_inputs
+from _survey_judge import Part, said
+from _survey_shrink import small
+from torch import Tensor, nn
+
+TESTS = Path(__file__).parents[1] / "tests"
+LARGEST = 60_000_000
+"""Parameters of the largest model that is looked at."""
+
+
+class NotBuilt(Exception):
+    """The rules of the survey make no model, or no inputs, of this configuration."""
+
+
+@dataclass
+class Built:
+    """A model of the survey.
+
+    Attributes:
+        module: the model, in evaluation mode, every weight random.
+        inputs: example inputs.
+        parts: what its configuration says.
+        shape: which of the ladder's sizes it has.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    parts: list[Part]
+    shape: int = 0
+    dynamic: dict[str, Any] = field(default_factory=dict)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode with random matrices; what scales or shifts stays near where it starts."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.copy_(noise * 0.08) if parameter.dim() >= 2 else parameter.add_(noise * 0.1)
+    return module.eval()
+
+
+# -- transformers -------------------------------------------------------------------------------------------------
+
+_HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
+
+
+@cache
+def transformers_models() -> dict[str, str]:
+    """Name of the class by type of model: the one that predicts tokens, or the bare one, or else the first of any task."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    tables = [getattr(auto, name) for name in _HEADS]
+    tables += [value for name, value in sorted(vars(auto).items()) if name.endswith("MAPPING_NAMES") and name not in _HEADS]
+    found = {}
+    for kind in CONFIG_MAPPING_NAMES:
+        name = next((table[kind] for table in tables if kind in table), None)
+        if name is not None:
+            found[kind] = name if isinstance(name, str) else name[0]
+    return found
+
+
+@cache
+def _tested() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py"))
+
+
+def is_tested(kind: str) -> bool:
+    """Whether a test names the configuration of this type of model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return CONFIG_MAPPING_NAMES[kind] in _tested()
+
+
+def is_mixture(kind: str) -> bool:
+    """Whether a configuration speaks of experts."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return any(part.experts for part in said(CONFIG_MAPPING[kind]()))
+    except Exception:  # a configuration may demand more than its defaults
+        return False
+
+
+# What the rules of the shrinker cannot know: fields that depend on each other in one model's own way.
+_FIELDS: dict[str, dict[str, Any]] = {
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+}
+
+
+def build_transformers(kind: str) -> Built:
+    """A small model of this type."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    cls: Any = getattr(transformers, transformers_models()[kind])
+    failures = []
+    for level in (0, 1, 2):
+        try:
+            base = CONFIG_MAPPING[kind]
+            config = base(**{**small(base(), level), **_FIELDS.get(kind, {})})
+            module = _made(cls, config)
+            return Built(module, find_inputs(module), said(module.config), level)
+        except Exception as error:  # a class may raise anything on sizes that it was not made for
+            failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
+    raise NotBuilt(" || ".join(failures))
+
+
+def _made(cls: Any, config: Any) -> nn.Module:
+    import copy
+
+    with torch.device("meta"):
+        try:
+            count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+        except Exception:  # some compute values while they are built
+            count = 0
+    if count > LARGEST:
+        raise NotBuilt(f"{count / 1e6:.0f} M parameters")
+    torch.manual_seed(0)
+    return randomised(cls(config))
+
+
+# -- timm ---------------------------------------------------------------------------------------------------------
+
+TIMM = (
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224", "convnext_atto", "convnextv2_atto", "cait_xxs24_224",
+    "beit_base_patch16_224", "beitv2_base_patch16_224", "mixer_s32_224", "gmixer_24_224", "resmlp_12_224",
+    "gmlp_ti16_224", "pvt_v2_b0", "twins_pcpvt_small", "twins_svt_small", "xcit_nano_12_p16_224", "maxvit_nano_rw_256",
+    "coatnet_nano_rw_224", "levit_128s", "davit_tiny", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0",
+    "eva02_tiny_patch14_224", "hiera_tiny_224", "volo_d1_224", "nest_tiny", "tnt_s_patch16_224", "pit_ti_224",
+    "mvitv2_tiny", "gcvit_xxtiny", "crossvit_tiny_240", "convit_tiny", "coat_lite_tiny", "convmixer_768_32",
+    "poolformer_s12", "poolformerv2_s12", "caformer_s18", "convformer_s18", "focalnet_tiny_srf", "visformer_tiny",
+    "sequencer2d_s", "mobilevit_xxs", "mobilevitv2_050", "mobilenetv4_hybrid_medium", "tiny_vit_5m_224", "fastvit_t8",
+    "repvit_m0_9", "efficientvit_b0", "efficientvit_m0", "nextvit_small", "inception_next_atto", "metaformer",
+    "rdnet_tiny", "starnet_s1", "vitamin_small_224", "flexivit_small", "vit_base_patch16_rope_reg1_gap_256",
+    "naflexvit_base_patch16_gap", "samvit_base_patch16_224", "vit_relpos_small_patch16_224", "resnet18", "regnety_002",
+    "swiftformer_xs", "shvit_s1", "mambaout_femto", "hgnet_tiny", "csatv2", "test_vit",
+)  # fmt: skip
+
+
+def build_timm(name: str) -> Built:
+    """A registered model, with two blocks in each stage where its constructor takes a depth."""
+    import timm
+
+    if not timm.is_model(name):
+        raise NotBuilt("not registered in this version")
+    module = None
+    for options in ({"depth": 3}, {"depths": (1, 1, 2, 1)}, {"num_classes": 10}, {}):
+        try:
+            module = timm.create_model(name, pretrained=False, **{"num_classes": 10, **options})
+            break
+        except Exception:  # a family takes other arguments
+            continue
+    if module is None:
+        raise NotBuilt("no constructor of the ladder accepts it")
+    if sum(p.numel() for p in module.parameters()) > 2 * LARGEST:
+        raise NotBuilt("too large")
+    size = module.default_cfg["input_size"]
+    inputs = {"x": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}
+    return Built(randomised(module), inputs, by_modules(module))
+
+
+def by_modules(module: nn.Module) -> list[Part]:
+    """What the modules of a model without a configuration say: its blocks, and the heads and widths in them."""
+    blocks = [m for m in module.modules() if _is_block(m)]
+    blocks = [m for m in blocks if not any(m is not other and m in set(other.modules()) for other in blocks)]
+    if not blocks:
+        return []
+    heads: set[int] = set()
+    widths: set[int] = set()
+    for part in (p for block in blocks for p in block.modules()):
+        number = getattr(part, "num_heads", getattr(part, "heads", None))
+        heads |= {number} if isinstance(number, int) else set()
+        first = getattr(part, "fc1", None)
+        width = getattr(first, "out_features", getattr(first, "out_channels", None))
+        widths |= {width} if isinstance(width, int) else set()
+    return [Part("modules", {len(blocks)}, heads, set(), widths)]
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    names = {name for name, _ in module.named_children()}
+    return bool(names & {"mlp", "ffn", "ff", "mlp_channels", "mlp_tokens"}) and bool(
+        names & {"attn", "attn1", "attention", "token_mixer", "mixer", "norm1", "norm", "conv_dw", "self_attn"}
+    )
+
+
+# -- diffusers ----------------------------------------------------------------------------------------------------
+
+
+def _tensors(**shapes: tuple[int, ...]) -> Callable[[], dict[str, Tensor]]:
+    def make() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        return {k: torch.tensor([7, 400]) if k == "timestep" else v for k, v in found.items()}
+
+    return make
+
+
+_SMALL: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 3}
+DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
+    "DiTTransformer2DModel": (
+        {**_SMALL, "in_channels": 4, "out_channels": 4, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10},
+        lambda: {**_tensors(hidden_states=(2, 4, 8, 8), timestep=(2,))(), "class_labels": torch.tensor([1, 2])},
+    ),
+    "PixArtTransformer2DModel": (
+        {**_SMALL, "in_channels": 4, "out_channels": 8, "sample_size": 8, "cross_attention_dim": 64, "caption_channels": 32,
+         "use_additional_conditions": False},
+        _tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,)),
+    ),
+    "SanaTransformer2DModel": (
+        {**_SMALL, "in_channels": 4, "out_channels": 4, "sample_size": 8, "cross_attention_dim": 64, "caption_channels": 32,
+         "num_cross_attention_heads": 4, "cross_attention_head_dim": 16},
+        _tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,)),
+    ),
+    "SD3Transformer2DModel": (
+        {**_SMALL, "sample_size": 8, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 32,
+         "caption_projection_dim": 64, "pooled_projection_dim": 32, "pos_embed_max_size": 8},
+        _tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), pooled_projections=(2, 32), timestep=(2,)),
+    ),
+    "FluxTransformer2DModel": (
+        {**_SMALL, "num_layers": 2, "num_single_layers": 3, "in_channels": 16, "joint_attention_dim": 32,
+         "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
+        lambda: {**_tensors(hidden_states=(2, 16, 16), encoder_hidden_states=(2, 5, 32), pooled_projections=(2, 32))(),
+                 "timestep": torch.tensor([0.1, 0.7]), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3),
+                 "guidance": torch.tensor([3.5, 3.5])},
+    ),
+    "HunyuanDiT2DModel": (
+        {**_SMALL, "num_layers": 4, "in_channels": 4, "sample_size": 8, "hidden_size": 64, "patch_size": 2,
+         "cross_attention_dim": 32, "cross_attention_dim_t5": 32, "pooled_projection_dim": 16, "text_len": 5, "text_len_t5": 5,
+         "activation_fn": "gelu-approximate", "use_style_cond_and_image_meta_size": False},
+        _tensors(hidden_states=(2, 4, 8, 8), timestep=(2,), encoder_hidden_states=(2, 5, 32),
+                 text_embedding_mask=(2, 5), encoder_hidden_states_t5=(2, 5, 32), text_embedding_mask_t5=(2, 5),
+                 image_rotary_emb=(2, 16, 16)),
+    ),
+    "LTXVideoTransformer3DModel": (
+        {**_SMALL, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "caption_channels": 32},
+        lambda: {**_tensors(hidden_states=(2, 16, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,))(),
+                 "encoder_attention_mask": torch.ones(2, 5)},
+    ),
+    "AuraFlowTransformer2DModel": (
+        {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 2,
+         "num_single_dit_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
+         "caption_projection_dim": 64, "pos_embed_max_size": 16},
+        lambda: {**_tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32))(),
+                 "timestep": torch.tensor([0.1, 0.7])},
+    ),
+    "CogVideoXTransformer3DModel": (
+        {**_SMALL, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": 32, "sample_width": 8,
+         "sample_height": 8, "sample_frames": 9, "max_text_seq_length": 5},
+        _tensors(hidden_states=(2, 3, 4, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,)),
+    ),
+    "WanTransformer3DModel": (
+        {**_SMALL, "in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 16, "ffn_dim": 112,
+         "rope_max_seq_len": 32},
+        _tensors(hidden_states=(2, 4, 2, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,)),
+    ),
+    "LatteTransformer3DModel": (
+        {**_SMALL, "in_channels": 4, "out_channels": 8, "sample_size": 8, "patch_size": 2, "cross_attention_dim": 64,
+         "caption_channels": 32, "video_length": 2},
+        _tensors(hidden_states=(2, 4, 2, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,)),
+    ),
+    "Lumina2Transformer2DModel": (
+        {"sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 64, "num_layers": 3, "num_refiner_layers": 1,
+         "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": (4, 6, 6), "axes_lens": (32, 32, 32), "cap_feat_dim": 32},
+        lambda: {**_tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,))(),
+                 "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool)},
+    ),
+    "MochiTransformer3DModel": (
+        {**_SMALL, "patch_size": 2, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 32,
+         "time_embed_dim": 16, "max_sequence_length": 5},
+        lambda: {**_tensors(hidden_states=(2, 4, 2, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,))(),
+                 "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool)},
+    ),
+    "AllegroTransformer3DModel": (
+        {**_SMALL, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "sample_width": 8, "sample_height": 8,
+         "sample_frames": 2, "cross_attention_dim": 96, "caption_channels": 32},
+        _tensors(hidden_states=(2, 4, 2, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,)),
+    ),
+    "PriorTransformer": (
+        {**_SMALL, "embedding_dim": 32, "num_embeddings": 5, "additional_embeddings": 4},
+        _tensors(hidden_states=(2, 32), timestep=(2,), proj_embedding=(2, 32), encoder_hidden_states=(2, 5, 32)),
+    ),
+    "UNet2DConditionModel": (
+        {"block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 16, "cross_attention_dim": 32,
+         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+         "attention_head_dim": 4, "norm_num_groups": 8},
+        _tensors(sample=(2, 4, 16, 16), timestep=(2,), encoder_hidden_states=(2, 5, 32)),
+    ),
+}  # fmt: skip
+
+
+def build_diffusers(name: str) -> Built:
+    """A small model of this class."""
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        raise NotBuilt("not in this version")
+    options, inputs = DIFFUSERS[name]
+    try:
+        torch.manual_seed(0)
+        module = randomised(getattr(diffusers, name)(**options))
+    except Exception as error:  # a class may raise anything
+        raise NotBuilt(f"{type(error).__name__}: {error}"[:300]) from error
+    given = inputs()
+    try:
+        with torch.no_grad():
+            module(**given)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}"[:300]) from error
+    return Built(module, given, by_modules(module))
+
+
+BUILDERS: dict[str, Callable[[str], Built]] = {
+    "transformers": build_transformers,
+    "timm": build_timm,
+    "diffusers": build_diffusers,
+}
+
+
+def names() -> list[str]:
+    """Every row of the survey, ``library/name``."""
+    found = [f"transformers/{kind}" for kind in transformers_models() if not is_tested(kind)]
+    return [*found, *(f"timm/{name}" for name in TIMM), *(f"diffusers/{name}" for name in DIFFUSERS)]

@@ -1,0 +1,176 @@
+"""Discovery over models that no test holds: what is found, beside what the models' configurations say.
+
+    python benchmarks/survey.py                             every model (an hour or two on one core)
+    python benchmarks/survey.py --only 'transformers/b*'    some rows; the others keep what is there
+    python benchmarks/survey.py --missing                   rows that were not looked at yet
+    python benchmarks/survey.py --mixtures                  only the models whose configurations speak of experts
+    python benchmarks/survey.py --dense                     only the others
+    python benchmarks/survey.py --passes                    also run passes on what was discovered
+    python benchmarks/survey.py --page                      write the page again from what is there
+
+Models are built at tiny size with random weights from configurations that are shrunk by the names of their fields: all types
+of models of transformers whose configuration no test names, one model of each family of timm, transformers of diffusers.
+Each runs in a process of its own with a time limit.  Writes ``benchmarks/results/survey.json`` and ``survey.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _survey_models
+import torch
+from _rows import RESULTS, arguments, earlier, is_wanted
+from _survey_judge import describe, differences, opaque
+from _survey_page import page
+from _survey_passes import run_passes
+
+import surgeon
+from surgeon.errors import DiscoverError, SurgeonError, TraceError
+
+SECONDS = 240
+
+
+def survey(name: str, passes: bool) -> dict[str, Any]:
+    """One row: what was found, or where it ended."""
+    library, _, model = name.partition("/")
+    clock = time.perf_counter()
+    try:
+        built = _survey_models.BUILDERS[library](model)
+    except _survey_models.NotBuilt as error:
+        return {"status": "not built", "reason": str(error)}
+    row: dict[str, Any] = {"class": type(built.module).__name__, "size": built.shape, "inputs": sorted(built.inputs)}
+    row["said"] = [_plain(part) for part in built.parts]
+    try:
+        graph, row["fixed"] = _traced(built)
+    except TraceError as error:
+        return {**row, "status": "not traced", "reason": _line(error), "seconds": _since(clock)}
+    try:
+        structure = surgeon.discover(graph)
+    except DiscoverError as error:
+        return {**row, "status": "refused", "reason": _line(error), "seconds": _since(clock)}
+    row["found"] = describe(structure)
+    row["differs"] = differences(row["found"], built.parts, built.module, graph)
+    row["opaque"] = opaque(structure)
+    row["without_role"] = len(structure.unrecognised)
+    row["status"] = "differs" if row["differs"] else "opaque" if row["opaque"] else "right"
+    row["seconds"] = _since(clock)
+    if passes:
+        row["passes"] = run_passes(graph, structure, built.inputs)
+    return row
+
+
+def _traced(built: _survey_models.Built) -> tuple[surgeon.Graph, bool]:
+    """The graph, and whether sizes had to be fixed for it."""
+    try:
+        return surgeon.trace(built.module, built.inputs), False
+    except TraceError as error:
+        if "dynamic" not in str(error):
+            raise
+        return surgeon.trace(built.module, built.inputs, dynamic=dict.fromkeys(built.inputs)), True
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in vars(part).items() if value not in (set(), True)}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _since(clock: float) -> float:
+    return round(time.perf_counter() - clock, 1)
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+def _child(name: str, passes: bool, end: Any) -> None:
+    import traceback
+
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        if not os.environ.get("SURVEY_SHOW"):
+            os.dup2(nothing.fileno(), 2)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        end.send(survey(name, passes))
+    except BaseException as error:  # whatever escapes is a defect, and shown as one
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        end.send({"status": "crashed", "reason": f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {_line(error)}"})
+
+
+def apart(name: str, passes: bool, seconds: int) -> dict[str, Any]:
+    """The row of one model, made in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(name, passes, sender))
+    process.start()
+    sender.close()
+    try:
+        row: dict[str, Any] = receiver.recv() if receiver.poll(seconds) else {"status": "timed out", "reason": f"over {seconds} s"}
+    except EOFError:
+        process.join()
+        row = {"status": "crashed", "reason": f"the process ended with {process.exitcode}"}
+    process.kill()
+    process.join()
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__, "library/model")
+    parser.add_argument("--mixtures", action="store_true", help="only models whose configurations speak of experts")
+    parser.add_argument("--dense", action="store_true", help="only the others")
+    parser.add_argument("--passes", action="store_true", help="also run passes on every model that was discovered")
+    parser.add_argument("--status", nargs="+", help="only rows that ended so before, such as 'differs'")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--show", action="store_true", help="print the rows, write nothing")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="limit for one model")
+    parser.add_argument("--into", default="survey", help="name of the results' files")
+    options = parser.parse_args(argv)
+    rows = earlier(f"{options.into}.json")
+    if not options.page:
+        wanted = [name for name in _survey_models.names() if _is_asked_for(options, name, rows)]
+        for number, name in enumerate(wanted, 1):
+            row = apart(name, options.passes, options.seconds)
+            print(f"{number}/{len(wanted)} {name}: {row['status']} {row.get('differs') or row.get('reason', '')}"[:300], flush=True)
+            if options.show:
+                print(json.dumps(row, indent=1))
+                continue
+            rows = {**earlier(f"{options.into}.json"), name: row}  # others may write other rows
+            _write(options.into, rows)
+    if not options.show:
+        (RESULTS / f"{options.into}.md").write_text(page(rows), encoding="utf-8")
+
+
+def _is_asked_for(options: argparse.Namespace, name: str, rows: dict[str, Any]) -> bool:
+    if not is_wanted(options, name, name in rows):
+        return False
+    if options.status and rows.get(name, {}).get("status") not in options.status:
+        return False
+    if options.mixtures or options.dense:
+        library, _, model = name.partition("/")
+        return (library == "transformers" and _survey_models.is_mixture(model)) == options.mixtures
+    return True
+
+
+def _write(into: str, rows: dict[str, Any]) -> None:
+    path = RESULTS / f"{into}.json"
+    draft = path.with_suffix(".draft")
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
+    draft.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    sys.setrecursionlimit(10_000)
+    main()
