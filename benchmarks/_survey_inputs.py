@@ -1,4 +1,4 @@
-"""Example inputs for a model of transformers: the ones that surgeon makes, the model's own, or by the names of its arguments."""
+"""Example inputs for a model of transformers: those that surgeon makes, the model's own, or by the names of its arguments."""
 
 from __future__ import annotations
 

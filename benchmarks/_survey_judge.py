@@ -115,7 +115,9 @@ _ACTIVATIONS = (
     "encoder_activation_function", "decoder_activation_function", "ffn_act_fn",
 )  # fmt: skip
 _EXPERTS = re.compile(r"(num_|n_)?(local_|routed_)?experts|moe_num_experts|num_routed_experts|moe_num_primary_experts")
-_TOP_K = re.compile(r"num_experts_per_(tok|token)|moe_k|moe_top_?k|n_experts_per_tok|experts_per_token|num_selected_experts|top_k_experts")
+_TOP_K = re.compile(
+    r"num_experts_per_(tok|token)|moe_k|moe_top_?k|n_experts_per_tok|experts_per_token|num_selected_experts|top_k_experts"
+)
 
 
 def said(config: Any, name: str = "") -> list[Part]:
@@ -155,21 +157,25 @@ def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
 
 
 def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side: str) -> Part:
-    own = lambda names: _first(config, [f"{side}_{n}" for n in names] if side else []) or _first(config, names)  # noqa: E731
+    def own(names: tuple[str, ...]) -> Any:
+        return _first(config, [f"{side}_{n}" for n in names] if side else []) or _first(config, names)
+
+    def every(pattern: str) -> set[int]:
+        return set().union(*(_numbers(v) for k, v in values.items() if re.fullmatch(pattern, k)))
+
     heads = _numbers(own(_HEADS)) or _numbers(values.get(f"{side}_attention_heads"))
-    every = set().union(*(_numbers(v) for k, v in values.items() if re.search(r"(^|_)num_(attention_)?heads$|attention_heads$", k)))
-    kv = _numbers(own(_KV)) | set().union(*(_numbers(v) for k, v in values.items() if re.fullmatch(r"\w+_num_key_value_heads", k)))
-    widths = set().union(*(_numbers(v) for k, v in values.items() if _WIDTH.fullmatch(k)))
+    others = every(r"(\w+_)?num_heads|\w*attention_heads")
+    kv = _numbers(own(_KV)) | every(r"\w+_num_key_value_heads")
+    widths = every(_WIDTH.pattern)
     hidden = _numbers(_first(config, ("hidden_size", "d_model", "n_embd"))) | _numbers(values.get("hidden_sizes"))
     ratio = _first(config, ("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
     for factor in ratio if isinstance(ratio, list | tuple) else [ratio] if ratio is not None else []:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
     widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
     act = own(_ACTIVATIONS)
-    experts = set().union(*(_numbers(v) for k, v in values.items() if _EXPERTS.fullmatch(k)))
-    top_k = set().union(*(_numbers(v) for k, v in values.items() if _TOP_K.fullmatch(k)))
+    experts, top_k = every(_EXPERTS.pattern), every(_TOP_K.pattern)
     return Part(
-        name, count, heads | (every if heads else set()), kv or heads | every, widths,
+        name, count, heads | (others if heads else set()), kv or heads | others, widths,
         {act} if isinstance(act, str) else set(), {e for e in experts if e > 1}, top_k,
     )  # fmt: skip
 
@@ -237,7 +243,7 @@ def _same(name: str, library: str) -> bool:
     grid = probe_grid().float()
     wanted = ACT2FN[label](grid)
     value = gate(name).alone(grid)
-    return bool(torch.allclose(value, wanted, atol=2e-3)) or name.split("(")[0] in ("sigmoid",) and label in ("glu",)
+    return bool(torch.allclose(value, wanted, atol=2e-3))
 
 
 def _reached(module: nn.Module, graph: Graph) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,15 @@ from _survey_judge import Part, said
 from _survey_shrink import small
 from torch import Tensor, nn
 
-TESTS = Path(__file__).parents[1] / "tests"
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for what tests and benchmarks share
+
+from tests.models import randomised  # noqa: E402
+from tests.optional import timm as import_timm  # noqa: E402
+
+RANDOM = 0.08
+"""Standard deviation of the random matrices."""
+
 LARGEST = 60_000_000
 """Parameters of the largest model that is looked at."""
 
@@ -38,19 +48,6 @@ class Built:
     inputs: dict[str, Tensor]
     parts: list[Part]
     shape: int = 0
-    dynamic: dict[str, Any] = field(default_factory=dict)
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """The module in evaluation mode with random matrices; what scales or shifts stays near where it starts."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if not parameter.is_floating_point():
-                continue
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            parameter.copy_(noise * 0.08) if parameter.dim() >= 2 else parameter.add_(noise * 0.1)
-    return module.eval()
 
 
 # -- transformers -------------------------------------------------------------------------------------------------
@@ -76,7 +73,7 @@ def transformers_models() -> dict[str, str]:
 
 @cache
 def _tested() -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py"))
+    return "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
 
 
 def is_tested(kind: str) -> bool:
@@ -124,8 +121,6 @@ def build_transformers(kind: str) -> Built:
 
 
 def _made(cls: Any, config: Any) -> nn.Module:
-    import copy
-
     with torch.device("meta"):
         try:
             count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
@@ -134,7 +129,7 @@ def _made(cls: Any, config: Any) -> nn.Module:
     if count > LARGEST:
         raise NotBuilt(f"{count / 1e6:.0f} M parameters")
     torch.manual_seed(0)
-    return randomised(cls(config))
+    return randomised(cls(config), RANDOM)
 
 
 # -- timm ---------------------------------------------------------------------------------------------------------
@@ -158,8 +153,7 @@ TIMM = (
 
 def build_timm(name: str) -> Built:
     """A registered model, with two blocks in each stage where its constructor takes a depth."""
-    import timm
-
+    timm = import_timm()
     if not timm.is_model(name):
         raise NotBuilt("not registered in this version")
     module = None
@@ -175,7 +169,7 @@ def build_timm(name: str) -> Built:
         raise NotBuilt("too large")
     size = module.default_cfg["input_size"]
     inputs = {"x": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}
-    return Built(randomised(module), inputs, by_modules(module))
+    return Built(randomised(module, RANDOM), inputs, by_modules(module))
 
 
 def by_modules(module: nn.Module) -> list[Part]:
@@ -281,7 +275,8 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
     ),
     "Lumina2Transformer2DModel": (
         {"sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 64, "num_layers": 3, "num_refiner_layers": 1,
-         "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": (4, 6, 6), "axes_lens": (32, 32, 32), "cap_feat_dim": 32},
+         "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": (4, 6, 6), "axes_lens": (32, 32, 32),
+         "cap_feat_dim": 32},
         lambda: {**_tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,))(),
                  "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool)},
     ),
@@ -318,7 +313,7 @@ def build_diffusers(name: str) -> Built:
     options, inputs = DIFFUSERS[name]
     try:
         torch.manual_seed(0)
-        module = randomised(getattr(diffusers, name)(**options))
+        module = randomised(getattr(diffusers, name)(**options), RANDOM)
     except Exception as error:  # a class may raise anything
         raise NotBuilt(f"{type(error).__name__}: {error}"[:300]) from error
     given = inputs()

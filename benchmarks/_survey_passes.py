@@ -1,4 +1,4 @@
-"""Passes on a model of the survey, with every check that the pipeline makes, and the property each promises where it is cheap."""
+"""Passes on a model of the survey, with every check of the pipeline and the property each promises where it is cheap."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_passes(graph: Graph, structure: Structure, inputs: Mapping[str, Tensor])
             found[name] = "n/a"
             continue
         try:
-            found[name] = _outcome(name, _counted(step, structure), limit, graph, structure, data, before)
+            found[name] = _outcome({name: _counted(step, structure)}, limit, graph, structure, data, before)
         except SurgeonError as error:
             kind = "refused" if type(error).__name__ == "PlanError" else "failed"
             found[name] = f"{kind}: {type(error).__name__}: {' '.join(str(error).split())}"[:400]
@@ -62,9 +62,9 @@ def _counted(step: dict[str, Any], structure: Structure) -> dict[str, Any]:
 
 
 def _outcome(
-    name: str, step: dict[str, Any], limit: float | None, graph: Graph, structure: Structure, data: Any, before: dict[str, Tensor]
+    step: dict[str, Any], limit: float | None, graph: Graph, structure: Structure, data: Any, before: dict[str, Tensor]
 ) -> str:
-    made = make_pass({name: step})
+    made = make_pass(step)
     after_graph, after, plan, _ = _operate(made, graph, structure, data, None, Progress(False))
     check_structure(made, structure, after)
     check_parameters(made, plan, graph, structure, after_graph)

@@ -70,7 +70,7 @@ _LAYERS = re.compile(
 _INDICES = re.compile(r"\w*(_indexes|_indices|_idxs|_layers|_layer_ids?|_indexs|_layer_idx)|insert_layer_id")
 _ID = re.compile(r"\w*(token|tok)_(id|index)|\w+_(start|end|begin)_id")
 _KV = re.compile(r"(\w+_)?num_key_value_heads|num_kv_heads|n_kv_heads|n_head_kv|multi_query_group_num")
-_SHORT = 8  # a default depth up to which an entry of a list of depths is one
+_KINDS = re.compile(r"layer_types|block_types?|layers_block_type|_period|_interval|_step|sparse_|pattern")
 
 
 def small(config: Any, level: int = 0) -> dict[str, Any]:
@@ -118,8 +118,7 @@ def _depth(fields: dict[str, Any]) -> int | None:
 
 def layers(fields: dict[str, Any]) -> int:
     """Few layers, four where their kinds may differ."""
-    kinds = any(re.search(r"layer_types|block_types?|layers_block_type|_period|_interval|_step|sparse_|pattern", k) for k in fields)
-    return 4 if kinds else 3
+    return 4 if any(_KINDS.search(name) for name in fields) else 3
 
 
 def _integer(name: str, value: int, fields: dict[str, Any], level: int) -> int:

@@ -34,7 +34,7 @@ from _survey_page import page
 from _survey_passes import run_passes
 
 import surgeon
-from surgeon.errors import DiscoverError, SurgeonError, TraceError
+from surgeon.errors import DiscoverError, TraceError
 
 SECONDS = 240
 
@@ -79,7 +79,8 @@ def _traced(built: _survey_models.Built) -> tuple[surgeon.Graph, bool]:
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in vars(part).items() if value not in (set(), True)}
+    said = {key: value for key, value in vars(part).items() if value not in (set(), True)}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
 
 
 def _line(error: Exception) -> str:
@@ -106,7 +107,8 @@ def _child(name: str, passes: bool, end: Any) -> None:
         end.send(survey(name, passes))
     except BaseException as error:  # whatever escapes is a defect, and shown as one
         where = traceback.extract_tb(error.__traceback__)[-1]
-        end.send({"status": "crashed", "reason": f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {_line(error)}"})
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        end.send({"status": "crashed", "reason": f"{type(error).__name__} at {place}: {_line(error)}"})
 
 
 def apart(name: str, passes: bool, seconds: int) -> dict[str, Any]:
@@ -117,7 +119,8 @@ def apart(name: str, passes: bool, seconds: int) -> dict[str, Any]:
     process.start()
     sender.close()
     try:
-        row: dict[str, Any] = receiver.recv() if receiver.poll(seconds) else {"status": "timed out", "reason": f"over {seconds} s"}
+        late = {"status": "timed out", "reason": f"over {seconds} s"}
+        row: dict[str, Any] = receiver.recv() if receiver.poll(seconds) else late
     except EOFError:
         process.join()
         row = {"status": "crashed", "reason": f"the process ended with {process.exitcode}"}
@@ -142,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [name for name in _survey_models.names() if _is_asked_for(options, name, rows)]
         for number, name in enumerate(wanted, 1):
             row = apart(name, options.passes, options.seconds)
-            print(f"{number}/{len(wanted)} {name}: {row['status']} {row.get('differs') or row.get('reason', '')}"[:300], flush=True)
+            why = row.get("differs") or row.get("opaque") or row.get("reason", "")
+            print(f"{number}/{len(wanted)} {name}: {row['status']} {why}"[:300], flush=True)
             if options.show:
                 print(json.dumps(row, indent=1))
                 continue
