@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -33,8 +34,17 @@ if TYPE_CHECKING:
 _THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """System errors that say something about the user's disk, not about a bug."""
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _signals: list[int] = []
 """Requests to stop that have arrived."""
+
+
+class _Stop(KeyboardInterrupt):
+    """A request to stop.
+
+    A class of its own: where a plain ``KeyboardInterrupt`` leaves source text run by ``exec``, which dataclasses and named
+    tuples are made of, ``python -m`` ends by SIGINT instead of its exit code, although the interrupt has been caught.
+    """
 
 
 class _Screen(Console):
@@ -503,8 +513,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: what follows the program's name; ``sys.argv`` by default.
     """
     _signals.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    code: Any
+    try:
+        for number in _STOPPING:
+            signal.signal(number, _interrupt)
+        sys.unraisablehook = _unraisable
+        code = _run(arguments)
+    except KeyboardInterrupt:  # before the command began, or behind it
+        code = _interrupted().exit_code
+    for number in _STOPPING:  # nothing is left that an interrupt could stop
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> Any:
+    """Run the command line; returns the exit code."""
     try:
         app(args=arguments, prog_name="surgeon")
         code: Any = 0
@@ -518,14 +541,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _pipe_closed()
-    sys.exit(code)
+    return code
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """A polite kill cleans up as Ctrl-C does; repeating it does not cut the cleaning short."""
-    signal.signal(number, signal.SIG_IGN)
+    for other in _STOPPING:
+        signal.signal(other, signal.SIG_IGN)
     _signals.append(number)
-    raise KeyboardInterrupt
+    raise _Stop
+
+
+def _unraisable(lost: Any) -> None:
+    """A request to stop that arrives in a finaliser, where Python drops what is raised, is made again."""
+    if isinstance(lost.exc_value, _Stop):
+        signal.signal(_signals[-1], _interrupt)
+        Timer(0.05, os.kill, (os.getpid(), _signals[-1])).start()  # when this function, which drops it too, has returned
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _interrupted() -> typer.Exit:

@@ -363,11 +363,42 @@ def test_a_kill_leaves_the_previous_output(built: Path, tmp_path: Path, number: 
     if number is signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode in (130, -number), err  # the latter: before Python was ready to listen
+        assert process.returncode in (130, -number), err  # the latter: before the command listens
         assert not _staging(tmp_path)
         assert "this is a bug" not in err
     ids = torch.arange(12).reshape(2, 6)
     assert surgeon.load(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"].isfinite().all()
+
+
+_INTERRUPTED = """\
+import os, signal
+from surgeon import cli, registry
+
+interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(100)]"
+
+class Finalised:
+    def __del__(self):
+        eval(compile(interrupt, "", "exec"))
+
+def listing(kind):
+    if kind == "pass":  # in source text that is run, as a dataclass is made
+        cli._say("beginning", "")
+        exec(interrupt)
+    else:  # where Python drops what is raised
+        Finalised()
+    signal.pause()
+
+registry.listing = listing
+"""
+
+
+@pytest.mark.parametrize("command", ["passes", "backends"])
+def test_an_interrupt_is_not_lost(tmp_path: Path, command: str) -> None:
+    (tmp_path / "interrupted.py").write_text(f"{_INTERRUPTED}cli.main([{command!r}])\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    found = subprocess.run([sys.executable, "-m", "interrupted"], env=environment, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 130, found.stderr
+    assert found.stderr.endswith("interrupted\n")
 
 
 def test_the_next_build_clears_what_a_kill_left(built: Path, tmp_path: Path, run: Run) -> None:
