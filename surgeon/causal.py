@@ -21,6 +21,8 @@ from surgeon.errors import TraceError
 ARGUMENTS = ("cache", "past_key_values")
 """What the library calls the argument and the output, newest first."""
 _EXAMPLE_PAST = 5
+_TEXT = ("input_ids", "attention_mask")
+"""Inputs that every new token has."""
 TOTAL = f"{PAST}{SUM}sequence"
 
 
@@ -91,7 +93,7 @@ def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor], *, fake: bool
     argument = cache_argument(module)
     if "input_ids" not in inputs:
         raise refusal(module, f"it starts from {', '.join(inputs)}, needed input_ids")
-    unknown = sorted(set(inputs) - {"input_ids", "attention_mask"})
+    unknown = sorted(set(inputs) - set(_TEXT))
     if unknown:
         raise refusal(module, f"it is given {', '.join(unknown)}, which nothing continues from one new token to the next")
     ids = inputs["input_ids"]
@@ -114,6 +116,11 @@ def causal_inputs(module: nn.Module, inputs: Mapping[str, Tensor], *, fake: bool
         found[name] = tensor
         dims[name] = {0: "batch", 2: PAST}
     return CausalInputs(found, dims, roles, call)
+
+
+def of_text(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of inputs that were made up for a model, those that a generated token has too; all where it starts from no tokens."""
+    return {name: tensor for name, tensor in inputs.items() if name in _TEXT or "input_ids" not in inputs}
 
 
 def cached_call(module: nn.Module, ids: Tensor) -> CachedCall:
@@ -187,6 +194,7 @@ def empty_run(module: nn.Module, argument: str, inputs: Mapping[str, Tensor], *,
     from transformers import EncoderDecoderCache
     from transformers.cache_utils import DynamicLayer
 
+    refuse_states(module)
     several = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
     empty: Any = EncoderDecoderCache(cache_of([]), cache_of([])) if several else cache_of([])
     try:
@@ -208,6 +216,37 @@ def empty_run(module: nn.Module, argument: str, inputs: Mapping[str, Tensor], *,
     return cache
 
 
+def refuse_states(module: nn.Module) -> None:
+    """Refuse a model some of whose layers keep something else than keys and values, as the library's own cache for it says.
+
+    The state of a recurrence or convolution is overwritten by every token, and most of these models read a prompt by other
+    code than the tokens behind it, so that no one graph does both.
+
+    Raises:
+        TraceError: which layers keep what.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+    config: Any = getattr(module, "config", None)
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # a configuration may say nothing of its layers; what the model returns is looked at in any case
+        return
+    other: dict[tuple[str, bool], list[int]] = {}
+    for number, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            kind = (type(layer).__name__, isinstance(layer, LinearAttentionCacheLayerMixin))
+            other.setdefault(kind, []).append(number)
+    if other:
+        kept = "; ".join(
+            f"{'layer' if len(which) == 1 else 'layers'} {', '.join(map(str, which))}: "
+            f"{'a state that every token overwrites' if state else 'more than keys and values'} ({name})"
+            for (name, state), which in other.items()
+        )
+        raise refusal(module, f"not only keys and values of attention are kept from token to token: {kept}")
+
+
 def _prefill(
     module: nn.Module, argument: str, inputs: Mapping[str, Tensor], *, fake: bool = False
 ) -> tuple[CachedCall, list[Tensor]]:
@@ -218,7 +257,8 @@ def _prefill(
     rows, length = inputs["input_ids"].shape
     odd = [list(t.shape) for t in tensors if t.dim() != 4 or t.shape[0] != rows or t.shape[2] != length]
     if odd or not tensors:
-        raise refusal(module, f"its caches have shapes {odd}, needed [batch, heads, positions, size]")
+        needed = f"[batch, heads, positions, size] of {rows} rows and {length} positions"
+        raise refusal(module, f"its caches have shapes {odd}, needed {needed}")
     return CachedCall(argument, held), tensors
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.caches import SUM
-from surgeon.causal import CausalInputs, causal_inputs
+from surgeon.causal import CausalInputs, causal_inputs, of_text
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
 from surgeon.conditional import conditional_inputs, is_conditional
 from surgeon.errors import TraceError, nearest
@@ -140,7 +140,10 @@ def load_source(
     if task == "text-generation" or (own_choice and _generates(module)):
         try:
             with calling(module):
-                causal = (conditional_inputs if is_conditional(module) else causal_inputs)(module, example, fake=fake)
+                if is_conditional(module):
+                    causal = conditional_inputs(module, example, fake=fake)
+                else:
+                    causal = causal_inputs(module, example if inputs is not None else of_text(example), fake=fake)
             example = causal.inputs
         except TraceError as error:
             if task is not None:
