@@ -39,8 +39,9 @@ def observe_gradients(graph: Graph, batches: Iterable[Batch], observers: Mapping
         run = _Backward(graph, batch, {observer.nodes[-1] for observer in observers.values()}, watched)
         gradients = run.gradients()
         for observer in observers.values():
-            values = [run.kept[node].detach() for node in observer.nodes] + [gradients[observer.nodes[-1]]]
-            observer.update(*(run._rows(value) for value in values))
+            values = [(node, run.kept[node].detach()) for node in observer.nodes]
+            last = observer.nodes[-1]
+            observer.update(*(run.rows(node, value) for node, value in [*values, (last, gradients[last])]))
     if count == 0:
         raise ObserveError("the calibration data holds no batch")
 

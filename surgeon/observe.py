@@ -71,11 +71,13 @@ class Execution:
         self.values.update(zip(placeholders, graph.bind(batch), strict=True))
         mask = batch.get("attention_mask")
         self.mask = mask.bool().flatten() if mask is not None and mask.dim() == 2 else None
+        self._masked, self._unmasked = _sizes(graph, placeholders)
 
     def fork(self) -> Execution:
         """An execution at the same position that can run on without moving this one."""
         other = object.__new__(Execution)
         other.graph, other.values, other.mask = self.graph, dict(self.values), self.mask
+        other._masked, other._unmasked = self._masked, self._unmasked
         return other
 
     @torch.no_grad()
@@ -99,14 +101,37 @@ class Execution:
 
     def _feed(self, observers: Iterable[Observer]) -> None:
         for observer in observers:
-            observer.update(*(self._rows(self.values[node]) for node in observer.nodes))
+            observer.update(*(self.rows(node, self.values[node]) for node in observer.nodes))
 
-    def _rows(self, value: Tensor) -> Tensor:
-        """[batch, sequence, ...] or [tokens, ...] -> [valid tokens, last dimension]."""
+    def rows(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The value of a node, or something of its shape, [batch, sequence, ...] or [tokens, ...] -> [valid tokens, last].
+
+        Rows that the mask says nothing of are all valid: those of a decoder where the mask is the encoder's, of equal number
+        or not.
+        """
         rows = value.flatten(0, -2) if value.dim() > 2 else value
-        if self.mask is not None and rows.shape[0] == self.mask.numel():
+        symbols = _symbols(node)
+        same = self._masked <= symbols and not self._unmasked & symbols
+        if self.mask is not None and rows.shape[0] == self.mask.numel() and same:
             rows = rows[self.mask]
         return rows
+
+
+def _sizes(graph: Graph, placeholders: Sequence[fx.Node]) -> tuple[set[Any], set[Any]]:
+    """Symbols of the dynamic dimensions that the mask of the tokens has, and of those that it has not."""
+    mask: set[Any] = set()
+    others: set[Any] = set()
+    for port, node in zip(graph.inputs, placeholders, strict=True):
+        if port.name == "attention_mask":
+            mask = _symbols(node)
+        elif port.role == "":  # a mask covers the past too, which is empty here
+            others |= _symbols(node)
+    return mask & others, others - mask
+
+
+def _symbols(node: fx.Node) -> set[Any]:
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
 def observe(graph: Graph, batches: Iterable[Batch], observers: Mapping[str, Observer]) -> None:

@@ -222,6 +222,8 @@ def _export_with(
     with torch.no_grad(), _flat_forward(loaded, example, dims, returned), warnings.catch_warnings():
         # torch copies its own deprecated tree leaves while it decomposes
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        # what a model remembers in an attribute is put back by the export; that nothing depends on it is compared below
+        warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
         program = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes)
         return program if is_functional(program.graph) else program.run_decompositions({})
 

@@ -16,8 +16,11 @@ from surgeon.caches import CROSS, PAST, PRESENT
 from surgeon.cli import app
 from surgeon.errors import GenerateError, RewriteError
 from surgeon.generation import decoder_of, generate
+from surgeon.gradients import observe_gradients
 from surgeon.halves import halves
+from surgeon.observe import observe
 from surgeon.rewrite import Editor
+from surgeon.samples import GradientSample, Sample
 from surgeon.sampling import Sampling, Settings
 from tests.conditional import conditional, encoder_inputs
 from tests.conftest import MODELS
@@ -112,6 +115,20 @@ def test_the_encoder_runs_once(built: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model.generate(**encoder_inputs("t5", 2), max_new_tokens=7, eos_token_id=())
     assert runs == {"encoder": 1, "decoder": 7}
     assert {file.path for file in artifact.files} == {"encoder_model.onnx", "decoder_model.onnx"}
+
+
+def test_the_mask_of_the_encoder_removes_rows_of_the_encoder_alone() -> None:
+    """Where there are as many tokens of the decoder too; with caches and without."""
+    module: Any = conditional("bart")
+    inputs = encoder_inputs("bart", 2)
+    batch = {**inputs, "decoder_input_ids": torch.arange(22).reshape(2, 11)}
+    for graph in (surgeon.trace(module, batch), surgeon.trace(module, task="text-generation")):
+        ffns = [site.part for site in surgeon.discover(graph).ffns()]
+        samples = {str(i): Sample(ffn.input, limit=100) for i, ffn in enumerate(ffns)}
+        observe(graph, [batch], samples)
+        assert [sample.tokens for sample in samples.values()] == [19, 19, 22, 22]
+        observe_gradients(graph, [batch], gradients := {"0": GradientSample(ffns[0].input, ffns[0].down.node, limit=100)})
+        assert gradients["0"].tokens == 19
 
 
 def test_dropping_a_block_drops_its_caches() -> None:

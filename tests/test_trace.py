@@ -350,6 +350,30 @@ def test_an_example_of_batch_one_is_dynamic_all_the_same() -> None:
     assert graph(input=torch.randn(6, 4))["output"].shape == (6, 2)
 
 
+class Remembering(nn.Module):
+    """Remembers its last hidden state, as recurrences and caches of the library do."""
+
+    last: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.linear(x)
+        return x + self.last.relu()
+
+
+def test_what_a_model_remembers_makes_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is printed, no warning raised (which is an error here), and no tensor of the export stays behind."""
+    module, x = Remembering().eval(), torch.randn(4, 8)
+    graph = trace(module, {"x": x})
+    assert type(module.last) is Tensor
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x=x)["output"], module(x))
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
 def test_static_inputs() -> None:
     graph = trace(nn.Linear(4, 2), {"input": torch.randn(3, 4)}, dynamic={"input": None})
     assert graph.inputs[0].shape == (3, 4)
