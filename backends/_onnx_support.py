@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +51,7 @@ def unsupported(graph: Graph, provider: str, opset: int) -> list[Refusal]:
 def _translates(target: Any, opset: int) -> bool:
     """Whether this backend or torch.onnx translates an operator, itself or after its decomposition."""
     if not isinstance(target, torch._ops.OpOverload):
-        return getattr(target, "__module__", "") in ("_operator", "math", "builtins") or target in (operator.getitem,)
+        return getattr(target, "__module__", "") in ("_operator", "math", "builtins") or str(target) in _registered(opset)
     if target._schema.name in OURS:
         return True
     name = f"{target._schema.name}.{target._schema.overload_name}".rstrip(".")

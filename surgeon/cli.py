@@ -514,6 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     _signals.clear()
     code: Any
+    hook = sys.unraisablehook
     try:
         for number in _STOPPING:
             signal.signal(number, _interrupt)
@@ -523,6 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _interrupted().exit_code
     for number in _STOPPING:  # nothing is left that an interrupt could stop
         signal.signal(number, signal.SIG_IGN)
+    sys.unraisablehook = hook
     sys.exit(code)
 
 

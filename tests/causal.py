@@ -10,7 +10,10 @@ from torch import nn
 from tests.models import randomised
 
 VOCABULARY = 160
-FAMILIES = ("gpt2", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "olmo2", "mistral", "opt", "bloom", "falcon", "gemma3n")
+FAMILIES = (
+    "gpt2", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "olmo2", "mistral", "opt", "bloom", "falcon", "gemma3n", "gemma4",
+    "llama4", "mpt", "deepseek_v3", "bert",
+)  # fmt: skip
 
 
 def causal(name: str, layers: int = 4) -> nn.Module:
@@ -67,6 +70,28 @@ def causal(name: str, layers: int = 4) -> nn.Module:
                 hidden_size_per_layer_input=16, laurel_rank=8, activation_sparsity_pattern=[0.0] * layers,
             )  # fmt: skip
             module = tf.Gemma3nForCausalLM(config)
+        case "gemma4":  # the last half of the layers reads the caches of the first
+            kinds = ["sliding_attention", "full_attention"] * (layers // 2)
+            config = tf.Gemma4TextConfig(
+                **grouped, **window, layer_types=kinds, num_kv_shared_layers=layers // 2,
+                vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16,
+            )  # fmt: skip
+            module = tf.Gemma4ForCausalLM(config)
+        case "llama4":  # attention in chunks of 6 positions
+            sizes = {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 6}
+            module = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**grouped, **sizes))
+        case "mpt":
+            shape = {"d_model": 64, "n_layers": layers, "n_heads": 4, "vocab_size": VOCABULARY, "max_seq_len": 256}
+            module = tf.MptForCausalLM(tf.MptConfig(**shape))
+        case "deepseek_v3":  # latent attention: keys and values of different sizes
+            sizes = {
+                "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+                "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                "moe_intermediate_size": 32,
+            }  # fmt: skip
+            module = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**common, **sizes))
+        case "bert":  # an encoder used as a decoder
+            module = tf.BertLMHeadModel(tf.BertConfig(**common, is_decoder=True))
         case _:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(FAMILIES)}")
     return randomised(module, 0.2)
