@@ -44,6 +44,11 @@ TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 """Names of the input that text is continued with, of a decoder alone and of one behind an encoder."""
 
 
+def cache_names(role: str, count: int) -> list[str]:
+    """Names of the tensors of so many caches of a role, in order."""
+    return [NAMES[role].format(number, half) for number in range(count) for half in HALVES]
+
+
 def has_caches(ports: Iterable[Port]) -> bool:
     """Whether any of the inputs is a cache."""
     return any(port.role == PAST for port in ports)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.caches import HALVES, MASKED_POSITIONS, NAMES, PAST, POSITIONS, PRESENT, SUM, masked_positions
+from surgeon.caches import MASKED_POSITIONS, PAST, POSITIONS, PRESENT, SUM, cache_names, masked_positions
 from surgeon.errors import TraceError
 
 ARGUMENTS = ("cache", "past_key_values")
@@ -38,14 +38,9 @@ class CachedCall:
     argument: str
     layers: tuple[bool, ...]
 
-    @property
-    def count(self) -> int:
-        """Number of pairs."""
-        return sum(self.layers)
-
     def names(self, role: str) -> list[str]:
-        """Names of the cache tensors, in order."""
-        return [NAMES[role].format(number, half) for number in range(self.count) for half in HALVES]
+        """Names of the cache tensors of a role, in order."""
+        return cache_names(role, sum(self.layers))
 
     def __call__(self, forward: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run ``forward`` on inputs that hold the pasts; returns its outputs with the presents."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from surgeon.contract import Artifact, ArtifactFile
+from surgeon.contract import Artifact
 from surgeon.errors import LowerError
 from surgeon.graph import Graph, Port
 from surgeon.output import check_free, staged
@@ -280,7 +280,7 @@ def load(folder: str | Path) -> Compiled:
         A callable result with ``artifact`` and ``report``; its graph is not kept in the directory.
 
     Raises:
-        LowerError: the directory is not an artefact, or a file is missing or has another size than recorded.
+        LowerError: the directory is not an artefact, or a file is missing or not the recorded one.
     """
     from surgeon.registry import backend_class
 
@@ -291,13 +291,6 @@ def load(folder: str | Path) -> Compiled:
         raise LowerError(f"{path}: no artefact here ({MANIFEST} is missing)") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise LowerError(f"{path / MANIFEST}: cannot be read: {error}") from error
-    for entry in manifest["files"]:
-        recorded = ArtifactFile(**entry)
-        file = path / recorded.path
-        if not file.is_file():
-            raise LowerError(f"{file}: the artefact's file is missing; build it again")
-        if file.stat().st_size != recorded.bytes:
-            raise LowerError(f"{file}: {file.stat().st_size} bytes found, {recorded.bytes} recorded; build it again")
     artifact = backend_class(manifest["backend"]).load(path, manifest)
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
     return Compiled(report=report, artifact=artifact, generation=manifest.get("generation", {}))

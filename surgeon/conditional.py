@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.caches import CROSS, DECODER_TOKENS, HALVES, NAMES, PAST, PRESENT
+from surgeon.caches import CROSS, DECODER_TOKENS, PAST, PRESENT, cache_names
 from surgeon.causal import CausalInputs, cache_argument, cache_of, cache_tensors, earlier_tokens, empty_run, refusal
 from surgeon.example_inputs import default_dims
 
@@ -37,8 +37,7 @@ class ConditionalCall:
 
     def names(self, role: str) -> list[str]:
         """Names of the cache tensors of a role, in order."""
-        count = sum(self.cross if role == CROSS else self.own)
-        return [NAMES[role].format(number, half) for number in range(count) for half in HALVES]
+        return cache_names(role, sum(self.cross if role == CROSS else self.own))
 
     def __call__(self, forward: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run ``forward`` on inputs that hold the pasts; returns its outputs with the presents and the cross-attention's."""

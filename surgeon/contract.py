@@ -373,6 +373,8 @@ class Backend(BaseModel, abc.ABC):
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> Artifact:
         """Open an artefact that ``lower`` wrote; ``manifest`` is what ``surgeon`` recorded beside it.
 
+        Compares the files with their record (:meth:`ArtifactFile.recorded`), for nothing else does.
+
         Raises:
             LowerError: files are missing, damaged, or need hardware that is not there.
         """

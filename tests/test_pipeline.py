@@ -69,7 +69,7 @@ def test_save_and_load(compiled: surgeon.Compiled, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="exists already"):
         compiled.save(tmp_path / "copy")
     (saved / "model.onnx").write_bytes(b"short")
-    with pytest.raises(LowerError, match="recorded; build it again"):
+    with pytest.raises(LowerError, match="model.onnx is damaged: bytes is 5, recorded"):
         surgeon.load(saved)
     with pytest.raises(LowerError, match="no artefact here"):
         surgeon.load(tmp_path)
