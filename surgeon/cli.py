@@ -1,83 +1,25 @@
 """The ``surgeon`` command: arguments in, calls of the library, results on the terminal.  No logic of its own.
 
-Exit codes: 0 done; 2 the user's or the model's doing (one message, no traceback); 130 interrupted; 1 a bug of surgeon.
-Everything heavy is imported inside the commands, so that help appears at once.
+Everything heavy is imported inside the commands, so that help appears at once.  What surrounds them is in ``process``.
 """
 
 from __future__ import annotations
 
-import errno
-import importlib.metadata
-import inspect as introspection
 import json
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Timer
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from typer.core import TyperGroup
 
-from surgeon.errors import RecipeError, SurgeonError
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-_THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-"""System errors that say something about the user's disk, not about a bug."""
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-_signals: list[int] = []
-"""Requests to stop that have arrived."""
-
-
-class _Stop(KeyboardInterrupt):
-    """A request to stop.
-
-    A class of its own: where a plain ``KeyboardInterrupt`` leaves source text run by ``exec``, which dataclasses and named
-    tuples are made of, ``python -m`` ends by SIGINT instead of its exit code, although the interrupt has been caught.
-    """
-
-
-class _Screen(Console):
-    """Standard output; a closed pipe is left to the command group instead of ending the process here."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-class _Guarded(TyperGroup):
-    """Turns what commands raise on purpose into a line on standard error and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise typer.Exit(_pipe_closed()) from None
-        except Exception as error:
-            if _signals:  # compiled modules turn an interrupt of their start into errors of their own
-                raise _interrupted() from None
-            if isinstance(error, SurgeonError):
-                _say("error", str(error))
-                raise typer.Exit(2) from None
-            if isinstance(error, OSError) and error.errno in _THE_MACHINES_DOING:
-                _say("error", f"{error.filename or 'a file'}: {error.strerror}")
-                raise typer.Exit(2) from None
-            raise
-        except KeyboardInterrupt:
-            raise _interrupted() from None
-
+from surgeon.errors import RecipeError
+from surgeon.listings import list_backends, list_passes, list_refusals, show_options
+from surgeon.output import check_writable, write_file
+from surgeon.process import Guarded, Screen, installed_version, run, say
 
 app = typer.Typer(
-    cls=_Guarded,
+    cls=Guarded,
     name="surgeon",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -119,7 +61,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"surgeon {_installed_version()}")
+        typer.echo(f"surgeon {installed_version()}")
         raise typer.Exit
 
 
@@ -176,7 +118,7 @@ def _compile(
     elif not quiet:
         from surgeon.report import render_terminal
 
-        render_terminal(compiled.report, _Screen())
+        render_terminal(compiled.report, Screen())
 
 
 @app.command(
@@ -205,7 +147,7 @@ def plan(
     from surgeon.pipeline import plan_recipe
 
     if output is not None:
-        _check_writable(output)
+        check_writable(output)
     saved = plan_recipe(loaded, progress=not quiet)
     if output is None:
         typer.echo(saved.to_json().rstrip("\n"))
@@ -245,7 +187,7 @@ def inspect(
 
     spec = validate(ModelSpec, {"path": model, "task": task, "dtype": dtype})
     if html is not None:
-        _check_writable(html)
+        check_writable(html)
 
     from surgeon.discovery import discover
     from surgeon.inspection import inspection
@@ -259,11 +201,11 @@ def inspect(
             structure = discover(graph)
     found = inspection(graph, structure)
     if html is not None:
-        _write(html, found.html())
+        write_file(html, found.html())
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     elif not quiet:
-        found.render(_Screen())
+        found.render(Screen())
 
 
 @app.command(
@@ -316,7 +258,7 @@ def generate(
     )
     typer.echo()
     if not quiet:
-        _say("generated", f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s")
+        say("generated", f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
 
 @app.command(
@@ -335,12 +277,9 @@ def passes(
     from surgeon import registry
 
     if name is not None:
-        _show_options(registry.pass_class(name))
-        return
-    table = Table("pass", "from", "what it does", box=None, header_style="bold")
-    for line in registry.listing("pass"):
-        table.add_row(line.name, line.origin, Text(line.summary, style="red" if line.problem else ""))
-    _Screen().print(table)
+        show_options(registry.pass_class(name))
+    else:
+        list_passes()
 
 
 @app.command(
@@ -368,64 +307,11 @@ def backends(
     if name is not None and model is not None:
         raise RecipeError(f"found the backend {name} and --for {model}; give one of them")
     if name is not None:
-        _show_options(registry.backend_class(name))
+        show_options(registry.backend_class(name))
     elif model is not None:
-        _targets(model, as_json, quiet)
+        list_refusals(model, as_json, quiet)
     else:
-        _list_backends(as_json)
-
-
-def _list_backends(as_json: bool) -> None:
-    from surgeon import registry
-
-    lines = registry.listing("backend")
-    devices = {line.name: registry.backend_class(line.name).devices() if line.found is not None else () for line in lines}
-    states = {line.name: registry.installation(line.name) if line.found is not None else "" for line in lines}
-    if as_json:
-        facts = [
-            {"name": line.name, "from": line.origin, "needs": states[line.name], "devices": list(devices[line.name]),
-             "summary": line.summary, "problem": line.problem}
-            for line in lines
-        ]  # fmt: skip
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    table = Table("backend", "from", "needs", "devices here", "what it is", box=None, header_style="bold")
-    for line in lines:
-        summary = Text(line.summary, style="red" if line.problem else "")
-        table.add_row(line.name, line.origin, Text(states[line.name]), Text(", ".join(devices[line.name]) or "-"), summary)
-    _Screen().print(table)
-
-
-def _targets(model: str, as_json: bool, quiet: bool) -> None:
-    from surgeon.progress import Progress
-    from surgeon.recipe import ModelSpec
-    from surgeon.validation import validate
-
-    spec = validate(ModelSpec, {"path": model})
-
-    from surgeon.targets import verdicts
-    from surgeon.tracing import trace
-
-    with Progress(not quiet) as bars:
-        with bars.step("tracing"):
-            graph = trace(spec.source)
-        with bars.step("asking the backends"):
-            found = verdicts(graph)
-    if as_json:
-        facts = [
-            {"backend": v.backend, "takes": v.takes, "missing": v.missing,
-             "refusals": [{"node": r.node, "reason": r.reason} for r in v.refusals]}
-            for v in found
-        ]  # fmt: skip
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    table = Table("backend", "takes it", "where", "why not", box=None, header_style="bold")
-    for verdict in found:
-        answer = Text("yes", style="green") if verdict.takes else Text("no", style="red")
-        table.add_row(verdict.backend, answer, "", Text(verdict.missing or ""))
-        for refusal in verdict.refusals:
-            table.add_row("", "", Text(refusal.node), Text(refusal.reason))
-    _Screen().print(table)
+        list_backends(as_json)
 
 
 @app.command(
@@ -463,7 +349,7 @@ def bench(
     batches, sequences = sizes(batch, "batch"), sizes(sequence, "sequence")
     for file in (json_file, plot):
         if file is not None:
-            _check_writable(file)
+            check_writable(file)
 
     from surgeon.bench import bench_artifacts
     from surgeon.bench_views import bench_html, check_plot, render_bench
@@ -476,11 +362,11 @@ def bench(
             artifacts, against=against, batches=batches, sequences=sequences, threads=threads, seconds=seconds, step=bars.step
         )
     if json_file is not None:
-        _write(json_file, result.to_json() + "\n")
+        write_file(json_file, result.to_json() + "\n")
     if plot is not None:
-        _write(plot, bench_html(result))
+        write_file(plot, bench_html(result))
     if not quiet:
-        render_bench(result, _Screen())
+        render_bench(result, Screen())
 
 
 @app.command(
@@ -493,9 +379,7 @@ Examples:
   # yaml-language-server: $schema=recipe.schema.json
 """,
 )
-def schema(
-    output: OutputFile = None,
-) -> None:
+def schema(output: OutputFile = None) -> None:
     """Print the JSON schema."""
     from surgeon.recipe import recipe_schema
 
@@ -503,7 +387,7 @@ def schema(
     if output is None:
         typer.echo(text)
     else:
-        _write(output, text + "\n")
+        write_file(output, text + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -512,111 +396,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: what follows the program's name; ``sys.argv`` by default.
     """
-    _signals.clear()
-    code: Any
-    hook = sys.unraisablehook
-    try:
-        for number in _STOPPING:
-            signal.signal(number, _interrupt)
-        sys.unraisablehook = _unraisable
-        code = _run(arguments)
-    except KeyboardInterrupt:  # before the command began, or behind it
-        code = _interrupted().exit_code
-    for number in _STOPPING:  # nothing is left that an interrupt could stop
-        signal.signal(number, signal.SIG_IGN)
-    sys.unraisablehook = hook
-    sys.exit(code)
-
-
-def _run(arguments: Sequence[str] | None) -> Any:
-    """Run the command line; returns the exit code."""
-    try:
-        app(args=arguments, prog_name="surgeon")
-        code: Any = 0
-    except SystemExit as stop:
-        code = stop.code
-    except Exception:
-        traceback.print_exc()
-        _say("this is a bug in surgeon", f"{_installed_version()}; please report it with the lines above")
-        code = 1
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = _pipe_closed()
-    return code
-
-
-def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-    """A polite kill cleans up as Ctrl-C does; repeating it does not cut the cleaning short."""
-    for other in _STOPPING:
-        signal.signal(other, signal.SIG_IGN)
-    _signals.append(number)
-    raise _Stop
-
-
-def _unraisable(lost: Any) -> None:
-    """A request to stop that arrives in a finaliser, where Python drops what is raised, is made again."""
-    if isinstance(lost.exc_value, _Stop):
-        signal.signal(_signals[-1], _interrupt)
-        Timer(0.05, os.kill, (os.getpid(), _signals[-1])).start()  # when this function, which drops it too, has returned
-    else:
-        sys.__unraisablehook__(lost)
-
-
-def _interrupted() -> typer.Exit:
-    _say("interrupted", "")
-    return typer.Exit(130)
-
-
-def _pipe_closed() -> int:
-    """The reader of our output has left (``surgeon passes | head -1``): stop as a process ended by SIGPIPE does."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
-    return 128 + signal.SIGPIPE
-
-
-def _say(what: str, message: str) -> None:
-    line = Text(what, style="bold red")
-    if message:
-        line.append(": ").append(Text(message, style="default not bold"))
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
-
-
-def _installed_version() -> str:
-    try:
-        return importlib.metadata.version("surgeon")
-    except importlib.metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
-
-
-def _show_options(found: type[BaseModel]) -> None:
-    """Documentation and options of a pass or backend."""
-    from surgeon import registry
-
-    console = _Screen(highlight=False)
-    module = introspection.getmodule(found)
-    for text in dict.fromkeys((found.__doc__, module.__doc__ if module else None)):
-        if text:
-            console.print(Text(introspection.cleandoc(text) + "\n"), soft_wrap=True)
-    table = Table("field", "type", "default", "meaning", box=None, header_style="bold")
-    for field in registry.fields(found):
-        table.add_row(*map(Text, (field.name, field.type, field.default, field.doc)))
-    console.print(table)
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written before minutes of work, not after."""
-    if path.is_dir():
-        raise RecipeError(f"{path}: is a folder, needed the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise RecipeError(f"{path}: the folder {path.absolute().parent} does not exist")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    _check_writable(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    run(app, arguments)

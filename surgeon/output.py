@@ -91,3 +91,22 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     new.rename(old)
     aside.rename(new)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written before minutes of work, not after."""
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder, needed the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"{path}: the folder {path.absolute().parent} does not exist")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    check_writable(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

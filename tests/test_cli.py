@@ -372,7 +372,7 @@ def test_a_kill_leaves_the_previous_output(built: Path, tmp_path: Path, number: 
 
 _INTERRUPTED = """\
 import os, signal
-from surgeon import cli, registry
+from surgeon import cli, process, registry
 
 interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(100)]"
 
@@ -382,7 +382,7 @@ class Finalised:
 
 def listing(kind):
     if kind == "pass":  # in source text that is run, as a dataclass is made
-        cli._say("beginning", "")
+        process.say("beginning", "")
         exec(interrupt)
     else:  # where Python drops what is raised
         Finalised()

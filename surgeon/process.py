@@ -1,0 +1,155 @@
+"""The process around the commands: exit codes, interrupts, standard output and error.
+
+Exit codes: 0 done; 2 the user's or the model's doing (one message, no traceback); 130 interrupted; 1 a bug of surgeon.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from threading import Timer
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from surgeon.errors import SurgeonError
+
+_THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+"""System errors that say something about the user's disk, not about a bug."""
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_signals: list[int] = []
+"""Requests to stop that have arrived."""
+
+
+class _Stop(KeyboardInterrupt):
+    """A request to stop.
+
+    A class of its own: where a plain ``KeyboardInterrupt`` leaves source text run by ``exec``, which dataclasses and named
+    tuples are made of, ``python -m`` ends by SIGINT instead of its exit code, although the interrupt has been caught.
+    """
+
+
+class Screen(Console):
+    """Standard output; a closed pipe is left to the command group instead of ending the process here."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise, instead of ending the process."""
+        raise BrokenPipeError
+
+
+class Guarded(TyperGroup):
+    """Turns what commands raise on purpose into a line on standard error and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(_pipe_closed()) from None
+        except Exception as error:
+            if _signals:  # compiled modules turn an interrupt of their start into errors of their own
+                raise _interrupted() from None
+            if isinstance(error, SurgeonError):
+                say("error", str(error))
+                raise typer.Exit(2) from None
+            if isinstance(error, OSError) and error.errno in _THE_MACHINES_DOING:
+                say("error", f"{error.filename or 'a file'}: {error.strerror}")
+                raise typer.Exit(2) from None
+            raise
+        except KeyboardInterrupt:
+            raise _interrupted() from None
+
+
+def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line and exit.
+
+    Args:
+        app: the commands, of the class :class:`Guarded`.
+        arguments: what follows the program's name; ``sys.argv`` by default.
+    """
+    _signals.clear()
+    code: Any
+    hook = sys.unraisablehook
+    try:
+        for number in _STOPPING:
+            signal.signal(number, _interrupt)
+        sys.unraisablehook = _unraisable
+        code = _run(app, arguments)
+    except KeyboardInterrupt:  # before the command began, or behind it
+        code = _interrupted().exit_code
+    for number in _STOPPING:  # nothing is left that an interrupt could stop
+        signal.signal(number, signal.SIG_IGN)
+    sys.unraisablehook = hook
+    sys.exit(code)
+
+
+def _run(app: typer.Typer, arguments: Sequence[str] | None) -> Any:
+    """Run the command line; returns the exit code."""
+    try:
+        app(args=arguments, prog_name="surgeon")
+        code: Any = 0
+    except SystemExit as stop:
+        code = stop.code
+    except Exception:
+        traceback.print_exc()
+        say("this is a bug in surgeon", f"{installed_version()}; please report it with the lines above")
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _pipe_closed()
+    return code
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """A polite kill cleans up as Ctrl-C does; repeating it does not cut the cleaning short."""
+    for other in _STOPPING:
+        signal.signal(other, signal.SIG_IGN)
+    _signals.append(number)
+    raise _Stop
+
+
+def _unraisable(lost: Any) -> None:
+    """A request to stop that arrives in a finaliser, where Python drops what is raised, is made again."""
+    if isinstance(lost.exc_value, _Stop):
+        signal.signal(_signals[-1], _interrupt)
+        Timer(0.05, os.kill, (os.getpid(), _signals[-1])).start()  # when this function, which drops it too, has returned
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _interrupted() -> typer.Exit:
+    say("interrupted", "")
+    return typer.Exit(130)
+
+
+def _pipe_closed() -> int:
+    """The reader of our output has left (``surgeon passes | head -1``): stop as a process ended by SIGPIPE does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+    return 128 + signal.SIGPIPE
+
+
+def say(what: str, message: str) -> None:
+    """Print a line on standard error."""
+    line = Text(what, style="bold red")
+    if message:
+        line.append(": ").append(Text(message, style="default not bold"))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+
+
+def installed_version() -> str:
+    """Version of surgeon."""
+    try:
+        return importlib.metadata.version("surgeon")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
