@@ -6,41 +6,25 @@ comparison with the source model on inputs of other sizes.  The source model is 
 
 from __future__ import annotations
 
-import inspect
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import UserError
-from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from surgeon.caches import PAST, SUM
 from surgeon.canonical import canonicalise
 from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import default_dims
-from surgeon.experts import use_semantic_experts
-from surgeon.functional import is_functional
+from surgeon.export import Dims, export, first_lines, identifier, is_symbol, placeholders, refuse_specialised
 from surgeon.graph import Dim, Graph, Port
 from surgeon.projections import flatten_projections
 from surgeon.raising import raise_attention, raise_mixtures
-from surgeon.source import (
-    LoadedSource,
-    calling,
-    load_source,
-    resized,
-    size_of,
-)
-from surgeon.symbolic_sizes import symbolic_sizes
-from surgeon.unrolling import overrun, unrolled
+from surgeon.source import LoadedSource, calling, load_source, resized
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted max|graph - source| / max|source| by the coarsest floating-point type of the weights: about 80
@@ -100,12 +84,11 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         fake = loaded.source.weights == "fake"
         expected = {} if fake else _call(loaded, example, "its example inputs")
         returned: list[tuple[dict[str, Tensor], str]] = []
-        with _exportable(loaded.module):
-            program = _export(loaded, example, dims, returned)
+        program = export(loaded, example, dims, returned)
         outputs, output_class = returned.pop()
         loaded.source = replace(loaded.source, output_class=output_class)
         exported = program.module(check_guards=False)
-        module = canonicalise(exported, [_identifier(name) for name in example], _tensors(loaded.module))
+        module = canonicalise(exported, [identifier(name) for name in example], _tensors(loaded.module))
         graph = _graph(module, program, example, dims, list(outputs), loaded)
         _refuse_missing(graph, loaded)
         graph, left = raise_mixtures(graph, adopt=loaded.source.path is not None)
@@ -126,12 +109,9 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
 
 # -- dimensions -------------------------------------------------------------------------------------------------------
 
-_Dims = Mapping[str, Mapping[int, str]]
-
-
 def _dims(
-    inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str] | None] | None, own: _Dims
-) -> _Dims:
+    inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str] | None] | None, own: Dims
+) -> Dims:
     """The dynamic dimensions of every input: the task's own or the defaults, replaced input by input by the caller's."""
     dims = {name: own[name] if name in own else default_dims(name, tensor) for name, tensor in inputs.items()}
     for name, chosen in (dynamic or {}).items():
@@ -154,17 +134,17 @@ def _dims(
     return dims
 
 
-def _sizes(inputs: Mapping[str, Tensor], dims: _Dims) -> dict[str, int]:
+def _sizes(inputs: Mapping[str, Tensor], dims: Dims) -> dict[str, int]:
     return {label: inputs[name].shape[dim] for name, chosen in dims.items() for dim, label in chosen.items()}
 
 
-def _at_least_two(inputs: Mapping[str, Tensor], dims: _Dims) -> dict[str, Tensor]:
+def _at_least_two(inputs: Mapping[str, Tensor], dims: Dims) -> dict[str, Tensor]:
     """Example inputs without sizes 0 and 1 in dynamic dimensions, which export would take for constants."""
     small = {label: 2 for label, size in _sizes(inputs, dims).items() if size < 2}
     return resized(inputs, dims, small) if small else dict(inputs)
 
 
-def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: _Dims) -> list[dict[str, int]]:
+def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: Dims) -> list[dict[str, int]]:
     """Further sets of sizes: a batch of 3 and of 1, other dimensions halved (or doubled, where odd); caches empty too."""
     first = {chosen[0] for chosen in dims.values() if 0 in chosen}
     found = []
@@ -183,187 +163,6 @@ def _other_sizes(graph: Graph, example: Mapping[str, Tensor], dims: _Dims) -> li
     return found if graph.dims else []
 
 
-# -- export -----------------------------------------------------------------------------------------------------------
-
-
-def _export(loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]) -> ExportedProgram:
-    """Export in functional ATen, every named dimension symbolic; what the model returns is appended to ``returned``."""
-    module = loaded.module
-    try:
-        try:
-            return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
-        except (GuardOnDataDependentSymNode, UserError) as error:
-            if "data-dependent" not in str(error):
-                raise
-        lengths: dict[int, int] = {}
-        try:
-            with unrolled():
-                return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
-        except IndexError as error:
-            lengths = overrun(error) or {}
-            if not lengths:
-                raise
-        with unrolled(lengths):
-            return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
-    except TraceError:
-        raise
-    except Exception as error:  # torch.export raises many unrelated classes
-        if dims and "specialized it to be a constant" in str(error):
-            _explain_specialised(loaded, example, dims, error)
-        raise TraceError(f"torch.export could not trace {type(module).__name__}: {_first_lines(error)}") from error
-
-
-def _export_with(
-    loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, hint: Any, returned: list[Any]
-) -> ExportedProgram:
-    module = loaded.module
-    given = {_identifier(name): tensor for name, tensor in example.items()}
-    shapes = {_identifier(name): dict.fromkeys(chosen, hint) for name, chosen in dims.items()}
-    with torch.no_grad(), _flat_forward(loaded, example, dims, returned), warnings.catch_warnings():
-        # torch copies its own deprecated tree leaves while it decomposes
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        # what a model remembers in an attribute is put back by the export; that nothing depends on it is compared below
-        warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
-        program = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes)
-        return program if is_functional(program.graph) else program.run_decompositions({})
-
-
-def _explain_specialised(loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, error: Exception) -> None:
-    """Find out, by an export that may choose, which dimensions the model fixes; raises where there are any."""
-    try:
-        program = _export_with(loaded, example, dims, ExportDim.AUTO, [])
-    except Exception as second:
-        raise TraceError(f"torch.export could not trace {type(loaded.module).__name__}: {_first_lines(second)}") from second
-    _refuse_specialised(_placeholders(program.module(check_guards=False)), dims, error)
-
-
-def _refuse_specialised(values: Mapping[str, Tensor], dims: _Dims, error: Exception | None = None) -> None:
-    fixed = [
-        (name, dim, label, int(values[_identifier(name)].shape[dim]))
-        for name, chosen in dims.items()
-        for dim, label in chosen.items()
-        if not _is_symbol(values[_identifier(name)].shape[dim])
-    ]
-    if fixed:
-        which = "; ".join(f"dimension {d} ({label!r}) of input {n!r} is always {size}" for n, d, label, size in fixed)
-        pins = {n: {d: label for d, label in dims[n].items() if (n, d) not in {f[:2] for f in fixed}} for n, *_ in fixed}
-        raise TraceError(
-            f"the model cannot vary a dimension that was to be dynamic: {which}. Fix it with "
-            f"dynamic={ {n: chosen or None for n, chosen in pins.items()} }, or remove the constant from the model"
-        ) from error
-
-
-@contextmanager
-def _flat_forward(
-    loaded: LoadedSource, example: Mapping[str, Tensor], dims: _Dims, returned: list[Any]
-) -> Iterator[None]:
-    """Give the module a forward with exactly these inputs that returns a flat tuple of tensors."""
-    module = loaded.module
-    original = module.forward
-    names = {_identifier(name): name for name in example}
-    groups: dict[str, list[tuple[str, int]]] = {}
-    for name, chosen in dims.items():
-        for dim, label in chosen.items():
-            groups.setdefault(label, []).append((name, dim))
-
-    def forward(**given: Tensor) -> tuple[Tensor, ...]:
-        inputs = {names[name]: tensor for name, tensor in given.items()}
-        sizes = {label: inputs[group[0][0]].shape[group[0][1]] for label, group in groups.items()}
-        for label, group in groups.items():
-            for other, position in group[1:]:  # one name, one symbol
-                torch._check(sizes[label] == inputs[other].shape[position])  # type: ignore[no-untyped-call]
-            if SUM in label:
-                torch._check(sizes[label] == size_of(label, sizes, sizes[label]))  # type: ignore[no-untyped-call]
-        returned.append(loaded.call(original, inputs))
-        return tuple(returned[-1][0].values())
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-    forward.__signature__ = signature  # type: ignore[attr-defined]  # functions take attributes
-    had = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if had is not None:
-            module.__dict__["forward"] = had
-
-
-@contextmanager
-def _exportable(module: nn.Module) -> Iterator[None]:
-    """Switch the model to the spellings that export well; everything is put back on leaving."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer would hide its parts
-    with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        if "transformers" in sys.modules:
-            stack.enter_context(_library_patches())
-            stack.enter_context(_sdpa(module))
-        stack.enter_context(use_semantic_experts(module))
-        stack.enter_context(_settled())
-        stack.enter_context(symbolic_sizes())
-        yield
-
-
-@contextmanager
-def _settled() -> Iterator[None]:
-    """A module that its owner's forward moves to the type and device it has already stays as it is.
-
-    Moving it would replace its parameters, which an export cannot follow.
-    """
-    original = nn.Module.to
-
-    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        tensors = [*self.parameters(), *self.buffers()]
-        types = {t.dtype for t in tensors if t.is_floating_point()}
-        devices = {t.device.type for t in tensors}
-        same = (dtype is None or types <= {dtype}) and (device is None or devices <= {device.type})
-        return self if same else original(self, *args, **kwargs)
-
-    nn.Module.to = to  # type: ignore[method-assign, assignment]  # put back below
-    try:
-        yield
-    finally:
-        nn.Module.to = original  # type: ignore[method-assign]  # the original
-
-
-@contextmanager
-def _library_patches() -> Iterator[None]:
-    """The library's own export patches, of those modules that are loaded (the others would only be imported)."""
-    from transformers.exporters import exporter_dynamo, utils
-
-    del exporter_dynamo  # imported for the patches it registers
-    found: list[tuple[Any, str, Callable[..., Any]]] = []
-    for owner, attribute, factory in utils._PATCHES.get("dynamo", []):
-        parts = owner.split(".")
-        if any(".".join(parts[:n]) in sys.modules for n in range(len(parts), max(len(parts) - 2, 0), -1)):
-            target = utils.import_dotted_path(owner, missing_ok=True)
-            if target is not None and hasattr(target, attribute):
-                found.append((target, attribute, factory))
-    with utils.patch_attributes(found):
-        yield
-
-
-@contextmanager
-def _sdpa(module: nn.Module) -> Iterator[None]:
-    """Attention as one scaled-dot-product node, where the model has that form and returns no attention maps."""
-    from transformers import PreTrainedModel
-
-    models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
-    before = [(m.config, m.config._attn_implementation) for m in models]
-    # From the outside in, every one: what is set on a model's configuration is set on those of the models in it.
-    for model, (config, implementation) in zip(models, before, strict=True):
-        fits = model._supports_sdpa and not getattr(config, "output_attentions", False)
-        config._attn_implementation = "sdpa" if fits else implementation
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
 # -- result -----------------------------------------------------------------------------------------------------------
 
 
@@ -371,34 +170,21 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _is_symbol(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
-
-
-def _identifier(name: str) -> str:
-    """A port's name as the name of an argument."""
-    return name.replace(".", "_")
-
-
-def _placeholders(module: fx.GraphModule) -> dict[str, Tensor]:
-    return {str(node.target): node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"}
-
-
 def _graph(
     module: fx.GraphModule,
     program: ExportedProgram,
     example: Mapping[str, Tensor],
-    dims: _Dims,
+    dims: Dims,
     outputs: list[str],
     loaded: LoadedSource,
 ) -> Graph:
-    values = _placeholders(module)
-    _refuse_specialised(values, dims)
+    values = placeholders(module)
+    refuse_specialised(values, dims)
     names: dict[Any, str] = {}
     ranges: dict[str, Dim] = {}
     for name, chosen in dims.items():
         for dim, label in chosen.items():
-            size: Any = values[_identifier(name)].shape[dim]
+            size: Any = values[identifier(name)].shape[dim]
             symbol = size.node.expr
             names[symbol] = label
             if SUM not in label:
@@ -428,7 +214,7 @@ def _range(label: str, found: Any) -> Dim:
 
 
 def _size(size: Any, names: Mapping[Any, str]) -> int | str:
-    return names.get(size.node.expr, "?") if _is_symbol(size) else int(size)
+    return names.get(size.node.expr, "?") if is_symbol(size) else int(size)
 
 
 def _refuse_missing(graph: Graph, loaded: LoadedSource) -> None:
@@ -453,7 +239,7 @@ def _call(loaded: LoadedSource, inputs: Mapping[str, Tensor], what: str) -> dict
     except Exception as error:  # a model may raise anything
         shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in inputs.items())
         raise TraceError(
-            f"{type(loaded.module).__name__} fails on {what} ({shapes}): {type(error).__name__}: {_first_lines(error)}"
+            f"{type(loaded.module).__name__} fails on {what} ({shapes}): {type(error).__name__}: {first_lines(error)}"
         ) from error
 
 
@@ -464,7 +250,7 @@ def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, 
             found = graph(**inputs)
     except (RuntimeError, IndexError) as failure:  # an operator does not accept what the example's took
         raise TraceError(
-            f"the traced graph fails at {where}: {_first_lines(failure)}. A size or a value of the example became a "
+            f"the traced graph fails at {where}: {first_lines(failure)}. A size or a value of the example became a "
             "constant of the graph; fix the dimensions (dynamic={input: None}) or trace another part of the model"
         ) from failure
     types = [t.dtype for t in graph.parameters().values() if t.is_floating_point()]
@@ -498,12 +284,3 @@ def relative_error(found: Tensor, reference: Tensor) -> float:
     if difference.numel() == 0:
         return 0.0
     return float(difference.max() / scale.max().clamp_min(torch.finfo(torch.float32).tiny))
-
-
-def _first_lines(error: Exception, lines: int = 4) -> str:
-    text = "\n".join(str(error).strip().splitlines()[:lines])
-    if text:
-        return text
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return f"{type(error).__name__}{place}"
