@@ -3,64 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from _moe_row import LOTS, Claims, Row
 
 from surgeon.rewrite import Editor
 from surgeon.structure import Structure
 
-R = TypeVar("R")
-MODEL, EXPERTS, SEEDS = "tiny-mixtral", 8, (0, 1, 2)
+MODEL, EXPERTS = "tiny-mixtral", 8
 CRITERIA = ("frequency", "soft_frequency", "gate_mass", "activation_norm", "reap", "reconstruction")
 FRACTIONS = (0.1, 0.2, 0.3)
 
 aten = torch.ops.aten
 
 
-def drop_rows(row: Callable[..., R]) -> list[R]:
-    """Every criterion at 6 and 4 of 8 experts, and random ones that they are compared with.
+def rows() -> list[Row]:
+    """Dropping and skipping."""
+    return [*_drop(), *_skip()]
 
-    Args:
-        row: the class ``Row`` of ``moe.py``.
-    """
+
+def _drop() -> list[Row]:
+    """Every criterion at 6 and 4 of 8 experts, and random ones that they are compared with."""
     rows = []
     for keep in (6, 4):
         budget = f"{keep} of {EXPERTS} experts"
         lot = {"keep": keep, "criterion": "random", "seed": "$seed"}
-        rows.append(row(MODEL, budget, "drop: random", [{"drop_experts": lot}], None, None, SEEDS, True))
+        rows.append(Row(MODEL, budget, "drop: random", [{"drop_experts": lot}], None, None, LOTS, True))
         for criterion in CRITERIA:
             for scope in ("layer", "global"):
                 fields = {"keep": keep, "criterion": criterion, "budget": scope}
-                rows.append(row(MODEL, budget, f"drop: {criterion}, {scope}", [{"drop_experts": fields}]))
+                rows.append(Row(MODEL, budget, f"drop: {criterion}, {scope}", [{"drop_experts": fields}]))
         greedy: dict[str, Any] = {"keep": keep, "criterion": "reconstruction", "exhaustive": 1, "beam": 1}
-        rows.append(row(MODEL, budget, "drop: reconstruction (greedy), layer", [{"drop_experts": greedy}]))
+        rows.append(Row(MODEL, budget, "drop: reconstruction (greedy), layer", [{"drop_experts": greedy}]))
     return rows
 
 
-def skip_rows(row: Callable[..., R]) -> list[R]:
-    """Thresholds at several shares of skipped pairs, the published one, one expert per token, and skipping by lot.
-
-    Args:
-        row: the class ``Row`` of ``moe.py``.
-    """
+def _skip() -> list[Row]:
+    """Thresholds at several shares of skipped pairs, the published one, one expert per token, and skipping by lot."""
     rows = []
     for fraction in FRACTIONS:
         budget = f"{fraction:.0%} of pairs skipped"
         chance = by_lot(fraction)
         # no threshold is met at beta 0: what is skipped is what the edit skips
-        rows.append(row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, SEEDS, True))
-        rows.append(row(MODEL, budget, "skip: ratio", [{"skip_experts": {"fraction": fraction}}]))
+        rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
+        rows.append(Row(MODEL, budget, "skip: ratio", [{"skip_experts": {"fraction": fraction}}]))
         fields = {"fraction": fraction, "protect": 0.02}
-        rows.append(row(MODEL, budget, "skip: ratio, 2% protected", [{"skip_experts": fields}]))
+        rows.append(Row(MODEL, budget, "skip: ratio, 2% protected", [{"skip_experts": fields}]))
     chance = by_lot(0.25)
     budget = "25% of pairs skipped"
-    rows.append(row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, SEEDS, True))
-    rows.append(row(MODEL, budget, "skip: ratio below the median", [{"skip_experts": {"beta": "median"}}]))
+    rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
+    rows.append(Row(MODEL, budget, "skip: ratio below the median", [{"skip_experts": {"beta": "median"}}]))
     budget = "1 expert per token"
     chance = by_lot(0.5, either=True)
-    rows.append(row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, SEEDS, True))
-    rows.append(row(MODEL, budget, "skip: top 1", [{"skip_experts": {"top_k": 1}}]))
+    rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
+    rows.append(Row(MODEL, budget, "skip: top 1", [{"skip_experts": {"top_k": 1}}]))
     return rows
 
 
@@ -84,7 +81,7 @@ def by_lot(fraction: float, either: bool = False) -> Callable[[Editor, Structure
     return edit
 
 
-CLAIMS: list[tuple[str, str, str, str]] = [
+CLAIMS: Claims = [
     ("SEER-MoE: soft counting beats hard counting", "drop: soft_frequency, layer", "drop: frequency, layer", "*"),
     ("SEER-MoE: one budget for all layers beats one per layer", "drop: frequency, global", "drop: frequency, layer", "*"),
     ("Lu et al.: the set of least loss beats the most used", "drop: reconstruction, layer", "drop: frequency, layer", "*"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from _moe_row import LOTS, Claims, Row
+
 MODEL = "tiny-mixtral"
 GROUPINGS: dict[str, dict[str, Any]] = {
     "router_logits": {},
     "outputs": {"grouping": "outputs"},
     "outputs, kmeans": {"grouping": "outputs", "clustering": "kmeans"},
+    "outputs, hierarchical": {"grouping": "outputs", "clustering": "hierarchical"},
     "token_outputs": {"grouping": "token_outputs"},
     "weights": {"grouping": "weights"},
 }
@@ -18,6 +21,10 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     for refit in (False, True)
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    "outputs, kmeans, not weighted; frequency": {"grouping": "outputs", "clustering": "kmeans", "weighted": False},
+    "outputs, kmeans, not weighted; svd": {
+        "grouping": "outputs", "clustering": "kmeans", "weighted": False, "combination": "svd",
+    },
     "outputs, dominant; frequency": {"grouping": "outputs", "clustering": "dominant"},
     "weights, dominant; frequency": {"grouping": "weights", "clustering": "dominant"},
     "router_logits; frequency, not aligned": {"align": False},
@@ -26,28 +33,40 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows() -> list[tuple[str, str, str, dict[str, Any], tuple[int, ...], bool]]:
-    """Model, budget, method, fields of the pass, seeds and whether the row is the chance of its budget."""
-    found: list[tuple[str, str, str, dict[str, Any], tuple[int, ...], bool]] = []
+def rows() -> list[Row]:
+    """Every grouping with every combination, and random groups with each."""
+    found: list[Row] = []
     for groups in (6, 4, 2):
         budget = f"merged to {groups} of 8 experts"
-        lot = {"groups": groups, "grouping": "random", "seed": "$seed"}
-        chance = {**lot, "combination": "mean", "align": False}
-        found.append((MODEL, budget, "merge: random; mean, not aligned", chance, (0, 1, 2), True))
+
+        def row(method: str, chance: str, fields: dict[str, Any], groups: int = groups, budget: str = budget) -> Row:
+            step = {"merge_experts": {"groups": groups, **fields}}
+            return Row(MODEL, budget, f"merge: {method}", [step], chance=f"merge: random; {chance}")
+
+        def lot(combination: str, fields: dict[str, Any], groups: int = groups, budget: str = budget) -> Row:
+            step = {"merge_experts": {"groups": groups, "grouping": "random", "seed": "$seed", **fields}}
+            return Row(MODEL, budget, f"merge: random; {combination}", [step], seeds=LOTS, random=True)
+
+        found.append(lot("mean, not aligned", {"combination": "mean", "align": False}))
         for combination, fields in COMBINATIONS.items():
-            found.append((MODEL, budget, f"merge: random; {combination}", {**lot, **fields}, (0, 1, 2), False))
-            for grouping, own in GROUPINGS.items():
-                method = f"merge: {grouping}; {combination}"
-                found.append((MODEL, budget, method, {"groups": groups, **own, **fields}, (0,), False))
+            found.append(lot(combination, fields))
+            found += [row(f"{grouping}; {combination}", combination, {**own, **fields}) for grouping, own in GROUPINGS.items()]
         for method, fields in OTHERS.items():
-            found.append((MODEL, budget, f"merge: {method}", {"groups": groups, **fields}, (0,), False))
+            combination = "mean, not aligned" if "not aligned" in method else str(fields.get("combination", "frequency"))
+            found.append(row(method, combination, fields))
         if groups > 2:
-            fields = {"groups": groups, "budget": "global"}
-            found.append((MODEL, budget, "merge: router_logits, global; frequency", fields, (0,), False))
+            found.append(row("router_logits, global; frequency", "frequency", {"budget": "global"}))
     return found
 
 
-CLAIMS: list[tuple[str, str, str, str]] = [
+WHY: dict[str, str] = {
+    "merge: outputs, hierarchical;*": "HC-SMoE's own form: distances of mean outputs do not know how often an expert is "
+    "chosen, and here join two that are in use all the time. With Ward's linkage, which weighs them, the same outputs beat "
+    "chance: the default.",
+    "merge: outputs, kmeans, not weighted;*": "As for linkage; with experts weighed by use, the default, k-means beats chance.",
+}
+
+CLAIMS: Claims = [
     ("M-SMoE: frequency beats the mean", "merge: router_logits; frequency", "merge: router_logits; mean", "merged*"),
     ("M-SMoE: router logits group better than outputs", "merge: router_logits; frequency",
      "merge: outputs, dominant; frequency", "merged*"),
@@ -56,15 +75,19 @@ CLAIMS: list[tuple[str, str, str, str]] = [
     ("M-SMoE: alignment helps", "merge: router_logits; frequency", "merge: router_logits; frequency, not aligned", "merged*"),
     ("M-SMoE: a budget over all layers helps", "merge: router_logits, global; frequency", "merge: router_logits; frequency",
      "merged*"),
-    ("HC-SMoE: linkage of outputs beats M-SMoE", "merge: outputs; frequency", "merge: router_logits; frequency", "merged*"),
-    ("HC-SMoE: linkage beats k-means", "merge: outputs; frequency", "merge: outputs, kmeans; frequency", "merged*"),
-    ("Sub-MoE: joint factors beat frequency", "merge: outputs, kmeans; svd", "merge: outputs, kmeans; frequency", "merged*"),
+    ("HC-SMoE: linkage of outputs beats M-SMoE", "merge: outputs, hierarchical; frequency",
+     "merge: router_logits; frequency", "merged*"),
+    ("HC-SMoE: linkage beats k-means", "merge: outputs, hierarchical; frequency",
+     "merge: outputs, kmeans, not weighted; frequency", "merged*"),
+    ("Sub-MoE: joint factors beat frequency", "merge: outputs, kmeans, not weighted; svd",
+     "merge: outputs, kmeans, not weighted; frequency", "merged*"),
     ("ZipIt: zipping beats matching one to one", "merge: router_logits; zip", "merge: router_logits; frequency", "merged*"),
     ("MergeMoE: least squares beat means", "merge: router_logits; frequency, refit", "merge: router_logits; frequency",
      "merged*"),
-    ("Outputs token by token, weighted, group better than mean outputs", "merge: token_outputs; frequency",
+    ("Outputs group better by weighted linkage than by HC-SMoE's", "merge: outputs; frequency",
+     "merge: outputs, hierarchical; frequency", "merged*"),
+    ("Outputs token by token group better than mean outputs", "merge: token_outputs; frequency",
      "merge: outputs; frequency", "merged*"),
-    ("Outputs token by token, weighted, group better than router logits", "merge: token_outputs; frequency",
+    ("Outputs token by token group better than router logits", "merge: token_outputs; frequency",
      "merge: router_logits; frequency", "merged*"),
 ]  # fmt: skip
-"""Source, better and worse methods, budgets at which they are compared."""

@@ -15,7 +15,10 @@ Formula:
     where there is none).  ``learned``: as mean, with the a_e that minimise the squared error of y on
     calibration tokens.
     ``align``: neurons of each expert are first permuted to match those of the heaviest (assignment on all weights).
-    ``refit``: the down projection is then fitted anew, by ridge regression of the mixture's output on h.
+    ``refit``: the down projection is then corrected by the least squares of the mixture's output on h, with a penalty on
+    the correction; it stays as it is where nothing was lost.  OneS distils instead, which is training: of experts that
+    were not copies of one network, ``refit: false`` leaves little with any method, and uniform means may be worse than
+    one expert by lot (benchmarks/results/moe.md).
 Shapes:
     w_in [E, O, H], w_out [E, G, I] -> up (and gate) [I', H], down [G, I'] with I' = E I for sum, ``width`` (by default
     I) for top_columns, else I.
@@ -29,12 +32,13 @@ Errors:
     PlanError where calibration data never reaches the mixture, weights are packed, the width is no multiple of the
     experts, or the model has no mixture.
 Example:
-    ``- densify_moe: {method: mean, refit: true}`` or ``- densify_moe: {method: top_columns, width: 512}``
+    ``- densify_moe: {method: mean}`` or ``- densify_moe: {method: top_columns, width: 512}``
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -44,6 +48,7 @@ from torch import Tensor
 from surgeon.accounting import freed_parameter_count
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
+from surgeon.expert_merging import RIDGE
 from surgeon.graph import Graph
 from surgeon.mixtures import Experts, Neurons, add_ffn, only_for
 from surgeon.numerics import (
@@ -51,8 +56,8 @@ from surgeon.numerics import (
     align_neurons,
     largest_neurons,
     learn_weights,
+    output_correction,
     sum_of_truncations,
-    train_linear_router,
     weighted_sum,
 )
 from surgeon.observe import Routing
@@ -96,8 +101,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
     top_columns, mass otherwise. learned starts from it."""
     align: bool = True
     """Match the experts' neurons before averaging them."""
-    refit: bool = False
-    """Fit the down projection to the mixture's output on calibration data."""
+    refit: bool = True
+    """Fit the down projection to the mixture's output on calibration data; false: the published forms, before training."""
     width: Annotated[int, Field(ge=1)] | None = None
     """For top_columns: neurons of the dense FFN, a multiple of the experts; by default as many as one expert has."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -220,16 +225,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         for decision in plan.decisions:
             moe = sites[decision.site]
             dense = self._dense(editor.graph, moe, decision)
-            if self.refit:
-                x, y = _sampled(statistics, decision.site)
-                try:
-                    down, bias = train_linear_router(dense.hidden(x), y)
-                except NumericsError as error:
-                    raise PlanError(f"{decision.site}: {error}") from error
-                dtype = dense.down.dtype
-                dense = Neurons(
-                    dense.gate, dense.up, down.to(dtype), dense.gate_bias, dense.up_bias, bias.to(dtype), dense.activation
-                )
+            if self.refit and not self._lossless(decision):
+                dense = _refitted(dense, *_sampled(statistics, decision.site))
             with editor.before(moe.node):
                 out = add_ffn(editor, f"{_prefix(moe)}.dense", editor.current(moe.input), dense)
             editor.replace(moe.node, out)
@@ -269,8 +266,10 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
 
     def exact(self, plan: DensifyMoEPlan) -> bool:
         """Identical experts lose nothing where whole experts are joined."""
-        whole = self.method in ("mean", "sum", "learned") and not self.refit
-        return whole and all(decision.identical for decision in plan.decisions)
+        return all(map(self._lossless, plan.decisions))
+
+    def _lossless(self, decision: DensifyOne) -> bool:
+        return decision.identical and self.method in ("mean", "sum", "learned")
 
     def parameter_delta(self, graph: Graph, structure: Structure, plan: DensifyMoEPlan) -> int:
         """The dense FFN's weights, less those of experts and router."""
@@ -281,7 +280,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             (_, _, inputs), (_, outputs, _) = graph.tensor(moe.w_in).shape, graph.tensor(moe.w_out).shape
             matrices = 2 if moe.gated else 1
             delta += decision.width * (matrices * (inputs + (moe.b_in is not None)) + outputs)
-            delta += outputs if moe.b_out is not None or self.refit else 0
+            delta += outputs if moe.b_out is not None else 0
             delta -= freed_parameter_count(graph, only_for(moe.node, moe.input))
         return delta
 
@@ -311,6 +310,16 @@ def _sampled(statistics: Statistics, site: str) -> list[Tensor]:
     sample = statistics[f"{site}.sample"]
     assert isinstance(sample, Sample)
     return sample.values()
+
+
+def _refitted(dense: Neurons, x: Tensor, y: Tensor) -> Neurons:
+    """The FFN with the down projection (and bias) that gives y [T, G] on x [T, H]."""
+    hidden, down, bias = dense.hidden(x), dense.down, dense.down_bias
+    lost = y - hidden @ down.T
+    if bias is None:
+        return replace(dense, down=down + output_correction(hidden, lost, RIDGE).to(down.dtype))
+    change = output_correction(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1), lost - bias, RIDGE).to(down.dtype)
+    return replace(dense, down=down + change[:, :-1], down_bias=bias + change[:, -1])
 
 
 def _identical(graph: Graph, moe: MoE) -> bool:

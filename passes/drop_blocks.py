@@ -13,7 +13,8 @@ Units:
 Reads:
     Hidden states at the entry and exit of every selected block.
 Changes:
-    Readers of a dropped block's exit read its entry; its weights go.
+    Readers of a dropped block's exit read its entry; its weights go, and with them its caches and what
+    ``expose_routing`` added for it.  Ports named after blocks that stay get their new numbers.
 Errors:
     PlanError where more blocks are asked for than are selected, or none would remain.
 Example:
@@ -29,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from surgeon.accounting import freed_parameter_count
-from surgeon.caches import KEPT
+from surgeon.caches import ASIDE
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -121,8 +122,11 @@ class DropBlocks(Pass[DropBlocksPlan]):
 
     def apply(self, editor: Editor, structure: Structure, plan: DropBlocksPlan, statistics: Statistics) -> None:
         """Bypass the blocks, last first, so that neighbours that both go are bypassed together."""
-        for block in reversed(_chosen(structure, plan)):
+        chosen = _chosen(structure, plan)
+        for block in reversed(chosen):
             editor.replace(block.exit, block.entry)
+        left = [block.index for block in structure.blocks if block not in chosen]
+        editor.renumber({index: number for number, index in enumerate(left)})
 
     def exact(self, plan: DropBlocksPlan) -> bool:
         """Dropping a block changes the model."""
@@ -153,7 +157,7 @@ def _chosen(structure: Structure, plan: DropBlocksPlan) -> list[Block]:
 
 
 def _unread(graph: Graph, blocks: list[Block]) -> list[fx.Node]:
-    """What no output but caches is computed from any more once blocks are dropped.
+    """What no output but caches and recorded routing is computed from any more once blocks are dropped.
 
     Not all nodes of the blocks, where streams side by side share some; and others, which were computed for them alone.
     """
@@ -161,7 +165,7 @@ def _unread(graph: Graph, blocks: list[Block]) -> list[fx.Node]:
     nodes = graph.module.graph
     shown = zip(nodes.output_node().args[0], graph.outputs, strict=True)  # type: ignore[arg-type]  # a tuple of nodes
     kept: set[fx.Node] = set()
-    stack = [node for node, port in shown if port.role not in KEPT]
+    stack = [node for node, port in shown if port.role not in ASIDE]
     while stack:
         node = stack.pop()
         if node in instead:

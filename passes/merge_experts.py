@@ -13,7 +13,10 @@ Formula:
     Groups: ``dominant``: the g most chosen experts lead (a copy of one only where nothing else is left), every other e
     joins the leader of largest ``cos(f_e, f_d)``.  ``hierarchical``: the two clusters of least mean ``|f_i - f_j|`` are
     joined until g are left.  ``ward``: those whose union raises ``sum_e c_e |f_e - mean f of its group|^2`` least, means
-    weighted by c_e, how often e is chosen.  ``kmeans``: least ``sum_e |f_e - mean f of its group|^2``.
+    weighted by c_e, how often e is chosen.  ``kmeans``: the same sum by Lloyd's iteration (Sub-MoE and HC-SMoE have
+    c_e = 1: ``weighted: false``).
+    On the models of benchmarks/results/moe.md ``hierarchical`` on mean ``outputs``, HC-SMoE's form, and k-means with
+    c_e = 1 do worse than groups by lot: they may join two experts that are in use all the time.  So ``outputs`` has ward.
     With ``budget: global`` every layer's k most chosen experts count first, then experts of all layers by
     ``c_e / sum c`` until the budget is reached; so many groups the layer gets.
     Alignment with the group's most chosen expert d: the permutation p of neurons that maximises
@@ -107,7 +110,9 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     weights, or nothing (a lot)."""
     clustering: Literal["dominant", "hierarchical", "ward", "kmeans"] | None = None
     """How groups are found: around the most chosen experts, by average linkage, by Ward's linkage weighted by how often
-    experts are chosen, or by k-means; by default dominant for router_logits, ward for token_outputs, else hierarchical."""
+    experts are chosen, or by k-means; by default dominant for router_logits, hierarchical for weights, ward for outputs."""
+    weighted: bool = True
+    """For kmeans: experts count as often as they are chosen, as they do in ward; false: all alike, as published."""
     combination: Literal["frequency", "mean", "zip", "svd"] = "frequency"
     """How a group becomes one expert: mean weighted by how often each is chosen, plain mean, neuron by neuron, or by the
     singular vectors that the group shares."""
@@ -132,6 +137,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             raise ValueError("groups: a number for each mixture leaves nothing to budget: global")
         if self.clustering is not None and self.grouping == "random":
             raise ValueError("clustering is for experts that are compared; grouping is random")
+        if not self.weighted and self.clustering != "kmeans":
+            raise ValueError(f"weighted is for clustering kmeans; clustering is {self.clustering or 'the default'}")
         if self.rank is not None and self.combination != "svd":
             raise ValueError(f"rank is for combination svd; combination is {self.combination}")
         return self
@@ -205,7 +212,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     def _labels(self, graph: Graph, site: Site[MoE], statistics: Statistics, groups: int) -> Tensor:
         """Group of every expert, [E]."""
         gram = self._gram(graph, site, statistics)
-        default = {"router_logits": "dominant", "token_outputs": "ward"}.get(self.grouping, "hierarchical")
+        default = {"router_logits": "dominant", "weights": "hierarchical"}.get(self.grouping, "ward")
         clustering = self.clustering or default
         if clustering == "dominant":
             return group_by_leaders(gram, _counts(statistics, site), groups)
@@ -213,7 +220,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             return group_by_ward(gram, _counts(statistics, site), groups)
         if clustering == "hierarchical":
             return group_by_linkage(gram, groups)
-        return group_by_kmeans(gram, groups, seed=self.seed)
+        counts = _counts(statistics, site) if self.weighted else None
+        return group_by_kmeans(gram, groups, counts, seed=self.seed)
 
     def _gram(self, graph: Graph, site: Site[MoE], statistics: Statistics) -> Tensor:
         """Inner products of the experts' features, [E, E] in float64."""

@@ -59,26 +59,10 @@ from torch import Tensor
 from surgeon import splits
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
+from surgeon.expert_routers import fitted, from_sums, towards_clusters, towards_rows
 from surgeon.graph import Graph
-from surgeon.mixtures import (
-    Experts,
-    Neurons,
-    add_ffn,
-    add_mixture,
-    ffn_name,
-    flattened,
-    freed_parameters,
-    put_in_place,
-    refuse_ffn,
-)
-from surgeon.numerics import (
-    NumericsError,
-    centroid_router,
-    output_factor,
-    ridge_regression,
-    train_linear_router,
-    train_mlp_router,
-)
+from surgeon.mixtures import Neurons, freed_parameters, refuse_ffn, replace_by_experts
+from surgeon.numerics import NumericsError, output_factor
 from surgeon.observe import AbsoluteRegression
 from surgeon.rewrite import Editor
 from surgeon.routers import Choice, Router
@@ -296,39 +280,25 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
                 choice, means = self._choice(neurons, experts, decision, router, statistics)
             except NumericsError as error:
                 raise PlanError(f"{decision.site}: {error}") from error
-            _replace(editor, site.part, neurons, decision, router, choice, means)
+            shared = torch.tensor(decision.shared, dtype=torch.int64)
+            replace_by_experts(editor, site.part, neurons, experts, shared, router, choice, means)
 
     def _router(self, neurons: Neurons, experts: Tensor, site: str, statistics: Statistics) -> Router:
         dtype = neurons.up.dtype
+        if self.router == "centroid" and self.split == "importance":
+            x = _sampled(statistics, site, "clusters")[0]
+            return towards_clusters(splits.token_clusters(x, experts.shape[0], self.seed), dtype)
         if self.router in ("centroid", "similarity"):
-            if self.router == "centroid" and self.split == "importance":
-                x = _sampled(statistics, site, "clusters")[0]
-                centroids = splits.token_clusters(x, experts.shape[0], self.seed)
-                return Router({"weight": centroids.to(dtype), "bias": (-centroids.square().sum(1) / 2).to(dtype)})
-            labels = torch.arange(experts.shape[0]).repeat_interleave(experts.shape[1])
-            centres = centroid_router(neurons.keys[experts.flatten()].float(), labels, experts.shape[0])
-            if self.router == "centroid":
-                return Router({"weight": centres.to(dtype)})
-            # -|u - c|^2 = 2 <u, c> - |c|^2 - 1 for a unit vector u
-            bias = -centres.square().sum(1) - 1
-            return Router({"weight": 2 * centres.to(dtype), "bias": bias.to(dtype)}, unit=True)
+            return towards_rows(neurons.keys, experts, self.router)
         if self.router == "linear" and self.target == "mass":
-            observer = statistics[f"{site}.sums"]
-            assert isinstance(observer, AbsoluteRegression)
-            assert observer.second_moment is not None
-            assert observer.cross_moment is not None
-            mass = torch.stack([observer.cross_moment[:, expert].sum(1) for expert in experts], dim=1)
-            solution = ridge_regression(observer.second_moment, mass).to(dtype)
-            return Router({"weight": solution[:-1].T, "bias": solution[-1]})
+            sums = statistics[f"{site}.sums"]
+            assert isinstance(sums, AbsoluteRegression)
+            return from_sums(sums, experts, dtype)
         x = _sampled(statistics, site)[0]
         predicted = neurons.masses if self.target == "mass" else neurons.norms
+        hidden = self.router_width if self.router == "mlp" else None
         targets = predicted(neurons.hidden(x), experts)
-        if self.router == "linear":
-            weight, bias = train_linear_router(x, targets)
-            return Router({"weight": weight.to(dtype), "bias": bias.to(dtype)})
-        trained = train_mlp_router(x, targets, width=self.router_width, steps=self.router_steps, seed=self.seed)
-        keys = ("hidden.weight", "hidden.bias", "weight", "bias")
-        return Router({key: tensor.to(dtype) for key, tensor in zip(keys, trained, strict=True)})
+        return fitted(x, targets, hidden, steps=self.router_steps, seed=self.seed, dtype=dtype)
 
     def _choice(
         self, neurons: Neurons, experts: Tensor, decision: SplitFFN, router: Router, statistics: Statistics
@@ -411,32 +381,6 @@ def _sampled(statistics: Statistics, site: str, kind: str = "sample") -> list[Te
     observer = statistics[f"{site}.{kind}"]
     assert isinstance(observer, Sample)
     return observer.values()
-
-
-def _replace(
-    editor: Editor,
-    ffn: FFN,
-    neurons: Neurons,
-    decision: SplitFFN,
-    router: Router,
-    choice: Choice,
-    means: Tensor | None,
-) -> None:
-    name = ffn_name(ffn)
-    experts = neurons.experts(torch.tensor(decision.experts))
-    offset: Tensor | str | None = ffn.down.bias
-    if means is not None:
-        # a skipped expert e gives means[e]: all of them go into the offset, and a chosen one takes its own out again
-        experts = Experts(experts.w_in, experts.w_out, experts.b_in, -means)
-        offset = means.sum(0) if neurons.down_bias is None else neurons.down_bias + means.sum(0)
-    with editor.before(ffn.down.node):
-        flat = flattened(editor, ffn)
-        index, weight = choice.add(editor, router.add(editor, f"{name}.router", flat))
-        terms = [add_mixture(editor, name, flat, index, weight, experts, neurons.activation)]
-        if decision.shared:
-            dense = neurons.part(torch.tensor(decision.shared))
-            terms.append(add_ffn(editor, f"{name}.shared", editor.current(ffn.input), dense))
-        put_in_place(editor, ffn, terms, offset)
 
 
 def _divisors(number: int) -> Iterator[int]:

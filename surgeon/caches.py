@@ -1,4 +1,4 @@
-"""Key/value caches as inputs and outputs of a graph: what is filled in for a caller, and what goes with a removed block.
+"""Key/value caches as inputs and outputs of a graph: what is filled in for a caller, and what goes with a removed part.
 
 A graph that was traced for text generation takes, beside its tokens, a pair of ``past`` inputs for every attention that
 keeps its keys and values, and returns as many ``present`` outputs; the n-th present is the n-th past with the new
@@ -34,6 +34,9 @@ OPTIONAL = frozenset({PAST, POSITIONS, MASKED_POSITIONS, routes.REPLAYED})
 
 KEPT = frozenset({PRESENT, CROSS})
 """Roles of outputs that are keys and values."""
+
+ASIDE = KEPT | {routes.RECORDED}
+"""Roles of outputs that tell what a part did, and are not a reason for the part to stay."""
 
 NAMES = {PAST: "past_key_values.{}.{}", PRESENT: "present.{}.{}", CROSS: "cross_key_values.{}.{}"}
 """Names of the ports by role, with the number of the cache and which half of it; the field's convention."""
@@ -139,15 +142,16 @@ def continued(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | 
     return rest | {past: results[present] for past, present in pairs}
 
 
-# -- what goes with a block ---------------------------------------------------------------------------------------------
+# -- what goes with a part ----------------------------------------------------------------------------------------------
 
 
 def prune(graph: Graph) -> int:
     """Remove the caches that nothing but themselves depends on any more, and number the others anew.
 
     A pair of past and present goes where no other output is computed from its past: the attention that used it is gone;
-    keys and values over an encoder's positions likewise.  Sizes that were read off a removed input are read off another with
-    the same dimension.  Edits the graph in place; dead code is left to the caller.
+    keys and values over an encoder's positions likewise.  Recorded decisions go where nothing else is computed from them,
+    with the inputs that replayed them: their mixture is gone.  Sizes that were read off a removed input are read off
+    another with the same dimension.  Edits the graph in place; dead code is left to the caller.
 
     Returns:
         Number of tensors removed.
@@ -161,19 +165,27 @@ def prune(graph: Graph) -> int:
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]  # a tuple of nodes
     pasts = [i for i, port in enumerate(graph.inputs) if port.role == PAST]
     presents = [i for i, port in enumerate(graph.outputs) if port.role == PRESENT]
-    needed = ancestors([results[i] for i, port in enumerate(graph.outputs) if port.role not in KEPT])
+    needed = ancestors([results[i] for i, port in enumerate(graph.outputs) if port.role not in ASIDE])
     pairs = list(zip(pasts, presents, strict=True))
     gone = [(past, present) for past, present in pairs if placeholders[past] not in needed]
     crossing = [i for i, port in enumerate(graph.outputs) if port.role == CROSS and pairs and results[i] not in needed]
-    if not gone and not crossing:
+    recorded = [
+        i for i, port in enumerate(graph.outputs)
+        if port.role == routes.RECORDED and routes.decided(results[i]) not in needed
+    ]  # fmt: skip
+    replayed = [
+        i for i, port in enumerate(graph.inputs) if port.role == routes.REPLAYED and placeholders[i] not in needed
+    ]
+    if not gone and not crossing and not recorded:
         return 0
-    lost_inputs, lost_outputs = {past for past, _ in gone}, {present for _, present in gone} | set(crossing)
+    lost_inputs = {past for past, _ in gone} | set(replayed)
+    lost_outputs = {present for _, present in gone} | set(crossing) | set(recorded)
     kept = [node for i, node in enumerate(placeholders) if i not in lost_inputs]
     output.args = (tuple(node for i, node in enumerate(results) if i not in lost_outputs),)
     nodes.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    for past in lost_inputs:
-        reread_sizes(nodes, placeholders[past], kept)
-        nodes.erase_node(placeholders[past])
+    for lost in lost_inputs:
+        reread_sizes(nodes, placeholders[lost], kept)
+        nodes.erase_node(placeholders[lost])
     names = _renamed([port for i, port in enumerate(graph.inputs) if i not in lost_inputs])
     example = {new.name: graph.example[old.name] for old, new in names}
     graph.inputs = tuple(new for _, new in names)

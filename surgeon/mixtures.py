@@ -19,6 +19,7 @@ from surgeon.errors import PlanError
 from surgeon.gates import gate as lookup
 from surgeon.graph import Graph
 from surgeon.rewrite import Editor
+from surgeon.routers import Choice, Router
 from surgeon.structure import FFN, Linear
 
 aten = torch.ops.aten
@@ -242,6 +243,43 @@ def add_function(editor: Editor, function: Callable[..., Tensor], *inputs: fx.No
 def flattened(editor: Editor, ffn: FFN) -> fx.Node:
     """The FFN's input as rows [T, H], at the insertion point."""
     return editor.call(aten.reshape.default, editor.current(ffn.input), [-1, ffn.up.in_features])
+
+
+def replace_by_experts(
+    editor: Editor,
+    ffn: FFN,
+    neurons: Neurons,
+    experts: Tensor,
+    shared: Tensor,
+    router: Router,
+    choice: Choice,
+    means: Tensor | None,
+) -> None:
+    """Let a router and experts of an FFN's own neurons take its place.
+
+    Args:
+        editor: of the graph.
+        ffn: the FFN.
+        neurons: its weights.
+        experts: neurons of the routed experts, [E, m].
+        shared: neurons that stay dense, [S].
+        router: scores of the experts.
+        choice: which run, and their weights.
+        means: [E, G], what an expert gives where it does not run; None for nothing.
+    """
+    name, stacked = ffn_name(ffn), neurons.experts(experts)
+    offset: Tensor | str | None = ffn.down.bias
+    if means is not None:
+        # a skipped expert e gives means[e]: all of them go into the offset, and a chosen one takes its own out again
+        stacked = Experts(stacked.w_in, stacked.w_out, stacked.b_in, -means)
+        offset = means.sum(0) if neurons.down_bias is None else neurons.down_bias + means.sum(0)
+    with editor.before(ffn.down.node):
+        flat = flattened(editor, ffn)
+        index, weight = choice.add(editor, router.add(editor, f"{name}.router", flat))
+        terms = [add_mixture(editor, name, flat, index, weight, stacked, neurons.activation)]
+        if shared.numel():
+            terms.append(add_ffn(editor, f"{name}.shared", editor.current(ffn.input), neurons.part(shared)))
+        put_in_place(editor, ffn, terms, offset)
 
 
 def put_in_place(editor: Editor, ffn: FFN, terms: Sequence[fx.Node], offset: Tensor | str | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from surgeon import caches
+from surgeon import caches, routes
 from surgeon.errors import RewriteError
 from surgeon.graph import Graph, Port, assign_tensor
 
@@ -34,6 +34,7 @@ class Editor:
         self._mode = fake_mode(graph)
         self._dirty: set[fx.Node] = set()
         self._successor: dict[fx.Node, fx.Node] = {}
+        self._numbers: dict[int, int] = {}
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -214,10 +215,14 @@ class Editor:
         }
         return tuple(int(size) if isinstance(size, int) else names.get(size.node.expr, "?") for size in value.shape)
 
+    def renumber(self, blocks: dict[int, int]) -> None:
+        """Say which number each block that stays has at the end, for ports that are named after blocks."""
+        self._numbers = blocks
+
     # -- end ----------------------------------------------------------------------------------------------------
 
     def finish(self) -> Graph:
-        """Clean up and return the graph; caches that nothing reads any more go with their inputs and outputs.
+        """Clean up and return the graph; caches and decisions that nothing reads any more go with their inputs and outputs.
 
         Raises:
             RewriteError: the graph is not valid any more, or a shape does not fit downstream of an edit.
@@ -225,6 +230,8 @@ class Editor:
         self.settle()
         if caches.prune(self.graph):
             self.settle()
+        if self._numbers:
+            routes.renumber(self.graph, self._numbers)
         try:
             self._nodes.lint()
         except Exception as error:  # fx raises bare RuntimeErrors

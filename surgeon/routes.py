@@ -7,15 +7,16 @@ expert is -1 is routed by the model itself, and so is every token where the inpu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgeon.errors import TraceError
 
 if TYPE_CHECKING:
-    from surgeon.graph import Port
+    from surgeon.graph import Graph, Port
 
 RECORDED = "recorded"
 """Role of outputs that say how tokens were routed."""
@@ -42,6 +43,30 @@ def replay(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What was recorded, as inputs: ``{"replay.SITE.experts": outputs["SITE.experts"], ...}``."""
     ends = (f".{EXPERTS}", f".{WEIGHTS}")
     return {f"{PREFIX}{name}": value for name, value in outputs.items() if name.endswith(ends)}
+
+
+def decided(output: fx.Node) -> fx.Node:
+    """The decision that a recorded output shows: the node itself, or what it is a reshape of."""
+    if output.target != torch.ops.aten.reshape.default:
+        return output
+    source = output.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def renumber(graph: Graph, blocks: Mapping[int, int]) -> None:
+    """Name recorded and replayed decisions after their blocks' new numbers, given by the old ones; edits in place."""
+
+    def named(port: Port) -> Port:
+        if port.role not in (RECORDED, REPLAYED):
+            return port
+        prefix = PREFIX if port.role == REPLAYED else ""
+        start, number, *rest = port.name.removeprefix(prefix).split(".")
+        return replace(port, name=prefix + ".".join([start, str(blocks[int(number)]), *rest]))
+
+    inputs = [named(port) for port in graph.inputs]
+    graph.example = {new.name: graph.example[old.name] for old, new in zip(graph.inputs, inputs, strict=True)}
+    graph.inputs, graph.outputs = tuple(inputs), tuple(map(named, graph.outputs))
 
 
 def ordered(ports: Sequence[Port], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from surgeon.data import load_data
 from surgeon.errors import PlanError, TraceError
 from surgeon.graph import Graph
 from surgeon.observe import observe
+from surgeon.registry import make_pass
 from surgeon.routes import RECORDED, REPLAYED, replay
 from surgeon.samples import Sample
-from surgeon.verify import relative_error
+from surgeon.verify import check_parameters, check_structure, relative_error
 from tests.conftest import MODELS, Patient, Trained
 from tests.families_moe import library
 from tests.test_expert_families import ROUTERS
@@ -145,3 +146,35 @@ def test_what_cannot_be_exposed_is_refused_by_site(tiny_mixtral: Trained) -> Non
     refusals = checkpoint_plan(exposed.graph, architecture="auto", repeat_merged=False)
     assert isinstance(refusals, list)
     assert "blocks.0.moe.experts" in str(refusals)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_dropped_block_takes_its_ports_along(replayed: bool) -> None:
+    """Dropping after exposing is exposing after dropping: ports, numbers and values."""
+    subject, batch = patient("mixtral"), inputs("mixtral", 3, 9)
+    expose, drop = {"expose_routing": {"replay": replayed}}, {"drop_blocks": {"count": 1}}
+    step = make_pass(drop)
+    plan = step.plan_type.model_validate({"decisions": [{"site": "blocks.0"}]})
+    first = subject.operate(step, plan).operate(expose)
+    exposed = subject.operate(expose)
+    then = exposed.operate(step, plan)
+    check_structure(step, exposed.structure, then.structure)
+    check_parameters(step, then.plan, exposed.graph, exposed.structure, then.graph)
+    assert then.graph.inputs == first.graph.inputs
+    assert then.graph.outputs == first.graph.outputs
+    assert set(then.graph.example) == {port.name for port in then.graph.inputs}
+    wanted, found = run(first.graph, batch), run(then.graph, batch)
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    if replayed:
+        recorded = routes(then.graph, found)
+        other = {key: value.flip(1) for key, value in recorded.items()}
+        assert relative_error(run(then.graph, batch | replay(other))["logits"], found["logits"]) > 1e-2
+        assert torch.equal(run(then.graph, batch | replay(recorded))["logits"], found["logits"])
+
+
+def test_a_mixture_made_dense_takes_its_ports_along() -> None:
+    subject = patient("mixtral").operate({"expose_routing": {"replay": True}})
+    dense = subject.operate({"densify_moe": {"blocks": 0}})
+    names = {port.name for port in (*dense.graph.inputs, *dense.graph.outputs) if port.role in (RECORDED, REPLAYED)}
+    assert names == {f"{start}blocks.1.moe.{kind}" for start in ("", "replay.") for kind in ("experts", "weights")}
+    assert relative_error(run(dense.graph, inputs("mixtral"))["logits"], run(subject.graph, inputs("mixtral"))["logits"]) > 0

@@ -83,7 +83,15 @@ def balanced_kmeans(
     return Clustering(best.labels, best.centroids + mean, best.inertia)
 
 
-def kmeans(points: Tensor, clusters: int, *, iterations: int = 100, restarts: int = 1, seed: int = 0) -> Clustering:
+def kmeans(
+    points: Tensor,
+    clusters: int,
+    *,
+    weights: Tensor | None = None,
+    iterations: int = 100,
+    restarts: int = 1,
+    seed: int = 0,
+) -> Clustering:
     """Partition points into clusters of any size, none empty: Lloyd's iteration from greedy k-means++ seeds.
 
     A cluster that loses all its points takes the point that is farthest from its centroid.  The same seed gives the same
@@ -92,27 +100,31 @@ def kmeans(points: Tensor, clusters: int, *, iterations: int = 100, restarts: in
     Args:
         points: [N, D], worked on in float64.
         clusters: C, at most N.
+        weights: how much each point counts in centroids and inertia, [N] above 0; None: all alike.
         iterations: most steps of each restart.
         restarts: seedings tried; the partition of least inertia is returned.
         seed: of the seedings.
 
     Raises:
-        NumericsError: more clusters than points, or points that are not finite or no matrix.
+        NumericsError: more clusters than points, points that are not finite or no matrix, or weights that do not fit.
     """
     if points.ndim != 2 or not 1 <= clusters <= points.shape[0]:
         raise NumericsError(f"kmeans: {clusters} clusters of points {list(points.shape)}, needed [N, D] with N at least that")
-    require_finite(points=points)
+    mass = points.new_ones(points.shape[0], dtype=torch.float64) if weights is None else weights.double()
+    if mass.shape != points.shape[:1] or not bool((mass > 0).all()):
+        raise NumericsError(f"kmeans: weights {list(mass.shape)} of points {list(points.shape)}, needed [N] above 0")
+    require_finite(points=points, weights=mass)
     mean = points.detach().double().mean(0)
     centred = points.detach().double() - mean
     generator = torch.Generator().manual_seed(seed)
     best = min(
-        (_lloyd(centred, _seed_centroids(centred, clusters, generator), iterations) for _ in range(restarts)),
+        (_lloyd(centred, mass, _seed_centroids(centred, clusters, generator, mass), iterations) for _ in range(restarts)),
         key=lambda clustering: clustering.inertia,
     )
     return Clustering(best.labels, best.centroids + mean, best.inertia)
 
 
-def _lloyd(points: Tensor, centroids: Tensor, iterations: int) -> Clustering:
+def _lloyd(points: Tensor, mass: Tensor, centroids: Tensor, iterations: int) -> Clustering:
     clusters = centroids.shape[0]
     labels = torch.full((points.shape[0],), -1)
     for _ in range(iterations):
@@ -130,9 +142,10 @@ def _lloyd(points: Tensor, centroids: Tensor, iterations: int) -> Clustering:
         if torch.equal(assigned, labels):
             break
         labels = assigned
-        one_hot = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)
-        centroids = one_hot.T @ points / one_hot.sum(0)[:, None]
-    return Clustering(labels, centroids, _inertia(points, labels, centroids))
+        share = torch.nn.functional.one_hot(labels, clusters).to(points.dtype) * mass[:, None]
+        centroids = share.T @ points / share.sum(0)[:, None]
+    moved_by = (points - centroids[labels]).square().sum(1)
+    return Clustering(labels, centroids, float(mass @ moved_by))
 
 
 def balanced_assignment(cost: Tensor, capacity: int) -> Tensor:
@@ -191,12 +204,15 @@ def _capacity(points: int, clusters: int) -> int:
     return points // clusters
 
 
-def _seed_centroids(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++ [C, D]: of a few candidates drawn by squared distance, keep the one of least inertia."""
+def _seed_centroids(
+    points: Tensor, clusters: int, generator: torch.Generator, mass: Tensor | None = None
+) -> Tensor:
+    """Greedy k-means++ [C, D]: of a few candidates drawn by squared distance times mass [N], the one of least inertia."""
     trials = 2 + int(math.log(clusters))
     norms = points.square().sum(1)
     nearest = torch.full_like(norms, math.inf)
-    weights = torch.ones(points.shape[0], dtype=torch.float64)
+    mass = torch.ones_like(norms) if mass is None else mass
+    weights = mass.double().cpu()
     chosen = []
     for _ in range(clusters):
         drawn = torch.rand(trials, dtype=torch.float64, generator=generator) * weights.sum()
@@ -204,10 +220,10 @@ def _seed_centroids(points: Tensor, clusters: int, generator: torch.Generator) -
         candidates = candidates.to(points.device)
         distances = norms + norms[candidates, None] - 2 * points[candidates] @ points.T  # [trials, N]
         distances = torch.minimum(distances.clamp_(min=0), nearest)
-        winner = int(distances.sum(1, dtype=torch.float64).argmin())
+        winner = int((distances * mass).sum(1, dtype=torch.float64).argmin())
         nearest = distances[winner]
         chosen.append(candidates[winner])
-        weights = nearest.double().cpu()
+        weights = (nearest * mass).double().cpu()
         if float(weights.sum()) == 0:  # fewer distinct points than clusters: every further seed is as good as another
             weights = torch.ones_like(weights)
     return points[torch.stack(chosen)]

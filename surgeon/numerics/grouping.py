@@ -95,7 +95,7 @@ def group_by_ward(gram: Tensor, counts: Tensor, groups: int) -> Tensor:
     """
     _check(gram, groups)
     experts = gram.shape[0]
-    weight = counts.double() / counts.double().sum().clamp_min(1) + 1e-6
+    weight = _shares(counts)
     cost = distances(gram).square() * (torch.outer(weight, weight) / (weight[:, None] + weight))
     cost.fill_diagonal_(torch.inf)
     labels = torch.arange(experts)
@@ -112,10 +112,21 @@ def group_by_ward(gram: Tensor, counts: Tensor, groups: int) -> Tensor:
     return found
 
 
-def group_by_kmeans(gram: Tensor, groups: int, *, restarts: int = 10, seed: int = 0) -> Tensor:
-    """k-means of the features: least ``sum_e |f_e - mean of its group|^2`` over some restarts (Sub-MoE; HC-SMoE's variant)."""
+def group_by_kmeans(
+    gram: Tensor, groups: int, counts: Tensor | None = None, *, restarts: int = 10, seed: int = 0
+) -> Tensor:
+    """k-means of the features over some restarts: least ``sum_e c_e |f_e - mean of its group|^2``, the mean weighted too.
+
+    Args:
+        gram: [E, E].
+        groups: g.
+        counts: c, [E], as in :func:`group_by_ward`; None: all alike (Sub-MoE; the variant that HC-SMoE compares with).
+        restarts: seedings tried.
+        seed: of the seedings.
+    """
     _check(gram, groups)
-    return kmeans(embedding(gram), groups, restarts=restarts, seed=seed).labels
+    weights = None if counts is None else _shares(counts)
+    return kmeans(embedding(gram), groups, weights=weights, restarts=restarts, seed=seed).labels
 
 
 def group_at_random(experts: int, groups: int, generator: torch.Generator) -> Tensor:
@@ -157,6 +168,11 @@ def groups_per_layer(counts: Sequence[Tensor], total: int, least: Sequence[int])
     kept = torch.argsort(torch.cat(shares), descending=True, stable=True)[:total]
     found: list[int] = torch.bincount(owner[kept], minlength=len(counts)).tolist()
     return found
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """How much an expert weighs [E]; one that is never chosen a millionth, so that it still joins what it is like."""
+    return counts.double() / counts.double().sum().clamp_min(1) + 1e-6
 
 
 def _check(gram: Tensor, groups: int) -> None:

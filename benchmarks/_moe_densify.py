@@ -1,0 +1,69 @@
+"""Rows of ``moe.py``: the experts of a mixture joined to one dense network."""
+
+from __future__ import annotations
+
+import torch
+from _moe_row import LOTS, Claims, Row
+
+from surgeon.graph import Graph
+from surgeon.passes.densify_moe import DensifyMoEPlan, DensifyOne
+from surgeon.structure import Structure
+
+
+def one_expert(graph: Graph, structure: Structure, seed: int) -> DensifyMoEPlan:
+    """Keep one expert of each mixture, by lot."""
+    generator = torch.Generator().manual_seed(seed)
+    decisions = []
+    for site in structure.moes():
+        weights = [0.0] * site.part.experts
+        weights[int(torch.randint(site.part.experts, (1,), generator=generator))] = 1.0
+        decisions.append(DensifyOne(site=site.name, weights=tuple(weights), scale=1.0, width=site.part.width))
+    return DensifyMoEPlan(decisions=tuple(decisions))
+
+
+def weights_by_lot(graph: Graph, structure: Structure, seed: int) -> DensifyMoEPlan:
+    """Put all experts of each mixture side by side, with weights that are any of those with sum 1."""
+    generator = torch.Generator().manual_seed(seed)
+    decisions = []
+    for site in structure.moes():
+        drawn = -torch.rand(site.part.experts, generator=generator, dtype=torch.float64).log()
+        weights, width = tuple((drawn / drawn.sum()).tolist()), site.part.width * site.part.experts
+        decisions.append(DensifyOne(site=site.name, weights=weights, scale=1.0, width=width))
+    return DensifyMoEPlan(decisions=tuple(decisions))
+
+
+def rows() -> list[Row]:
+    """Every way to one network, with and without refit, and random ones."""
+    model, found = "tiny-mixtral", []
+    for budget, lot, chance, methods in (
+        ("dense, 1 expert wide", "one expert by lot", one_expert, {
+            "mean": {}, "mean, uniform": {"weights": "uniform"}, "mean, not aligned": {"align": False},
+            "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"},
+        }),
+        ("dense, 8 experts wide", "all experts, weighed by lot", weights_by_lot, {"sum": {"method": "sum"}}),
+    ):  # fmt: skip
+        common = {"method": "sum"} if "sum" in methods else {}
+        for refit, suffix in ((True, ""), (False, ", not refitted")):
+            steps = [{"densify_moe": {**common, "refit": refit}}]
+            found.append(Row(model, budget, lot + suffix, steps, chance, None, LOTS, True))
+            for method, fields in methods.items():
+                step = {"densify_moe": {**fields, "refit": refit}}
+                found.append(Row(model, budget, f"densify: {method}{suffix}", [step], chance=lot + suffix))
+    return found
+
+
+CLAIMS: Claims = [
+    ("OneS: svd beats the mean", "densify: svd", "densify: mean", "*"),
+    ("OneS: svd beats the mean", "densify: svd, not refitted", "densify: mean, not refitted", "*"),
+    ("OneS: top columns beat the mean", "densify: top_columns", "densify: mean", "*"),
+    ("OneS: top columns beat the mean of equal weights", "densify: top_columns, not refitted",
+     "densify: mean, uniform, not refitted", "*"),
+    ("ExFusion: learned weights beat the mean", "densify: learned", "densify: mean", "*"),
+    ("ExFusion: learned weights beat the mean", "densify: learned, not refitted", "densify: mean, not refitted", "*"),
+]  # fmt: skip
+
+WHY: dict[str, str] = {
+    "densify: *, not refitted": "The experts were trained from random weights, not copied from one network; the paper distils "
+    "afterwards, which the refit stands for.",
+}
+"""Why a method does not beat chance, by pattern."""
