@@ -48,8 +48,9 @@ def _skip() -> list[Row]:
         # no threshold is met at beta 0: what is skipped is what the edit skips
         rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
         rows.append(Row(MODEL, budget, "skip: ratio", [{"skip_experts": {"fraction": fraction}}]))
-        fields = {"fraction": fraction, "protect": 0.02}
-        rows.append(Row(MODEL, budget, "skip: ratio, 2% protected", [{"skip_experts": fields}]))
+        for by, suffix in (("norm", ""), ("attention", " by attention")):
+            fields = {"fraction": fraction, "protect": 0.02, "protect_by": by}
+            rows.append(Row(MODEL, budget, f"skip: ratio, 2% protected{suffix}", [{"skip_experts": fields}]))
     chance = by_lot(0.25)
     budget = "25% of pairs skipped"
     rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
@@ -88,5 +89,6 @@ CLAIMS: Claims = [
     ("REAP: router-weighted activation beats frequency", "drop: reap, layer", "drop: frequency, layer", "*"),
     ("REAP: router-weighted activation beats the activation's norm", "drop: reap, layer", "drop: activation_norm, layer", "*"),
     ("MoE-I2: unequal numbers per layer beat equal ones", "drop: reconstruction, global", "drop: reconstruction, layer", "*"),
-    ("MC-MoE: protecting tokens helps", "skip: ratio, 2% protected", "skip: ratio", "*"),
+    ("MC-MoE: protecting tokens helps", "skip: ratio, 2% protected by attention", "skip: ratio", "*"),
+    ("MC-MoE: protecting tokens helps (by norm alone)", "skip: ratio, 2% protected", "skip: ratio", "*"),
 ]

@@ -1,24 +1,37 @@
-"""Merging the experts of one large layer: seconds and memory of every grouping and combination.
+"""Scoring, merging and dropping the experts of one large layer: seconds and memory of every form.
 
-    python benchmarks/experts.py             all rows, on two threads
-    python benchmarks/experts.py --only 'token_outputs*'
+    python benchmarks/experts.py                       all rows, on two threads
+    python benchmarks/experts.py --only '*refit*'      some rows; the others keep the figures that are there
+    python benchmarks/experts.py --missing             rows that have no figures yet
+    python benchmarks/experts.py --print --only ...    to standard output as JSON; nothing is written
 
 The layer is like one of DeepSeek-V3: 256 experts of 256 neurons, hidden 1024, sigmoid scores in 8 groups, 8 experts per
-token; 805 MB of float32 weights, random, merged to 128 experts.  Seconds are those of scoring and merging (plan and
-apply), after 4096 tokens were observed.  Memory is the process's resident set at its peak while it does, everything
-included: Python, torch, the layer before and after.  Targets: 60 s and 2 GiB.
+token; 805 MB of float32 weights, random, of which 128 experts remain.
 
-Writes ``benchmarks/results/experts.json`` and ``experts.md``; rows that are not asked for keep the figures that are there.
+What merging does with groups does not depend on how they were found, so that ``merge_experts`` is measured in two halves:
+every grouping with every clustering (*scoring*: plan), and every combination, alignment and refit (*merging*: apply), the
+latter with the groups of the default, small ones, and with one group of 129 experts, the most unequal that there can be.
+The form of any recipe takes the seconds of two rows, and the larger of their memory.  ``drop_experts`` is measured whole.
+
+Each row runs in a process of its own, a fork of one that holds Python, torch, the traced layer and the data and has done
+nothing else.  Seconds start after %(tokens)d tokens were observed.  Memory is the process's resident set at its peak from
+there on, everything included: what was just named, the tokens that were kept, and the layer before and after.
+Targets: %(seconds)d s and %(gib)d GiB.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +39,63 @@ import torch
 from _rows import RESULTS, arguments, earlier, is_wanted
 from torch import Tensor
 
+from surgeon.contract import Plan
 from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.graph import Graph
 from surgeon.observe import observe
+from surgeon.passes.merge_experts import MergeExpertsPlan, MergeGroups
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.tracing import trace
 
 EXPERTS, HIDDEN, WIDTH, KEPT, TOKENS = 256, 1024, 256, 128, 4096
 SECONDS, BYTES = 60, 2 << 30
-GROUPINGS: dict[str, dict[str, Any]] = {
-    f"{grouping}, {clustering}": {"grouping": grouping, "clustering": clustering}
-    for grouping, clustering in (
-        ("router_logits", "dominant"), ("outputs", "hierarchical"), ("outputs", "kmeans"), ("token_outputs", "ward"),
-        ("weights", "hierarchical"),
-    )
-}  # fmt: skip
-COMBINATIONS: dict[str, dict[str, Any]] = {
-    "frequency": {},
-    "frequency, refit": {"refit": True},
-    "frequency, aligned by activations": {"align_by": "activations"},
-    "mean": {"combination": "mean"},
-    "zip": {"combination": "zip"},
-    "zip by activations": {"combination": "zip", "align_by": "activations"},
-    "svd": {"combination": "svd"},
-    "svd, refit": {"combination": "svd", "refit": True},
-}
-ROWS = {
-    f"{grouping}; {combination}": {**first, **second}
-    for grouping, first in GROUPINGS.items()
-    for combination, second in COMBINATIONS.items()
-}
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        section: of the page.
+        step: the pass.
+        plan: how to group, where only apply is measured.
+    """
+
+    section: str
+    step: Mapping[str, Fields]
+    plan: str | None = None
+
+
+def _rows() -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    for grouping in ("router_logits", "outputs", "token_outputs", "weights"):
+        for clustering in ("dominant", "hierarchical", "ward", "kmeans"):
+            fields = {"groups": KEPT, "tokens": TOKENS, "grouping": grouping, "clustering": clustering}
+            found[f"score: {grouping}, {clustering}"] = Row("Scoring", {"merge_experts": fields})
+    found["score: random"] = Row("Scoring", {"merge_experts": {"groups": KEPT, "grouping": "random"}})
+    for groups in ("small groups", "one group of 129"):
+        for combination in ("frequency", "mean", "zip", "svd"):
+            for align in ({}, {"align_by": "activations"}, {"align": False}):
+                for refit in (False, True):
+                    if combination == "zip" and "align" in align:
+                        continue  # zip matches neurons by itself
+                    fields = {"groups": KEPT, "tokens": TOKENS, "combination": combination, "refit": refit, **align}
+                    how = {"align_by": "by activations", "align": "not aligned"}.get(next(iter(align), ""), "by weights")
+                    name = f"merge: {combination}, {how}{', refit' if refit else ''}; {groups}"
+                    found[name] = Row("Merging", {"merge_experts": fields}, groups)
+    for criterion in (
+        "frequency", "soft_frequency", "gate_mass", "activation_norm", "reap", "reconstruction", "random",
+    ):  # fmt: skip
+        for budget in ("layer", "global"):
+            fields = {"keep": KEPT, "criterion": criterion, "budget": budget}
+            found[f"drop: {criterion}, {budget}"] = Row("Dropping", {"drop_experts": fields})
+    return found
+
+
+ROWS = _rows()
 
 
 def layer() -> Graph:
@@ -107,59 +145,109 @@ def peak_memory() -> Iterator[list[int]]:
         watcher.join()
 
 
-def merge(graph: Graph, batches: list[dict[str, Tensor]], options: dict[str, Any]) -> dict[str, float]:
-    """Seconds and peak memory of scoring and merging."""
-    step = make_pass({"merge_experts": {"groups": KEPT, "tokens": TOKENS, **options}})
+def measure(row: Row, graph: Graph, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Seconds and peak memory of scoring and of changing the layer."""
+    torch.set_num_threads(2)
+    step = make_pass(row.step)
     clone = graph.clone()
     structure = discover(clone)
     observers = dict(step.observers(structure))
-    start = time.perf_counter()
     observe(clone, load_data(batches, clone).calibration, observers)
-    observed = time.perf_counter()
+    given = None if row.plan is None else grouped(row.plan, step.plan(clone, structure, observers))
+    gc.collect()
     with peak_memory() as peak:
-        plan = step.plan(clone, structure, observers)
+        start = time.perf_counter()
+        plan = step.plan(clone, structure, observers) if given is None else given
         planned = time.perf_counter()
-        editor = Editor(clone)
-        step.apply(editor, structure, plan, observers)
-        merged = time.perf_counter()
-        editor.finish()
-    return {
-        "observing": observed - start, "scoring": planned - observed, "merging": merged - planned, "peak": peak[0],
-    }  # fmt: skip
+        if row.section != "Scoring":
+            editor = Editor(clone)
+            step.apply(editor, structure, plan, observers)
+            editor.finish()
+        done = time.perf_counter()
+    return {"scoring": planned - start, "changing": done - planned, "peak": peak[0]}
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
+def grouped(kind: str, found: Plan[Any]) -> MergeExpertsPlan:
+    """The plan's own groups, or those of the same number that are most unequal."""
+    assert isinstance(found, MergeExpertsPlan)
+    if kind == "small groups":
+        return found
+    size = EXPERTS - KEPT + 1
+    groups = [tuple(range(size)), *((expert,) for expert in range(size, EXPERTS))]
+    weights = [tuple(1 / len(group) for _ in group) for group in groups]
+    return MergeExpertsPlan(decisions=(
+        MergeGroups(site=found.decisions[0].site, groups=tuple(groups), weights=tuple(weights)),
+    ))  # fmt: skip
+
+
+def apart(row: Row, graph: Graph, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The same in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work(end: Connection) -> None:
+        end.send(measure(row, graph, batches))
+
+    child = context.Process(target=work, args=(sender,))
+    child.start()
+    sender.close()
+    try:
+        found: dict[str, float] = receiver.recv()
+    except EOFError:
+        raise SystemExit(f"a process ended with {child.exitcode}") from None
+    child.join()
+    return found
+
+
+def table(results: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
-        "# Merging 256 experts of one layer",
+        "# Experts of one large layer",
         "",
         f"Made by `python benchmarks/experts.py`, which says what is measured; {EXPERTS} experts of {WIDTH} neurons, hidden "
-        f"{HIDDEN}, merged to {KEPT}, on 2 threads of a shared machine. Targets: {SECONDS} s, {BYTES / 2**30:.0f} GiB.",
-        "",
-        "| grouping | combination | scoring s | merging s | together s | peak GiB |",
-        "|---|---|--:|--:|--:|--:|",
+        f"{HIDDEN}, of which {KEPT} remain, on 2 threads of a shared machine. Targets: {SECONDS} s, {BYTES / 2**30:.0f} GiB of "
+        "resident memory, the whole process counted.",
     ]
-    for name, row in results.items():
-        together = row["scoring"] + row["merging"]
-        figures = [f"{row['scoring']:.1f}", f"{row['merging']:.1f}", f"{together:.1f}", f"{row['peak'] / 2**30:.2f}"]
-        lines.append(f"| {' | '.join(name.split('; '))} | {' | '.join(figures)} |")
+    for section in dict.fromkeys(row.section for row in ROWS.values()):
+        lines += ["", f"## {section}", "", "| form | seconds | peak GiB |", "|---|--:|--:|"]
+        for name, found in results.items():
+            if ROWS[name].section == section:
+                seconds = found["scoring"] + found["changing"]
+                lines.append(f"| {name.partition(': ')[2]} | {seconds:.1f} | {found['peak'] / 2**30:.2f} |")
+    slowest = {
+        section: max((found["scoring"] + found["changing"], name) for name, found in results.items() if name.startswith(start))
+        for section, start in (("scoring", "score"), ("merging", "merge"))
+        if any(name.startswith(start) for name in results)
+    }
     over = [
-        name for name, row in results.items() if row["scoring"] + row["merging"] > SECONDS or row["peak"] > BYTES
+        name for name, found in results.items() if found["scoring"] + found["changing"] > SECONDS or found["peak"] > BYTES
     ]  # fmt: skip
+    if len(slowest) == 2:
+        total = sum(seconds for seconds, _ in slowest.values())
+        lines += ["", f"The slowest form of merging, {' and '.join(name for _, name in slowest.values())}: {total:.1f} s."]
     lines += ["", f"Rows beyond a target: {', '.join(over) or 'none'}.", ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    options = arguments(__doc__, "rows").parse_args()
-    torch.set_num_threads(2)
-    before, path = earlier("experts.json"), RESULTS / "experts.json"
+    figures = {"tokens": TOKENS, "seconds": SECONDS, "gib": BYTES >> 30}
+    parser = arguments((__doc__ or "") % figures, "rows")
+    parser.add_argument("--print", action="store_true", help="to standard output, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    before, path = {} if options.print else earlier("experts.json"), RESULTS / "experts.json"
+    before = {name: row for name, row in before.items() if name in ROWS}
     graph, batches = layer(), tokens()
+    gc.collect()
     for name, row in ROWS.items():
         if is_wanted(options, name, name in before):
-            before[name] = merge(graph, batches, row)
-            print(f"{name:60}", *(f"{key} {value:.4g}" for key, value in before[name].items()), flush=True)
-            path.write_text(json.dumps(before, indent=1) + "\n")
+            before[name] = apart(row, graph, batches)
+            print(f"{name:60}", *(f"{key} {value:.4g}" for key, value in before[name].items()), file=sys.stderr, flush=True)
+            if not options.print:
+                path.write_text(json.dumps(before, indent=1) + "\n")
     results = {name: before[name] for name in ROWS if name in before}
+    if options.print:
+        print(json.dumps(results))
+        return
     path.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "experts.md").write_text(table(results))
 

@@ -11,22 +11,26 @@ Formula:
     skipped on calibration data.
     Where the router divides the weights by their sum, the others take over: ``w_i <- w_i sum_j w_j / sum of w over those
     that run``.  Elsewhere they stay.
-    ``protect``: no expert is skipped for tokens with ``|x_t|_1 >= tau``, x_t the mixture's input, tau so that this share
-    of a layer's calibration tokens is protected.  (The paper multiplies by the attention that later tokens pay to t, which
-    is not known when t is routed; in its code that factor is one of position only.)
+    ``protect``: no expert is skipped for tokens of significance ``I_t >= tau``, tau so that this share of a layer's
+    calibration tokens is protected.  ``protect_by: norm``: ``I_t = |x_t|_1``, x_t the mixture's input.  ``attention``:
+    ``I_t = |x_t|_1 mean_s A_st``, the paper's, A the weights of the attention in front of the mixture in its block, mean
+    over heads and over the tokens s that see t.  (In its code the sum runs over keys instead of queries, so that the factor
+    is one of position only.)  A token that is generated alone is seen by itself only.
     ``top_k: n``: the router's own selection takes n instead of k.
 Shapes:
     weight [T, k] -> [T, k] with zeros; with ``top_k`` index and weight [T, k] -> [T, n].
 Units:
     beta is a ratio; tau has the units of the hidden state.
 Reads:
-    The weights, and for ``protect`` the inputs, of every selected mixture; nothing where beta is a number.
+    The weights, and for ``protect`` the inputs, of every selected mixture, and by attention its queries, keys and mask;
+    nothing where beta is a number and nothing is protected.
 Changes:
     Weights of skipped experts become exactly 0, which every implementation may leave out and ONNX Runtime's does; no
-    weight of the model.
+    weight of the model.  ``protect_by: attention`` computes the weights of that attention a second time, [B, heads, T, T].
 Errors:
     PlanError where more than all but the best experts would be skipped, where the weights scale the experts' inputs, where
-    the router's selection is not one top-k that could take fewer, or where calibration data never reaches the mixture.
+    the router's selection is not one top-k that could take fewer, where calibration data never reaches the mixture, or,
+    for ``protect_by: attention``, where no fused attention over the same tokens stands in front of it.
 Example:
     ``- skip_experts: {beta: median}`` or ``- skip_experts: {fraction: 0.3, protect: 0.02, blocks: "4:"}``
 """
@@ -34,7 +38,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -47,6 +51,7 @@ from surgeon.resizing import choose_fewer, selecting_top_k
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
 from surgeon.structure import MoE, Selection, Site, Structure
+from surgeon.token_significance import Scores, scores_before
 
 aten = torch.ops.aten
 
@@ -81,6 +86,22 @@ class Ratios(Sample):
         super().update(ordered, values[1].double().abs().sum(-1, keepdim=True))
 
 
+class Significance(Ratios):
+    """The same, the size of the input times the attention that a token is paid."""
+
+    whole: ClassVar[bool] = True
+
+    def __init__(self, *nodes: fx.Node, scores: Scores, limit: int, seed: int) -> None:
+        super().__init__(*nodes, *scores.nodes, limit=limit, seed=seed)
+        self._scores = scores
+
+    def update(self, *values: Tensor) -> None:
+        """Add weight [tokens, k], x [tokens, H], queries, keys and mask, and the rows that are no padding."""
+        weight, x, *parts, rows = values
+        size = x.double().abs().sum(-1, keepdim=True) * self._scores.paid(*parts).double()
+        super().update(weight[rows], size[rows])
+
+
 class SkipExperts(Pass[SkipExpertsPlan]):
     """Skip experts that weigh little beside a token's best one."""
 
@@ -93,7 +114,9 @@ class SkipExperts(Pass[SkipExpertsPlan]):
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of each layer's pairs of a token and an expert to skip, from which beta follows on calibration data."""
     protect: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the tokens, those of largest input, that skip no expert."""
+    """Share of the tokens, those of largest significance, that skip no expert."""
+    protect_by: Literal["norm", "attention"] = "norm"
+    """Significance of a token: the size of the mixture's input, or that times the attention that the others pay to it."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Most experts per token; routers that select fewer stay as they are."""
     tokens: Annotated[int, Field(ge=1)] = 65536
@@ -109,6 +132,8 @@ class SkipExperts(Pass[SkipExpertsPlan]):
             raise ValueError("give beta, fraction or top_k")
         if self.protect and self.beta is None and self.fraction is None:
             raise ValueError("protect is for beta or fraction: top_k selects as many experts for every token")
+        if self.protect_by == "attention" and not self.protect:
+            raise ValueError("protect_by is for protect, the share of tokens that skip no expert")
         return self
 
     @property
@@ -125,11 +150,17 @@ class SkipExperts(Pass[SkipExpertsPlan]):
         """Weights and inputs of mixtures that select several experts."""
         if not self._calibrated:
             return {}
-        return {
-            site.name: Ratios(site.part.weight, site.part.input, limit=self.tokens, seed=self.seed)
-            for site in structure.moes()
-            if self._left(site.part) > 1 and not site.part.input_scaled
-        }
+        found: dict[str, Observer] = {}
+        for site in structure.moes():
+            if self._left(site.part) < 2 or site.part.input_scaled:
+                continue
+            nodes = (site.part.weight, site.part.input)
+            scores = scores_before(structure, site) if self.protect_by == "attention" else None
+            if isinstance(scores, Scores):
+                found[site.name] = Significance(*nodes, scores=scores, limit=self.tokens, seed=self.seed)
+            elif scores is None:
+                found[site.name] = Ratios(*nodes, limit=self.tokens, seed=self.seed)
+        return found
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> SkipExpertsPlan:
         """Find the threshold of every selected mixture."""
@@ -143,7 +174,7 @@ class SkipExperts(Pass[SkipExpertsPlan]):
             if reduces:
                 _refuse_fewer(site)
             if skips:
-                _refuse_skipping(site)
+                self._refuse_skipping(structure, site)
             if not reduces and not skips:
                 what = "nothing to skip" if self._skips else f"at most {self.top_k} asked"
                 notes.append(f"{site.name}: its router selects {moe.top_k} per token, {what}")
@@ -191,6 +222,15 @@ class SkipExperts(Pass[SkipExpertsPlan]):
             beta = float(self.beta)
         return {"beta": beta, "protect_above": tau, "skipped": int((candidates < beta).sum()) / runs}
 
+    def _refuse_skipping(self, structure: Structure, site: Site[MoE]) -> None:
+        if site.part.input_scaled:
+            raise PlanError(
+                f"{site.name}: its weights scale the experts' inputs, and an expert of weight 0 is not the same as none; "
+                "it cannot skip by weight"
+            )
+        if self.protect_by == "attention" and isinstance(reason := scores_before(structure, site), str):
+            raise PlanError(f"{site.name}: protect_by attention is not possible: {reason}; use norm")
+
     # -- applying -----------------------------------------------------------------------------------------------
 
     def check(self, graph: Graph, structure: Structure, plan: SkipExpertsPlan) -> None:
@@ -205,18 +245,20 @@ class SkipExperts(Pass[SkipExpertsPlan]):
                 if decision.top_k > site.part.top_k:
                     raise PlanError(f"{site.name}: top_k {decision.top_k} asked, its router selects {site.part.top_k}")
             if decision.beta is not None:
-                _refuse_skipping(site)
+                self._refuse_skipping(structure, site)
 
     def apply(self, editor: Editor, structure: Structure, plan: SkipExpertsPlan, statistics: Statistics) -> None:
         """Reduce selections and mask weights."""
-        sites = {site.name: site.part for site in structure.select(Selection()).moes()}
+        sites = {site.name: site for site in structure.select(Selection()).moes()}
         for decision in plan.decisions:
-            moe = sites[decision.site]
+            moe = sites[decision.site].part
             if decision.top_k is not None:
                 choose_fewer(editor, moe, decision.top_k)
             if decision.beta is not None:
+                scores = scores_before(structure, sites[decision.site]) if self.protect_by == "attention" else None
+                assert not isinstance(scores, str)  # refused
                 with editor.before(moe.node):
-                    masked = _masked(editor, moe, decision.beta, decision.protect_above)
+                    masked = _masked(editor, moe, decision.beta, decision.protect_above, scores)
                 editor.redirect(moe.node, moe.weight, masked)
 
     def exact(self, plan: SkipExpertsPlan) -> bool:
@@ -244,15 +286,7 @@ def _refuse_fewer(site: Site[MoE]) -> None:
         )
 
 
-def _refuse_skipping(site: Site[MoE]) -> None:
-    if site.part.input_scaled:
-        raise PlanError(
-            f"{site.name}: its weights scale the experts' inputs, and an expert of weight 0 is not the same as none; "
-            "it cannot skip by weight"
-        )
-
-
-def _masked(editor: Editor, moe: MoE, beta: float, tau: float | None) -> fx.Node:
+def _masked(editor: Editor, moe: MoE, beta: float, tau: float | None, scores: Scores | None) -> fx.Node:
     """The weights [T, k] with zeros for what is skipped, at the insertion point."""
     weight = editor.current(moe.weight)
     size = editor.call(aten.abs.default, weight)
@@ -260,7 +294,10 @@ def _masked(editor: Editor, moe: MoE, beta: float, tau: float | None) -> fx.Node
     skipped = editor.call(aten.lt.Tensor, size, editor.call(aten.mul.Scalar, largest, beta))
     if tau is not None:
         x = editor.call(aten.abs.default, editor.current(moe.input))
-        small = editor.call(aten.lt.Scalar, editor.call(aten.sum.dim_IntList, x, [-1], True), tau)
+        significance = editor.call(aten.sum.dim_IntList, x, [-1], True)
+        if scores is not None:
+            significance = editor.call(aten.mul.Tensor, significance, scores.add(editor))
+        small = editor.call(aten.lt.Scalar, significance, tau)
         skipped = editor.call(aten.logical_and.default, skipped, small)
     kept = editor.call(aten.masked_fill.Scalar, weight, skipped, 0.0)
     if not moe.normalised:

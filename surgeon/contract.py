@@ -39,12 +39,15 @@ class Observer(abc.ABC):
     Class attributes:
         gradient: the derivative of the loss with respect to the last node is handed to ``update`` too, after the values.
             Such observers see the model as it is before the pass, once, also where the pass is driven block by block.
+        whole: ``update`` is handed the values with all their dimensions, padding included, and behind them the numbers of
+            the rows of the first one that are no padding, [tokens].
 
     Attributes:
         nodes: the nodes whose values are handed to ``update``, in that order.
     """
 
     gradient: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     nodes: tuple[fx.Node, ...]
 
     @abc.abstractmethod

@@ -101,7 +101,12 @@ class Execution:
 
     def _feed(self, observers: Iterable[Observer]) -> None:
         for observer in observers:
-            observer.update(*(self.rows(node, self.values[node]) for node in observer.nodes))
+            if observer.whole:
+                first = observer.nodes[0]
+                every = torch.arange(self.values[first].flatten(0, -2).shape[0])[:, None]
+                observer.update(*map(self.values.__getitem__, observer.nodes), self.rows(first, every)[:, 0])
+            else:
+                observer.update(*(self.rows(node, self.values[node]) for node in observer.nodes))
 
     def rows(self, node: fx.Node, value: Tensor) -> Tensor:
         """The value of a node, or something of its shape, [batch, sequence, ...] or [tokens, ...] -> [valid tokens, last].

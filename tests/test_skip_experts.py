@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from surgeon.observe import observe
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
+from surgeon.token_significance import Scores, scores_before
 from surgeon.verify import relative_error
 from tests.conftest import Patient, Trained
 from tests.families_moe import FAMILIES, library, with_experts
@@ -128,6 +130,76 @@ def test_a_fraction_is_met_and_protected_tokens_skip_nothing(tiny_mixtral: Train
         assert (weight[large] != 0).all()
 
 
+def padded(name: str) -> dict[str, Tensor]:
+    """Three rows of nine tokens: whole, padded in front, padded behind."""
+    batch = inputs(name, 3, 9)
+    batch["attention_mask"][1, :3] = 0
+    batch["attention_mask"][2, 6:] = 0
+    return batch
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_protection_by_attention_is_that_of_numpy(name: str) -> None:
+    """MC-MoE's significance, from the attention weights that the source model gives out itself."""
+    module, graph, structure = traced(name)
+    batch = padded(name)
+    subject = Patient(graph, structure, load_data([batch], graph))
+    step = make_pass({"skip_experts": {"beta": 0.9, "protect": 0.3, "protect_by": "attention"}})
+    result = subject.operate(step)
+    _, _, x = routed(subject)
+    eager = copy.deepcopy(module)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = eager(**batch, output_attentions=True).attentions
+    site = next(structure.moes())
+    assert site.block is not None
+    weights = attentions[site.block].mean(1).double().numpy()  # [B, queries, keys]
+    real = batch["attention_mask"].bool().numpy()
+    significance = []
+    for row in range(3):
+        for token in np.flatnonzero(real[row]):
+            asking = [s for s in np.flatnonzero(real[row]) if s >= token]
+            significance.append(np.mean([weights[row, s, token] for s in asking]))
+    wanted = np.abs(x).sum(1) * np.array(significance)
+    tau = result.plan.decisions[0].protect_above
+    assert (wanted >= tau).sum() == round(0.3 * len(wanted))
+    ordered = np.sort(wanted)
+    count = len(wanted) - round(0.3 * len(wanted))
+    assert tau == pytest.approx((ordered[count - 1] + ordered[count]) / 2, rel=1e-4)
+    # and in the graph: protected tokens skip nothing, of the others those that weigh little do
+    _, was, _ = routed(subject)
+    _, now, _ = routed(result)
+    small = np.sort(was, 1)[:, 0] < 0.9 * was.max(1)
+    np.testing.assert_array_equal((now == 0).any(1), small & (wanted < tau))
+    assert (small & (wanted >= tau)).any()
+
+
+def test_a_token_that_is_generated_alone_is_seen_by_itself(tiny_mixtral: Trained) -> None:
+    """The last tokens behind caches of the others: the weights are those of the whole, as far as tokens that come later go."""
+    scores = scores_before(tiny_mixtral.structure, next(tiny_mixtral.structure.moes()))
+    assert isinstance(scores, Scores)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [list(node.meta["val"].shape) for node in scores.nodes[:2]]
+    q = torch.randn(2, shapes[0][1], 7, shapes[0][3], generator=generator)
+    k = torch.randn(2, shapes[1][1], 7, shapes[1][3], generator=generator)
+    mask = [torch.ones(7, 7, dtype=torch.bool).tril()[None, None]] if scores.mask is not None else []
+    whole = scores.paid(q, k, *mask).reshape(2, 7)
+    repeated = k.repeat_interleave(shapes[0][1] // shapes[1][1], 1)
+    weights = (scores.scale * q @ repeated.mT).masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf).softmax(-1).mean(1)
+    behind = torch.arange(7, 0, -1)
+    torch.testing.assert_close(whole, weights.sum(1) / behind)
+    last = scores.paid(q[:, :, 6:], k, *(m[:, :, 6:] for m in mask))
+    torch.testing.assert_close(last.flatten(), weights[:, 6, 6])
+
+
+def test_attention_that_cannot_be_read_is_refused_by_site() -> None:
+    step = {"skip_experts": {"fraction": 0.2, "protect": 0.1, "protect_by": "attention"}}
+    with pytest.raises(PlanError, match=r"blocks\.0\.moe: protect_by attention is not possible: .*spelled out.*use norm"):
+        patient("gpt_oss").operate(step)
+    with pytest.raises(PlanError, match=r"blocks\.0\.moe: .*its block has no attention in front of it"):
+        patient("relu_routed").operate(step)
+
+
 def by_lot(subject: Trained, shares: list[float], seed: int) -> Patient:
     """The model that skips the second of two experts at tokens that a hash of the input picks."""
     graph = subject.graph.clone()
@@ -176,10 +248,11 @@ def check(artifact: Artifact, graph: Graph, batches: list[dict[str, Tensor]]) ->
             assert relative_error(value, wanted[key]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_the_onnx_artefact_skips(name: str, tmp_path: Path) -> None:
-    result = patient(name).operate({"skip_experts": {"beta": "median", "protect": 0.1}})
-    check(OnnxRuntime().lower(result.graph, tmp_path), result.graph, [inputs(name), inputs(name, 3, 9)])
+@pytest.mark.parametrize(("name", "by"), [("mixtral", "norm"), ("mixtral", "attention"), ("deepseek_v3", "attention")])
+def test_the_onnx_artefact_skips(name: str, by: str, tmp_path: Path) -> None:
+    result = patient(name).operate({"skip_experts": {"beta": "median", "protect": 0.1, "protect_by": by}})
+    batches = [inputs(name), inputs(name, 3, 9), padded(name)]
+    check(OnnxRuntime().lower(result.graph, tmp_path), result.graph, batches)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     pieces = [len(node.output) for node in model.graph.node if node.op_type == "Split" and len(node.output) > 3]
     assert pieces == [site.part.experts + 1 for site in result.structure.moes()]  # one piece that nobody computes
@@ -220,6 +293,7 @@ def test_what_cannot_be_skipped_is_refused_by_site(name: str, fields: dict[str, 
         ({}, "give beta, fraction or top_k"),
         ({"beta": 0.1, "fraction": 0.2}, "either beta or fraction"),
         ({"top_k": 1, "protect": 0.1}, "protect is for"),
+        ({"beta": 0.1, "protect_by": "attention"}, "protect_by is for protect"),
     ],
 )
 def test_fields_that_contradict(fields: dict[str, Any], message: str) -> None:
