@@ -13,7 +13,7 @@ from surgeon.graph import Graph
 from surgeon.rewrite import Editor
 from surgeon.structure import Structure
 
-LOTS = tuple(range(8))
+LOTS = tuple(range(6))
 """Seeds of what is left to chance."""
 Edit = Callable[[Editor, Structure, int], None]
 MakePlan = Callable[[Graph, Structure, int], Plan[Any]]

@@ -125,7 +125,7 @@ class DropExperts(Pass[DropExpertsPlan]):
 
     def _observer(self, moe: MoE) -> Observer | None:
         """What to measure at one mixture; nothing where planning will refuse it."""
-        if self.criterion == "random":
+        if self.criterion == "random" or moe.router is None or moe.router.out_features != moe.experts:
             return None
         if self.criterion in ("frequency", "gate_mass"):
             return Routing(moe.index, moe.weight, None, moe.experts)

@@ -121,7 +121,8 @@ class MoE:
         input: its x, [tokens, hidden].
         router: the router's linear, None where it was not recognised (see ``reason``).
         logits: node of the router's scores before selection, [tokens, experts]; behind a soft cap or a temperature, which
-            the routing is told without.
+            the routing is told without.  Of experts that were merged, [tokens, choices]: the router has rows for more
+            choices than there are experts, and groups, corrections and factors are those of choices.
         index: node of the selected experts, [tokens, top_k].
         weight: node of their weights, [tokens, top_k].
         experts: number of experts E.

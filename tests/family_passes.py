@@ -24,6 +24,7 @@ from surgeon.pipeline import _operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
+from surgeon.routes import RECORDED, replay
 from surgeon.source import calling, flatten_outputs
 from surgeon.structure import MoE, Structure
 from surgeon.verify import check_exact, check_parameters, check_structure, relative_error
@@ -209,6 +210,37 @@ def join_copies(case: Case) -> str:
     return "exact" if make_pass({"densify_moe": {}}).exact(plan) else "lossy"
 
 
+def skip_and_replay(case: Case) -> str:
+    """What the model that skips computes is what the whole one does where it replays the weights that were left."""
+    skipped, plan = case.operate({"skip_experts": {"beta": "median"}})
+    several = [site.name for site in case.structure.moes() if site.part.top_k > 1]
+    if not several:
+        return "n/a (one expert per token)"
+    assert [decision.site for decision in plan.decisions] == several
+    assert any(decision.skipped for decision in plan.decisions)
+    recording, _ = replace(case, graph=skipped, structure=discover(skipped)).operate({"expose_routing": {}})
+    replaying, _ = case.operate({"expose_routing": {"replay": True}})
+    found = outputs(recording, case.inputs)
+    again = outputs(replaying, case.inputs | replay({name: found[name] for name in recorded(recording)}))
+    same(again, found)
+    return "exact"
+
+
+def record_and_replay(case: Case) -> str:
+    """Exposing changes no bit of the other outputs, and neither does replaying what was recorded."""
+    graph, plan = case.operate({"expose_routing": {"replay": True}})
+    assert [decision.site for decision in plan.decisions] == [site.name for site in case.structure.moes()]
+    plain, found = outputs(case.graph, case.inputs), outputs(graph, case.inputs)
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+    again = outputs(graph, case.inputs | replay({name: found[name] for name in recorded(graph)}))
+    assert all(torch.equal(again[name], value) for name, value in found.items())
+    return "exact"
+
+
+def recorded(graph: Graph) -> list[str]:
+    return [port.name for port in graph.outputs if port.role == RECORDED]
+
+
 def same(found: Outputs, wanted: Outputs) -> None:
     for name, value in wanted.items():
         error = relative_error(found[name], value)
@@ -291,6 +323,8 @@ PASSES: dict[str, Entry] = {
     "drop_experts": Entry(drop_idle_experts, {"keep": 1}, Structure.moes, "no experts"),
     "merge_experts": Entry(merge_copies, {"groups": 1}, Structure.moes, "no experts"),
     "densify_moe": Entry(join_copies, {}, Structure.moes, "no experts"),
+    "skip_experts": Entry(skip_and_replay, {"beta": 0.5}, Structure.moes, "no experts"),
+    "expose_routing": Entry(record_and_replay, {}, Structure.moes, "no experts"),
     "low_rank": Entry(factor_at_full_rank, {}),
     "quantize": Entry(quantize_to_eight_bits, {}),
 }

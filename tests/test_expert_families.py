@@ -107,3 +107,29 @@ def test_a_choice_that_cannot_be_repeated_is_refused_by_site() -> None:
         step: dict[str, Any] = {"drop_experts": {"keep": 3, "criterion": "reconstruction"}}
         with pytest.raises(PlanError, match=rf"blocks\.0\.moe: criterion reconstruction is not possible: .*{reason}"):
             subject.operate(step)
+
+
+KINDS = (*ROUTERS, "phimoe", "corrected_groups", "one_expert", "soft_mixture", "relu_routed", "expert_choice")
+FACTS = ("scoring", "normalised", "groups", "top_groups", "group_worth", "scale", "capacity", "input_scaled")
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("step", ["drop_experts", "merge_experts", "skip_experts", "expose_routing", "low_rank", "quantize"])
+def test_every_pass_keeps_the_kind_of_the_router(name: str, step: str) -> None:
+    """Scores, selection, groups, correction, scale and capacity are found behind the pass as in front of it."""
+    _, graph, structure = traced(name)
+    subject = Patient(graph, structure, load_data([inputs(name), inputs(name, 3, 9)], graph))
+    part = next(structure.moes()).part
+    fewer = part.experts - part.groups
+    fields: dict[str, Any] = {
+        "drop_experts": {"keep": fewer}, "merge_experts": {"groups": fewer, "grouping": "outputs"},
+        "skip_experts": {"beta": "median"}, "expose_routing": {"replay": True}, "low_rank": {"ratio": 0.9},
+        "quantize": {"scheme": "int8"},
+    }[step]  # fmt: skip
+    after = subject.operate({step: fields}).structure
+    assert len(list(after.moes())) == len(list(structure.moes()))
+    for was, now in zip(structure.moes(), after.moes(), strict=True):
+        assert {key: getattr(now.part, key) for key in FACTS} == {key: getattr(was.part, key) for key in FACTS}
+        assert (now.part.selection_bias is None) == (was.part.selection_bias is None)
+        assert now.part.experts == (fewer if step in ("drop_experts", "merge_experts") else was.part.experts)
+        assert now.part.router is not None

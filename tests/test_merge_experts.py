@@ -279,6 +279,7 @@ def test_a_saved_plan_gives_the_same_model(tiny_mixtral: Trained, options: dict[
         ({"groups": 4, "rank": 3}, "rank is for combination svd"),
         ({"groups": [4, 4], "budget": "global"}, "leaves nothing to budget"),
         ({"groups": 4, "grouping": "random", "clustering": "kmeans"}, "grouping is random"),
+        ({"groups": 4, "weighted": False}, "weighted is for clustering kmeans"),
         ({"groups": 4, "ratio": 0.5}, "either groups or ratio"),
     ],
 )
@@ -337,7 +338,7 @@ def test_every_method_beats_the_lot(tiny_mixtral: Trained) -> None:
         return tiny_mixtral.operate({"merge_experts": {"groups": 4, **options}}).loss(batch)
 
     def chance(**options: Any) -> float:
-        return statistics.mean(loss(grouping="random", seed=seed, **options) for seed in range(3))
+        return statistics.mean(loss(grouping="random", seed=seed, **options) for seed in range(6))
 
     plain = chance(combination="mean", align=False)
     for options, combination in itertools.product(GROUPINGS, COMBINATIONS):
@@ -345,5 +346,6 @@ def test_every_method_beats_the_lot(tiny_mixtral: Trained) -> None:
     for combination, refit in itertools.product(COMBINATIONS, (False, True)):
         same = {"combination": combination, "refit": refit}
         expected = chance(**same)
-        for grouping in ("router_logits", "token_outputs", "weights"):
+        for grouping in ("router_logits", "outputs", "token_outputs", "weights"):
             assert loss(grouping=grouping, **same) < expected, (grouping, same)
+        assert loss(grouping="outputs", clustering="kmeans", **same) < expected, same

@@ -4,6 +4,9 @@ Two forms of the node are one mixture: weights on the experts' outputs, and weig
 every pair of a token and an expert is a row of its own:
 
     moe(x, index, weight)        sum over j of moe(weight_j x, index_j, 1)
+
+Where experts were merged, the router still chooses among as many as it did, and a table of the choices' experts stands in
+front of the node: ``index = table[choice]``.  Its routing is told by the choices.
 """
 
 from __future__ import annotations
@@ -37,19 +40,21 @@ def _mixture(
     flow: Flow, linears: Linears, path: frozenset[fx.Node], node: fx.Node, shared: tuple[FFN, ...]
 ) -> tuple[MoE, str]:
     x, index, weight, w_in, w_out = (_node(argument) for argument in node.args[:5])
-    scaled = _scaled_inputs(flow, x, index)
+    choice, choices = _choices(index)
+    scaled = _scaled_inputs(flow, x, choice)
     if scaled is not None:
-        x, index, weight = scaled
+        x, choice, weight = scaled
+        index = choice if choices is None else index
     names = [_name(flow, argument) for argument in (w_in, w_out)]
     biases = [operators.argument(node, position, key) for position, key in ((5, "b_in"), (6, "b_out"))]
     bias_names = [None if bias is None else _name(flow, bias) for bias in biases]
     experts, inner_rows, _ = operators.shape(w_in)
     width = operators.shape(w_out)[2]
-    router, reason = _router(flow, linears, path, index, weight, experts)
+    router, reason = _router(flow, linears, path, choice, weight, choices or experts)
     routing = Routing("other", False, 1.0)
     if router is not None:
-        routing = recognise_routing(flow, router.node, index, weight)
-    elif operators.shape(index)[1] == experts:
+        routing = recognise_routing(flow, router.node, choice, weight)
+    elif operators.shape(choice)[1] == (choices or experts):
         routing = without_router(flow, weight)
     mixture = MoE(
         node=node,
@@ -59,7 +64,7 @@ def _mixture(
         index=index,
         weight=weight,
         experts=experts,
-        top_k=operators.shape(index)[1],
+        top_k=operators.shape(choice)[1],
         scoring=routing.scoring,
         normalised=routing.normalised,
         width=width,
@@ -84,6 +89,18 @@ def _mixture(
     )
     reason = "; ".join(text for text in (reason, routing.reason) if text)
     return mixture, f"{node.name}: {reason}" if reason else ""
+
+
+def _choices(index: fx.Node) -> tuple[fx.Node, int | None]:
+    """What the router chose, and of how many, where a table says which expert stands for each choice; else the index, None."""
+    if operators.kind(index) != "aten::index":
+        return index, None
+    table, chosen = index.args[0], index.args[1]
+    if not isinstance(table, fx.Node) or table.op != "get_attr" or len(operators.shape(table)) != 1:
+        return index, None
+    if not isinstance(chosen, list | tuple) or len(chosen) != 1 or not isinstance(chosen[0], fx.Node):
+        return index, None
+    return _node(chosen[0]), operators.shape(table)[0]
 
 
 def _node(argument: Any) -> fx.Node:

@@ -32,6 +32,8 @@ from surgeon.discovery import operators, probe
 from surgeon.discovery.flow import Flow
 
 _ROUNDS = 4
+_NEAR = 1e-2
+"""Spread of scores around 1 that are nearly equal."""
 
 SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda z: z.softmax(-1),
@@ -65,13 +67,17 @@ class Routing:
 
 @dataclass(frozen=True)
 class _Runs:
-    """What the router did: scores z [N, E], experts [N, k], weights [N, k]; random corrections by name."""
+    """What the router did: scores z [N, E], experts [N, k], weights [N, k]; random corrections by name.
+
+    ``near``: weights [n, k] of scores that are nearly equal, where a router mixes those that come near the best.
+    """
 
     z: Tensor
     chosen: Tensor
     found: Tensor
     corrections: Mapping[str, Tensor]
     rows: int
+    near: Tensor
 
 
 def recognise_routing(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.Node) -> Routing:
@@ -130,8 +136,9 @@ def _run(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.Node) -> _Runs 
         for node in _corrections(flow, logits, (index, weight), experts)
     }
     scores, chosen, found = [], [], []
-    for _ in range(_ROUNDS):
-        z = torch.randn(shape, generator=generator).to(dtype)
+    for number in range(_ROUNDS + 1):
+        z = torch.randn(shape, generator=generator)
+        z = (z if number < _ROUNDS else 1 + _NEAR * z).to(dtype)
         try:
             one, two = probe.evaluate(flow, [index, weight], {logits: z, **corrections})
         except RuntimeError as error:
@@ -139,11 +146,14 @@ def _run(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.Node) -> _Runs 
         rows = z.to(torch.float64).reshape(-1, experts)
         if one.shape != two.shape or one.shape[0] != rows.shape[0]:
             return "index and weight do not have one row per row of the router's output"
+        if number == _ROUNDS:
+            near = two.to(torch.float64)
+            continue
         scores.append(rows)
         chosen.append(one)
         found.append(two.to(torch.float64))
     named = {str(node.target): value.to(torch.float64).flatten() for node, value in corrections.items()}
-    return _Runs(torch.cat(scores), torch.cat(chosen), torch.cat(found), named, scores[0].shape[0])
+    return _Runs(torch.cat(scores), torch.cat(chosen), torch.cat(found), named, scores[0].shape[0], near)
 
 
 def _corrections(flow: Flow, logits: fx.Node, ends: Sequence[fx.Node], experts: int) -> list[fx.Node]:
@@ -192,15 +202,16 @@ def _weighting(flow: Flow, logits: fx.Node, weight: fx.Node, runs: _Runs, tolera
     known = _known(flow, logits, weight, runs, tolerance)
     if known is not None:
         return known
+    taken = runs.found.ne(0)
     for slack in _thresholds(flow, logits, weight):
         chosen, expected = _sparsemixer(runs.z, slack)
         if chosen.shape == runs.chosen.shape and torch.equal(chosen, runs.chosen):
-            scale = _ratio(runs.found, expected, tolerance)
-            if scale is not None:
-                return Routing("sparsemixer", False, scale)
+            for masked in (False, True):
+                scale = _ratio(runs.found, expected * taken if masked else expected, tolerance)
+                if scale is not None:
+                    return Routing("sparsemixer", False, scale, masked=masked)
     if _is_expert_choice(runs, tolerance):
         return Routing("expert_choice", False, 1.0)
-    taken = runs.found.ne(0)
     some = taken.any(-1) & ~taken.all(-1)
     if bool(some.any()):  # the others are masked: what would be a factor of the rest?
         known = _known(flow, logits, weight, runs, tolerance, taken)
@@ -225,10 +236,19 @@ def _known(
                 scale = _ratio(runs.found, expected if factor is None else expected * factor[runs.chosen], tolerance)
                 if scale is None:
                     continue
+                if scoring == "uniform" and factor is None and not _alike(runs.near, normalised, tolerance):
+                    continue
                 if scoring == "softmax" and normalised and _softmax_of_selected(flow, logits, weight):
                     scoring = "topk_softmax"
                 return Routing(scoring, normalised, scale, expert_scale=name)
     return None
+
+
+def _alike(found: Tensor, normalised: bool, tolerance: float) -> bool:
+    """Whether all weights [n, k] that are not 0 are equal, or all of a token's share one sum."""
+    taken = found.ne(0).to(found.dtype)
+    expected = taken / taken.sum(-1, keepdim=True) if normalised else taken
+    return not bool(taken.any()) or _ratio(found, expected, tolerance) is not None
 
 
 def _ratio(found: Tensor, expected: Tensor, tolerance: float) -> float | None:

@@ -66,6 +66,23 @@ def test_kmeans_is_as_good_as_that_of_scikit_learn() -> None:
     assert same_partition(group_by_kmeans(points @ points.T, 6), other.labels_)
 
 
+def test_weighted_kmeans_is_that_of_scikit_learn() -> None:
+    """Clusters that overlap, and weights that differ a hundredfold: other clusters than without them."""
+    points, weights = normal(40, 2), torch.logspace(-1, 1, 40, dtype=torch.float64)
+    found = kmeans(points, 5, weights=weights, restarts=30)
+    other = KMeans(5, n_init=30, random_state=0).fit(points.numpy(), sample_weight=weights.numpy())
+    assert found.inertia <= other.inertia_ * (1 + 1e-9)
+    assert not same_partition(found.labels, kmeans(points, 5, restarts=30).labels.numpy())
+    for cluster in range(5):
+        own = found.labels == cluster
+        mean = (weights[own, None] * points[own]).sum(0) / weights[own].sum()
+        torch.testing.assert_close(found.centroids[cluster], mean)
+    assert same_partition(group_by_kmeans(points @ points.T, 5, weights, restarts=30), found.labels.numpy())
+    for wrong in (torch.ones(39), torch.zeros(40)):
+        with pytest.raises(NumericsError, match="needed \\[N\\] above 0"):
+            kmeans(points, 5, weights=wrong)
+
+
 @pytest.mark.parametrize("clusters", [5, 7, 9])
 def test_no_cluster_is_empty_even_among_copies(clusters: int) -> None:
     points = normal(3, 4).repeat(3, 1)
