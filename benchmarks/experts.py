@@ -13,9 +13,9 @@ every grouping with every clustering (*scoring*: plan), and every combination, a
 latter with the groups of the default, small ones, and with one group of 129 experts, the most unequal that there can be.
 The form of any recipe takes the seconds of two rows, and the larger of their memory.  ``drop_experts`` is measured whole.
 
-Each row runs in a process of its own, a fork of one that holds Python, torch, the traced layer and the data and has done
-nothing else.  Seconds start after %(tokens)d tokens were observed.  Memory is the process's resident set at its peak from
-there on, everything included: what was just named, the tokens that were kept, and the layer before and after.
+Each row runs in a process of its own, a fork of one that has traced the layer and observed %(tokens)d tokens, on two threads.
+Seconds are processor seconds of both threads together: those that pass on two idle cores are no more.  Memory is the
+process's resident set at its peak, everything included: Python, torch, the traced layer before and after, the tokens.
 Targets: %(seconds)d s and %(gib)d GiB.
 """
 
@@ -39,7 +39,7 @@ import torch
 from _rows import RESULTS, arguments, earlier, is_wanted
 from torch import Tensor
 
-from surgeon.contract import Plan
+from surgeon.contract import Observer, Plan
 from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.graph import Graph
@@ -47,6 +47,7 @@ from surgeon.observe import observe
 from surgeon.passes.merge_experts import MergeExpertsPlan, MergeGroups
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
+from surgeon.structure import Structure
 from surgeon.tracing import trace
 
 EXPERTS, HIDDEN, WIDTH, KEPT, TOKENS = 256, 1024, 256, 128, 4096
@@ -145,25 +146,39 @@ def peak_memory() -> Iterator[list[int]]:
         watcher.join()
 
 
-def measure(row: Row, graph: Graph, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Subject:
+    """A traced layer that the passes of some rows have observed."""
+
+    graph: Graph
+    structure: Structure
+    observers: dict[str, Observer]
+
+    @classmethod
+    def seen_by(cls, step: Mapping[str, Fields], graph: Graph, batches: list[dict[str, Tensor]]) -> Subject:
+        """Run the calibration batches through a clone."""
+        clone = graph.clone()
+        structure = discover(clone)
+        observers = dict(make_pass(step).observers(structure))
+        observe(clone, load_data(batches, clone).calibration, observers)
+        return cls(clone, structure, observers)
+
+
+def measure(row: Row, subject: Subject) -> dict[str, float]:
     """Seconds and peak memory of scoring and of changing the layer."""
     torch.set_num_threads(2)
-    step = make_pass(row.step)
-    clone = graph.clone()
-    structure = discover(clone)
-    observers = dict(step.observers(structure))
-    observe(clone, load_data(batches, clone).calibration, observers)
-    given = None if row.plan is None else grouped(row.plan, step.plan(clone, structure, observers))
+    step, seen = make_pass(row.step), (subject.structure, subject.observers)
+    given = None if row.plan is None else grouped(row.plan, step.plan(subject.graph, *seen))
     gc.collect()
     with peak_memory() as peak:
-        start = time.perf_counter()
-        plan = step.plan(clone, structure, observers) if given is None else given
-        planned = time.perf_counter()
+        start = time.process_time()
+        plan = step.plan(subject.graph, *seen) if given is None else given
+        planned = time.process_time()
         if row.section != "Scoring":
-            editor = Editor(clone)
-            step.apply(editor, structure, plan, observers)
+            editor = Editor(subject.graph)
+            step.apply(editor, subject.structure, plan, subject.observers)
             editor.finish()
-        done = time.perf_counter()
+        done = time.process_time()
     return {"scoring": planned - start, "changing": done - planned, "peak": peak[0]}
 
 
@@ -180,13 +195,13 @@ def grouped(kind: str, found: Plan[Any]) -> MergeExpertsPlan:
     ))  # fmt: skip
 
 
-def apart(row: Row, graph: Graph, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+def apart(row: Row, subject: Subject) -> dict[str, float]:
     """The same in a process of its own."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work(end: Connection) -> None:
-        end.send(measure(row, graph, batches))
+        end.send(measure(row, subject))
 
     child = context.Process(target=work, args=(sender,))
     child.start()
@@ -204,11 +219,12 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
         "# Experts of one large layer",
         "",
         f"Made by `python benchmarks/experts.py`, which says what is measured; {EXPERTS} experts of {WIDTH} neurons, hidden "
-        f"{HIDDEN}, of which {KEPT} remain, on 2 threads of a shared machine. Targets: {SECONDS} s, {BYTES / 2**30:.0f} GiB of "
-        "resident memory, the whole process counted.",
+        f"{HIDDEN}, of which {KEPT} remain, on 2 threads. Seconds are the processor's, of both threads "
+        "together; memory is what the whole process holds at its peak. "
+        f"Targets: {SECONDS} s, {BYTES / 2**30:.0f} GiB.",
     ]
     for section in dict.fromkeys(row.section for row in ROWS.values()):
-        lines += ["", f"## {section}", "", "| form | seconds | peak GiB |", "|---|--:|--:|"]
+        lines += ["", f"## {section}", "", "| form | processor s | peak GiB |", "|---|--:|--:|"]
         for name, found in results.items():
             if ROWS[name].section == section:
                 seconds = found["scoring"] + found["changing"]
@@ -237,10 +253,17 @@ def main() -> None:
     before, path = {} if options.print else earlier("experts.json"), RESULTS / "experts.json"
     before = {name: row for name, row in before.items() if name in ROWS}
     graph, batches = layer(), tokens()
-    gc.collect()
+    # all that any form of merging observes; dropping observes what its criterion needs
+    merging = {"merge_experts": {"groups": KEPT, "tokens": TOKENS, "refit": True}}
+    subjects: dict[str, Subject] = {}
     for name, row in ROWS.items():
         if is_wanted(options, name, name in before):
-            before[name] = apart(row, graph, batches)
+            step = row.step if row.section == "Dropping" else merging
+            key = str(step)
+            if key not in subjects:
+                subjects = {key: Subject.seen_by(step, graph, batches)}
+                gc.collect()
+            before[name] = apart(row, subjects[key])
             print(f"{name:60}", *(f"{key} {value:.4g}" for key, value in before[name].items()), file=sys.stderr, flush=True)
             if not options.print:
                 path.write_text(json.dumps(before, indent=1) + "\n")

@@ -5,7 +5,8 @@ Paper:
     HC-SMoE (Chen et al. 2024, arXiv:2410.08589): hierarchical clustering of mean outputs; dominant neurons fixed in zip.
     Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means, joint singular vectors.  ZipIt (Stoica et al. 2023,
     arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
-    arXiv:2510.14436): least squares on outputs.
+    arXiv:2510.14436): least squares on outputs.  EEP (Liu et al. 2024, arXiv:2407.00945): weighted sums of experts for each
+    choice of the router, which it finds by an evolutionary search on a task (the search is not part of this pass).
 Formula:
     Features f_e of the experts: ``router_logits``: the column of router scores of e over calibration tokens; ``outputs``:
     ``mean_t E_e(x_t)`` over all tokens, whether routed to e or not; ``token_outputs``: ``E_e(x_t)`` of all tokens side by

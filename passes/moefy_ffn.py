@@ -4,7 +4,8 @@ Paper:
     MoEfication (Zhang et al. 2021, arXiv:2110.01786): splits ``kmeans`` and ``coactivation``, router ``similarity``.
     LLaMA-MoE (Zhu et al. 2024, arXiv:2406.16554): gated FFNs, splits ``random`` and ``importance``, softmax weights.
     LLaMA-MoE v2 (Qu et al. 2024, arXiv:2411.15708): shared experts.  D2DMoE (Szatkowski et al. 2024, arXiv:2310.04361):
-    routers that predict the norm of an expert's output, ``dynamic_k``.
+    routers that predict the norm of an expert's output, ``dynamic_k``.  FactorLLM (Zhao et al. 2024, arXiv:2408.11855): equal
+    parts and a router fitted to what the dense FFN does (their training of both afterwards is not part of this pass).
 Formula:
     The I neurons are cut into E parts of I/E; ``shared`` of the parts are dense, the other R are routed experts:
     ``y = shared(x) + sum_{e chosen} w_e E_e(x) + b``.

@@ -4,7 +4,8 @@ Paper:
     Sparse Upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055); Upcycling Large Language Models into Mixture of Experts
     (He et al. 2024, arXiv:2410.07524): virtual groups and their scales; Drop-Upcycling (Nakamura et al. 2025,
     arXiv:2502.19261) and Qwen1.5-MoE: partial re-initialisation; Branch-Train-MiX (Sukhbaatar et al. 2024,
-    arXiv:2403.07816): experts of several checkpoints, everything else averaged; mergekit-moe: routers from hidden states.
+    arXiv:2403.07816): experts of several checkpoints, everything else averaged, as in UpIT (Hui et al. 2024,
+    arXiv:2410.01610); Skywork-MoE (Wei et al. 2024, arXiv:2406.06563): copies; mergekit-moe: routers from hidden states.
 Formula:
     E copies of the FFN, each cut into G shards of I/G neurons: N = E G experts, expert i is shard i mod G of copy i // G.
     Router rows of the shards of one copy are equal, so a token's T experts are T/G whole copies.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +72,29 @@ def test_one_layer_of_deepseek_size_needs_little_memory_beside_itself(name: str)
     tokens = routed(256, 1024, 256)
     # Again where something else in the process took memory meanwhile: the least of several is what the step needs.
     assert any(rise(lambda: STEPS[name](stack, tokens)) < 350e6 for _ in range(3))
+
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "experts.py"
+LARGEST = (
+    "score: token_outputs, ward",
+    "score: weights, hierarchical",
+    "merge: svd, by weights, refit; one group of 129",
+    "merge: zip, by activations, refit; one group of 129",
+    "merge: frequency, by activations, refit; small groups",
+    "drop: reconstruction, global",
+)
+"""The forms that need most memory."""
+
+
+@pytest.mark.slow
+def test_scoring_and_merging_a_layer_of_deepseek_size_stay_below_two_gibibytes() -> None:
+    """All that a process holds: Python, torch, the traced layer of 805 MB, what is made of it, and calibration tokens."""
+    command = [sys.executable, str(SCRIPT), "--print", "--only", *LARGEST]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert set(found) == set(LARGEST)
+    assert {name: row["peak"] for name, row in found.items() if not 805e6 < row["peak"] < 2 << 30} == {}
 
 
 class Calls(TorchDispatchMode):
