@@ -25,6 +25,8 @@ from surgeon.ops import moe
 
 RIDGE = 1e-2
 """Penalty of a refit, relative to the activations' mean square."""
+_CHUNK = 1 << 23
+"""Most numbers of inputs, or of outputs, of pairs of a token and an expert held at once: 32 MB in float32."""
 _TIE = 1e-3
 """Weight of the weights' cosine beside the activations' correlation: it decides between neurons that no token tells apart."""
 
@@ -167,9 +169,13 @@ def _refitted(stack: ExpertStack, group: Sequence[int], merged: ExpertStack, tok
     if not len(x):
         return merged
     token, place = (weight != 0).nonzero(as_tuple=True)  # one row for each pair: k rows per token would be mostly zeros
-    pairs = x[token], index[token, place][:, None], weight[token, place][:, None]
-    each = moe(*pairs, stack.w_in, stack.w_out, stack.b_in, stack.b_out, stack.activation).to(stack.dtype)
-    wanted = each.new_zeros(len(x), each.shape[1]).index_add_(0, token, each)
+    wanted = x.new_zeros(len(x), stack.w_out.shape[1], dtype=stack.dtype)
+    step = max(1, _CHUNK // max(x.shape[1], stack.w_out.shape[1]))
+    for start in range(0, len(token), step):
+        rows, places = token[start : start + step], place[start : start + step]
+        pairs = x[rows], index[rows, places][:, None], weight[rows, places][:, None]
+        each = moe(*pairs, stack.w_in, stack.w_out, stack.b_in, stack.b_out, stack.activation)
+        wanted.index_add_(0, rows, each.to(stack.dtype))
     factor = weight.to(stack.dtype).sum(1, keepdim=True)
     hidden = factor * merged.hidden(0, x)
     found = hidden @ merged.w_out[0].T

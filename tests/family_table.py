@@ -138,8 +138,9 @@ what is committed here; `python -m tests.families --write` rewrites them.
   there are some) and dropping them leaves the outputs as they were to 1e-5; `merge_experts` where it finds two experts
   that are copies and merging them does; `densify_moe` where joining experts that are all copies does: it is *lossy*
   where the weights of a token's experts do not always have one sum.
-- `skip_experts` is *exact* where the model that skips below the median equals, to 1e-5, the model that does not and replays
-  the weights that were left; `expose_routing` where recording, and replaying what was recorded, change no bit.
+- `skip_experts` is *exact* where the model that skips what weighs less than a token's best expert equals, to 1e-5, the model
+  that does not and replays the weights that were left; `expose_routing` where recording, and replaying what was recorded,
+  change no bit.
 - `low_rank` is *exact* where all linears as two factors of full rank give the same outputs to 1e-5.
 - `quantize` (eight bits) is *lossy*: outputs within 10 %.
 - *refused*: the message of the pass. *n/a*: the model has no part that the pass works on; it refuses that too.
