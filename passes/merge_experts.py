@@ -158,7 +158,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
         found: dict[str, Observer] = {}
         for site in structure.moes():
             moe = site.part
-            logits = moe.logits if self.grouping == "router_logits" else None
+            logits = moe.logits if self.grouping == "router_logits" and _scores_experts(moe) else None
             if self.grouping != "random" or self.combination != "mean" or self.budget == "global":
                 found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, logits, moe.experts)
             if self.grouping in ("outputs", "token_outputs") or self.apply_reads_statistics:
@@ -338,13 +338,16 @@ class MergeExperts(Pass[MergeExpertsPlan]):
         moe = site.part
         if not graph.tensor(moe.w_in).is_floating_point():
             raise PlanError(f"{site.name}: its experts are quantized already; put merge_experts before quantize")
-        if self.grouping == "router_logits" and (
-            moe.logits is None or moe.router is None or moe.router.out_features != moe.experts
-        ):
+        if self.grouping == "router_logits" and not _scores_experts(moe):
             raise PlanError(
                 f"{site.name}: its router was not recognised, or its experts were merged before, so that it scores other "
                 "experts than there are; group by outputs or weights"
             )
+
+
+def _scores_experts(moe: MoE) -> bool:
+    """Whether the router has a score for each expert, not for choices that share one."""
+    return moe.logits is not None and moe.router is not None and moe.router.out_features == moe.experts
 
 
 def _refuse_budget(site: str, moe: MoE, groups: int) -> None:
