@@ -14,7 +14,8 @@ latter with the groups of the default, small ones, and with one group of 129 exp
 The form of any recipe takes the seconds of two rows, and the larger of their memory.  ``drop_experts`` is measured whole.
 
 Each row runs in a process of its own, a fork of one that has traced the layer and observed %(tokens)d tokens, on two threads.
-Seconds are processor seconds of both threads together: those that pass on two idle cores are no more.  Memory is the
+Seconds are processor seconds of both threads together: those that pass on two idle cores are no more.  Other work on the
+machine still slows the cores: ``token_outputs, ward`` took 28 to 35 s by the clock on an idle one.  Memory is the
 process's resident set at its peak, everything included: Python, torch, the traced layer before and after, the tokens.
 Targets: %(seconds)d s and %(gib)d GiB.
 """
@@ -220,10 +221,10 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
         "",
         f"Made by `python benchmarks/experts.py`, which says what is measured; {EXPERTS} experts of {WIDTH} neurons, hidden "
         f"{HIDDEN}, of which {KEPT} remain, on 2 threads. Seconds are the processor's, of both threads "
-        "together; memory is what the whole process holds at its peak. "
+        "together, while other work kept the machine busy; memory is what the whole process holds at its peak. "
         f"Targets: {SECONDS} s, {BYTES / 2**30:.0f} GiB.",
     ]
-    for section in dict.fromkeys(row.section for row in ROWS.values()):
+    for section in dict.fromkeys(ROWS[name].section for name in results):
         lines += ["", f"## {section}", "", "| form | processor s | peak GiB |", "|---|--:|--:|"]
         for name, found in results.items():
             if ROWS[name].section == section:
@@ -239,8 +240,13 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
     ]  # fmt: skip
     if len(slowest) == 2:
         total = sum(seconds for seconds, _ in slowest.values())
-        lines += ["", f"The slowest form of merging, {' and '.join(name for _, name in slowest.values())}: {total:.1f} s."]
-    lines += ["", f"Rows beyond a target: {', '.join(over) or 'none'}.", ""]
+        forms = " and ".join(name for _, name in slowest.values())
+        lines += ["", f"The slowest form of merging that was measured, {forms}: {total:.1f} s."]
+    lines += ["", f"Rows beyond a target: {', '.join(over) or 'none'}."]
+    missing = [name for name in ROWS if name not in results]
+    if missing:
+        lines += ["", f"Not measured yet (`--missing` does): {'; '.join(missing)}."]
+    lines.append("")
     return "\n".join(lines)
 
 
