@@ -7,7 +7,7 @@ Formula:
     ``s_l = mean_t cos(h_l[t], h_{l+1}[t])`` over calibration tokens t; the blocks of highest s_l are dropped
     (Block Influence is 1 - s_l).
 Shapes:
-    h_l: [tokens, hidden], the residual stream before block l.
+    h_l: [tokens, hidden], the residual stream before block l; positions of a map [batch, hidden, height, width] are tokens.
 Units:
     s_l is dimensionless, in [-1, 1].
 Reads:
@@ -81,7 +81,7 @@ class DropBlocks(Pass[DropBlocksPlan]):
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """Similarity of input and output of every selected block."""
-        return {block.name: MeanCosine(block.entry, block.exit) for block in _droppable(structure)}
+        return {block.name: MeanCosine(block.entry, block.exit, block.features) for block in _droppable(structure)}
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> DropBlocksPlan:
         """Choose the blocks of highest similarity."""

@@ -44,11 +44,13 @@ class Observer(abc.ABC):
 
     Attributes:
         nodes: the nodes whose values are handed to ``update``, in that order.
+        features: which of their dimensions holds the features, from the end: it becomes the last one of what is handed over.
     """
 
     gradient: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     nodes: tuple[fx.Node, ...]
+    features: int = -1
 
     @abc.abstractmethod
     def update(self, *values: Tensor) -> None:

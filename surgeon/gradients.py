@@ -41,7 +41,8 @@ def observe_gradients(graph: Graph, batches: Iterable[Batch], observers: Mapping
         for observer in observers.values():
             values = [(node, run.kept[node].detach()) for node in observer.nodes]
             last = observer.nodes[-1]
-            observer.update(*(run.rows(node, value) for node, value in [*values, (last, gradients[last])]))
+            every = [*values, (last, gradients[last])]
+            observer.update(*(run.rows(node, value, observer.features) for node, value in every))
     if count == 0:
         raise ObserveError("the calibration data holds no batch")
 

@@ -106,14 +106,15 @@ class Execution:
                 every = torch.arange(self.values[first].flatten(0, -2).shape[0])[:, None]
                 observer.update(*map(self.values.__getitem__, observer.nodes), self.rows(first, every)[:, 0])
             else:
-                observer.update(*(self.rows(node, self.values[node]) for node in observer.nodes))
+                observer.update(*(self.rows(node, self.values[node], observer.features) for node in observer.nodes))
 
-    def rows(self, node: fx.Node, value: Tensor) -> Tensor:
-        """The value of a node, or something of its shape, [batch, sequence, ...] or [tokens, ...] -> [valid tokens, last].
+    def rows(self, node: fx.Node, value: Tensor, features: int = -1) -> Tensor:
+        """The value of a node, or something of its shape, [batch, sequence, ...] or [tokens, ...] -> [valid tokens, features].
 
-        Rows that the mask says nothing of are all valid: those of a decoder where the mask is the encoder's, of equal number
-        or not.
+        ``features`` is the dimension, from the end, that becomes the last one.  Rows that the mask says nothing of are all
+        valid: those of a decoder where the mask is the encoder's, of equal number or not.
         """
+        value = value.movedim(features, -1)
         rows = value.flatten(0, -2) if value.dim() > 2 else value
         symbols = _symbols(node)
         same = self._masked <= symbols and not self._unmasked & symbols
@@ -162,12 +163,14 @@ class MeanCosine(Observer):
     """Mean over tokens of the cosine similarity of two values, ``mean_t cos(a_t, b_t)``.
 
     Attributes:
+        features: the dimension of both, from the end, along which they are compared.
         total: sum of similarities.
         tokens: number of tokens.
     """
 
-    def __init__(self, first: fx.Node, second: fx.Node) -> None:
+    def __init__(self, first: fx.Node, second: fx.Node, features: int = -1) -> None:
         self.nodes = (first, second)
+        self.features = features
         self.total = 0.0
         self.tokens = 0
 

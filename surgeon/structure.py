@@ -217,6 +217,8 @@ class Block:
         nodes: its nodes in graph order, without entry, with exit.
         weights: names of the tensors that only this block reads.
         stream: position of its stream in ``Structure.streams``.
+        features: the dimension of entry and exit that holds the features, from the end: -3 of maps
+            [batch, features, height, width].
     """
 
     index: int
@@ -226,6 +228,7 @@ class Block:
     nodes: tuple[fx.Node, ...]
     weights: tuple[str, ...]
     stream: int = 0
+    features: int = -1
 
     @property
     def name(self) -> str:

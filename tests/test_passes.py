@@ -100,6 +100,53 @@ def test_all_experts_active_is_the_dense_ffn(patient: MakePatient, name: str, ro
     assert [region.kind for region in split.structure.blocks[0].regions].count("moe") == 1
 
 
+class Maps(torch.nn.Module):
+    """Residual convolutions and networks over maps [batch, features, height, width] or [batch, height, width, features]."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.mix = torch.nn.ModuleList(torch.nn.Conv2d(12, 12, 3, padding=1) for _ in range(3))
+        self.up = torch.nn.ModuleList(torch.nn.Conv2d(12, 24, 1) for _ in range(3))
+        self.down = torch.nn.ModuleList(torch.nn.Conv2d(24, 12, 1) for _ in range(3))
+
+    def hidden(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The hidden state before every block and behind the last, features in front of height and width."""
+        found = [x]
+        for mix, up, down in zip(self.mix, self.up, self.down, strict=True):
+            x = x + mix(x)
+            x = x + down(torch.nn.functional.gelu(up(x)))
+            found.append(x)
+        return found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.last:
+            return self.hidden(x)[-1]
+        for mix, up, down in zip(self.mix, self.up, self.down, strict=True):
+            x = x + mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            inner = torch.nn.functional.linear(x, up.weight[:, :, 0, 0], up.bias)
+            x = x + torch.nn.functional.linear(torch.nn.functional.gelu(inner), down.weight[:, :, 0, 0], down.bias)
+        return x
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_blocks_over_maps_are_ranked_by_the_features_of_each_position(last: bool) -> None:
+    """s_l = mean over positions of cos(h_l, h_{l+1}), whichever dimension holds the features."""
+    torch.manual_seed(0)
+    module = Maps(last).eval()
+    x = torch.randn(2, 12, 5, 7)
+    graph = trace(module, {"x": x.permute(0, 2, 3, 1) if last else x})
+    structure = discover(graph)
+    assert [block.features for block in structure.blocks] == [-1 if last else -3] * 3
+    step = make_pass({"drop_blocks": {"count": 1}})
+    observers = step.observers(structure)
+    observe(graph, [dict(graph.example)], observers)
+    plan = step.plan(graph, structure, observers)
+    states = module.hidden(x)
+    wanted = [torch.nn.functional.cosine_similarity(a, b, dim=1).mean().item() for a, b in zip(states, states[1:], strict=False)]
+    assert list(plan.scores.values()) == pytest.approx(wanted, rel=1e-5)  # type: ignore[attr-defined]  # the pass's own plan
+
+
 class Feedforward(torch.nn.Module):
     """A residual stack of FFNs behind a mixer, gated or not, with biases or not."""
 

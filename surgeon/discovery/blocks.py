@@ -66,8 +66,9 @@ class Layers:
 
 def find_blocks(flow: Flow, classifier: Classifier, chain: Chain) -> Layers:
     """Blocks of a stream, in order."""
-    sides = [classifier.reads_channels_first(span.entry, span.path) for span in chain.spans if span.residual]
-    classifier.channels_first = set().union(*sides) == {True}
+    flat = [span for span in chain.spans if span.residual and len(operators.shape(span.entry)) == 3]
+    axes = [classifier.feature_axes(span.entry, span.path) for span in flat]
+    classifier.channels_first = set().union(*axes) == {-2}
     sublayers = _sublayers(flow, classifier, chain)
     groups = group(sublayers, _letters(classifier, sublayers))
     layers = [sublayers[start:stop] for start, stop in groups]
@@ -253,7 +254,9 @@ def _block(
     inside = set(nodes)
     read = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
     weights = tuple(name for name in read if all(reader in inside for reader in flow.readers[name]))
-    return Block(index, entry, exit, tuple(regions), nodes, weights), behind[len(gap) :]
+    axes = set().union(*(classifier.feature_axes(part.entry, frozenset(part.nodes)) for part in regions))
+    features = axes.pop() if len(axes) == 1 else -1
+    return Block(index, entry, exit, tuple(regions), nodes, weights, features=features), behind[len(gap) :]
 
 
 def _between(classifier: Classifier, gap: tuple[Span, ...]) -> list[Region]:

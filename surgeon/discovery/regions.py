@@ -106,26 +106,28 @@ class Classifier:
             return False
         return all(node in self._products for node in region.nodes if operators.kind(node) in operators.PRODUCTS)
 
-    def reads_channels_first(self, entry: fx.Node, path: frozenset[fx.Node]) -> set[bool]:
-        """Whether the first products in a region sum over the dimension in front of the last one, for each of them.
+    def feature_axes(self, entry: fx.Node, path: frozenset[fx.Node]) -> set[int]:
+        """Which dimensions of the hidden state the first products and convolutions in a region sum over.
 
         Args:
-            entry: where the region starts, [batch, ..., ...] with three dimensions.
+            entry: where the region starts, of three dimensions or more.
             path: nodes on paths through the region.
+
+        Returns:
+            Dimensions from the end: -1, or -2 of [batch, features, positions], -3 of [batch, features, height, width].
         """
-        if len(operators.shape(entry)) != 3:
-            return set()
-        found: set[bool] = set()
+        found: set[int] = set()
         for node in path:
             if node in self._products:
                 axis, source = -1, node.args[1 if operators.kind(node) == "aten::addmm" else 0]
             elif operators.kind(node) in operators.CONVOLUTIONS:
-                axis, source = -2, node.args[0]
+                axis, source = 1 - len(operators.shape(node)), node.args[0]
             else:
                 continue
-            axis_on_stream = axis_before(self.flow, source, axis, entry) if isinstance(source, fx.Node) else None
-            found |= {axis_on_stream == -2} if axis_on_stream in (-1, -2) else set()
-        return found
+            if isinstance(source, fx.Node) and self.flow.depends(source, entry):
+                axis_on_stream = axis_before(self.flow, source, axis, entry)
+                found |= {axis_on_stream} if axis_on_stream is not None else set()
+        return found & set(range(1 - len(operators.shape(entry)), 0))
 
     def starts_without_input(self, region: Region) -> bool:
         """Whether a region's entry is computed from weights alone, such as latents or queries that are learned."""
