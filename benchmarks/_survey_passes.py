@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ PASSES: dict[str, tuple[dict[str, Any], Callable[[Structure], Iterable[Any]] | N
 """By name: the step, what it works on (None: on every model), and the largest relative error of the outputs."""
 
 
-def run_passes(graph: Graph, structure: Structure, inputs: Mapping[str, Tensor]) -> dict[str, str]:
+def run_passes(graph: Graph, structure: Structure) -> dict[str, str]:
     """By pass: ``exact``, ``lossy``, ``n/a``, ``refused: why`` or ``failed: why``."""
     data = load_data([dict(graph.example)], graph)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def survey(name: str, passes: bool) -> dict[str, Any]:
     row["status"] = "differs" if row["differs"] else "opaque" if row["opaque"] else "right"
     row["seconds"] = _since(clock)
     if passes:
-        row["passes"] = run_passes(graph, structure, built.inputs)
+        row["passes"] = run_passes(graph, structure)
     return row
 
 
@@ -89,6 +89,29 @@ def _line(error: Exception) -> str:
 
 def _since(clock: float) -> float:
     return round(time.perf_counter() - clock, 1)
+
+
+class _Small(torch.nn.Module):
+    """A model that every step of the survey is run on once, so that the processes of the others find all code loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.up, self.down = torch.nn.Linear(8, 24), torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            q, k, v = self.attend(x).chunk(3, dim=-1)
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.down(torch.nn.functional.gelu(self.up(x)))
+        return x
+
+
+def _load() -> None:
+    import transformers.exporters.exporter_dynamo  # noqa: F401
+
+    inputs = {"x": torch.randn(2, 5, 8)}
+    graph = surgeon.trace(_Small().eval(), inputs)
+    run_passes(graph, surgeon.discover(graph))
 
 
 # -- processes ----------------------------------------------------------------------------------------------------
@@ -143,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = earlier(f"{options.into}.json")
     if not options.page:
         wanted = [name for name in _survey_models.names() if _is_asked_for(options, name, rows)]
+        _load()
         for number, name in enumerate(wanted, 1):
             row = apart(name, options.passes, options.seconds)
             why = row.get("differs") or row.get("opaque") or row.get("reason", "")
