@@ -219,7 +219,8 @@ def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
             found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
     if part.heads and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):
         found.append(f"no attention, said {_text(part.heads)} heads")
-    if part.widths and not stream["ffns"] and not stream["moes"]:
+    # A network with a convolution or a normalisation over positions in it is a mixer.
+    if part.widths and not stream["ffns"] and not stream["moes"] and not any("mixer" in kind for kind in stream["kinds"]):
         found.append(f"no network, said widths {_text(part.widths)}")
     if part.experts and not stream["moes"]:
         found.append(f"no mixture, said {_text(part.experts)} experts")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -57,16 +59,21 @@ _HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_M
 
 @cache
 def transformers_models() -> dict[str, str]:
-    """Name of the class by type of model: the one that predicts tokens, or the bare one, or else the first of any task."""
+    """Name of the class by type of model, one type for each of the library's model folders.
+
+    The type is the one that the folder is named after, or its first; the class the one that predicts tokens, or the bare
+    one, or else the first of any task.
+    """
     from transformers.models.auto import modeling_auto as auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
     tables = [getattr(auto, name) for name in _HEADS]
     tables += [value for name, value in sorted(vars(auto).items()) if name.endswith("MAPPING_NAMES") and name not in _HEADS]
+    folders: dict[str, str] = {}
     found = {}
-    for kind in CONFIG_MAPPING_NAMES:
+    for kind in sorted(CONFIG_MAPPING_NAMES, key=lambda kind: model_type_to_module_name(kind) != kind.replace("-", "_")):
         name = next((table[kind] for table in tables if kind in table), None)
-        if name is not None:
+        if name is not None and folders.setdefault(model_type_to_module_name(kind), kind) == kind:
             found[kind] = name if isinstance(name, str) else name[0]
     return found
 
@@ -173,29 +180,43 @@ def build_timm(name: str) -> Built:
 
 
 def by_modules(module: nn.Module) -> list[Part]:
-    """What the modules of a model without a configuration say: its blocks, and the heads and widths in them."""
-    blocks = [m for m in module.modules() if _is_block(m)]
-    blocks = [m for m in blocks if not any(m is not other and m in set(other.modules()) for other in blocks)]
-    if not blocks:
-        return []
+    """What the modules of a model without a configuration say: its lists of blocks, and the heads and widths in them."""
+    lists: dict[str, list[nn.Module]] = {}
+    for path, part in module.named_modules():
+        name = path.rpartition(".")[2]
+        if re.fullmatch(r"\w*blocks\w*", name) and isinstance(part, nn.ModuleList | nn.Sequential):
+            known = {id(m) for blocks in lists.values() for block in blocks for m in block.modules()}
+            lists.setdefault(name, []).extend(block for block in _entries(part) if id(block) not in known)
+    lists = lists or {"blocks": _alike(module)}
+    return [Part(name, {len(blocks)}, *_sizes(blocks)) for name, blocks in lists.items() if blocks]
+
+
+def _entries(part: nn.Module) -> list[nn.Module]:
+    """The members of a list, and of lists in it, that hold weights."""
+    if not isinstance(part, nn.ModuleList | nn.Sequential):
+        return [part] if any(True for _ in part.parameters()) else []
+    return [entry for child in part.children() for entry in _entries(child)]
+
+
+def _alike(module: nn.Module) -> list[nn.Module]:
+    """Modules with a network and a mixer of positions in them, none inside another."""
+    network, mixer = {"mlp", "ffn", "ff"}, {"attn", "attn1", "attention", "token_mixer", "mixer", "norm1", "self_attn"}
+    names = {part: {name for name, _ in part.named_children()} for part in module.modules()}
+    found = [part for part, own in names.items() if own & network and own & mixer]
+    return [part for part in found if not any(part is not other and part in set(other.modules()) for other in found)]
+
+
+def _sizes(blocks: list[nn.Module]) -> tuple[set[int], set[int], set[int]]:
+    """Heads, key/value heads (not said), and widths of networks."""
     heads: set[int] = set()
     widths: set[int] = set()
     for part in (p for block in blocks for p in block.modules()):
         number = getattr(part, "num_heads", getattr(part, "heads", None))
         heads |= {number} if isinstance(number, int) else set()
-        first = getattr(part, "fc1", None)
-        width = getattr(first, "out_features", getattr(first, "out_channels", None))
+        last = getattr(part, "fc2", None)
+        width = getattr(last, "in_features", getattr(last, "in_channels", None))
         widths |= {width} if isinstance(width, int) else set()
-    return [Part("modules", {len(blocks)}, heads, set(), widths)]
-
-
-def _is_block(module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList | nn.Sequential):
-        return False
-    names = {name for name, _ in module.named_children()}
-    return bool(names & {"mlp", "ffn", "ff", "mlp_channels", "mlp_tokens"}) and bool(
-        names & {"attn", "attn1", "attention", "token_mixer", "mixer", "norm1", "norm", "conv_dw", "self_attn"}
-    )
+    return heads, set(), widths
 
 
 # -- diffusers ----------------------------------------------------------------------------------------------------
@@ -333,6 +354,7 @@ BUILDERS: dict[str, Callable[[str], Built]] = {
 
 
 def names() -> list[str]:
-    """Every row of the survey, ``library/name``."""
+    """Every row of the survey, ``library/name``; in an order by lot, so that a part of them stands for all."""
     found = [f"transformers/{kind}" for kind in transformers_models() if not is_tested(kind)]
-    return [*found, *(f"timm/{name}" for name in TIMM), *(f"diffusers/{name}" for name in DIFFUSERS)]
+    found += [*(f"timm/{name}" for name in TIMM), *(f"diffusers/{name}" for name in DIFFUSERS)]
+    return sorted(found, key=lambda name: zlib.crc32(name.encode()))

@@ -78,8 +78,8 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
 
     Args:
         config: the class's default configuration.
-        level: 0 for the smallest; 1 leaves images, pyramids and kinds of layers; 2 shrinks only depth, vocabularies,
-            positions and experts, and leaves the widths.
+        level: 0 for the smallest; 1 leaves images, pyramids, kinds of layers and the size of a head; 2 shrinks only depth,
+            vocabularies, positions and experts, and leaves the widths.
     """
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     found: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
             changed = _sequence(name, list(value), fields, depth, level)
             changed = [ids.below(v) for v in changed] if _ID.fullmatch(name) and _integers(changed) else changed
             found |= {name: type(value)(changed)} if changed != list(value) else {}
-        elif isinstance(value, dict) and level < 2:
+        elif isinstance(value, dict) and level < 1:
             changed = _sections(value, fields)
             found |= {name: changed} if changed != value else {}
     return found
@@ -142,10 +142,22 @@ def _integer(name: str, value: int, fields: dict[str, Any], level: int) -> int:
     is_width = rule(10**6) in (HIDDEN, FFN, 48, HEADS, HEAD, 8, 24, 32) and rule(1) == rule(10**6)
     if is_width and level == 2:
         return value
+    head = _head(fields) if level == 1 else HEAD
+    if head != HEAD and rule(10**6) in (HIDDEN, HEAD):
+        return HEADS * head if rule(10**6) == HIDDEN else value
     if is_width and any(_pyramid(fields)):  # one width beside lists of heads: the first stage's
         heads = next(_pyramid(fields))
         return 8 * heads[0] if re.fullmatch(r"embed_dim|hidden_size", name) else value
     return rule(value)
+
+
+def _head(fields: dict[str, Any]) -> int:
+    """The size of a head by default."""
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    own = fields.get("head_dim")
+    if isinstance(own, int):
+        return own
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0 else HEAD
 
 
 def _pyramid(fields: dict[str, Any]) -> Any:

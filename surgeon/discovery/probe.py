@@ -150,7 +150,7 @@ def _noise(node: fx.Node, generator: torch.Generator) -> Tensor:
 
 
 def mixes(
-    flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None = None, channels_first: bool = False
+    flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None = None, channels_first: bool = False, streams: bool = False
 ) -> bool:
     """Whether the value at one position depends on other positions, found by changing the input at one of them.
 
@@ -164,6 +164,7 @@ def mixes(
         exit: node where it ends; of the same shape.
         beside: a node in front of ``entry`` that keeps its value while ``entry`` changes.
         channels_first: a hidden state of three dimensions is [batch, features, positions].
+        streams: a hidden state is [batch, positions ..., streams, features].
 
     Returns:
         True where a change at one position of ``entry`` changes ``exit`` at another.
@@ -172,11 +173,13 @@ def mixes(
     shape = operators.shape(entry)
     generator = torch.Generator().manual_seed(0)
     before = _noise(entry, generator)
-    candidates = [len(shape) - 1, 1] if len(shape) > 3 else [1 if channels_first and len(shape) == 3 else len(shape) - 1]
+    last = len(shape) - 1
+    candidates = [{last}, {1}] if len(shape) > 3 else [{1 if channels_first and len(shape) == 3 else last}]
+    candidates = [{last - 1, last}] if streams else candidates
     given = {} if beside is None else {beside: _noise(beside, generator)}
     (reference,) = _run(flow, [exit], {**given, entry: before}, by_row=True)
     for features in candidates:
-        place = [slice(None) if d == features else 0 for d in range(len(shape))]
+        place = [slice(None) if d in features else 0 for d in range(len(shape))]
         changed = before.clone()
         changed[tuple(place)] += torch.randn(changed[tuple(place)].shape, generator=generator).to(value.dtype)
         (found,) = _run(flow, [exit], {**given, entry: changed}, by_row=True)

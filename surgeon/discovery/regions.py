@@ -17,7 +17,7 @@ from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
 from surgeon.discovery.norms import is_normalisation
-from surgeon.discovery.residuals import reads_weights, works
+from surgeon.discovery.residuals import mixed_streams, reads_weights, works
 from surgeon.structure import FFN, Attention, Region, RegionKind
 
 
@@ -164,10 +164,16 @@ class Classifier:
         key = (self.channels_first, *((operators.kind(node), operators.shape(node)) for node in ordered))
         if key not in self._measured:
             try:
-                self._measured[key] = probe.mixes(self.flow, entry, exit, channels_first=self.channels_first)
+                self._measured[key] = probe.mixes(
+                    self.flow, entry, exit, channels_first=self.channels_first, streams=self._holds_streams(entry, path)
+                )
             except RuntimeError as error:
                 self._measured[key] = f"whether it mixes positions could not be measured: {str(error).splitlines()[0]}"
         return self._measured[key]
+
+    def _holds_streams(self, entry: fx.Node, path: frozenset[fx.Node]) -> bool:
+        """Whether the hidden state is several streams, which the shortcut mixes."""
+        return any(mixed_streams(self.flow, node) is entry for node in path)
 
     def _without_routing(self, exit: fx.Node, path: frozenset[fx.Node]) -> set[fx.Node]:
         """The nodes of a path that lead to its exit otherwise than through the routing of a mixture."""

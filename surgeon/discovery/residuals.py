@@ -3,6 +3,8 @@
 1. The terms of a sum are the leaves of its tree of additions; additions in between have no other reader.
 2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled by constants) that every other term is computed
    from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
+   x may be several streams [batch, positions, streams, features] that a small matrix mixes position by position,
+   ``y = M x + b f(x)`` (hyper-connections); M is constant or computed from the position alone.
    So is a sum of two products k x + t f(x) with k + t = 1, whatever k is computed from (highway and recurrent gates); that
    the two add up to 1 is measured.
 3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
@@ -23,6 +25,7 @@ import torch
 from torch import fx
 
 from surgeon.discovery import operators, probe
+from surgeon.discovery.cores import product
 from surgeon.discovery.flow import Flow
 
 Term = tuple[fx.Node, ...]
@@ -182,14 +185,34 @@ def _unary(flow: Flow, node: fx.Node) -> list[fx.Node]:
 
 
 def _origins(flow: Flow, term: fx.Node) -> list[fx.Node]:
-    """The term, and what it is apart from reshapes, casts and multiplication by constants, nearest first."""
+    """The term, and what it is apart from reshapes, casts, multiplication by constants and mixed streams, nearest first."""
     found = [term]
-    while operators.is_reshape(found[-1]) or operators.kind(found[-1]) in ("aten::mul", "aten::div"):
+    while True:
+        mixed = mixed_streams(flow, found[-1])
+        if mixed is not None:
+            found.append(mixed)
+            continue
+        if not operators.is_reshape(found[-1]) and operators.kind(found[-1]) not in ("aten::mul", "aten::div"):
+            return found
         sources = [n for n in flow.inputs(found[-1]) if n not in flow.constant]
         if len(sources) != 1:
-            break
+            return found
         found.append(sources[0])
-    return found
+
+
+def mixed_streams(flow: Flow, node: fx.Node) -> fx.Node | None:
+    """The x [..., streams, features] of ``M x`` with M [..., streams, streams], which no two positions meet in."""
+    if operators.kind(node) != "aten::matmul" or not all(isinstance(argument, fx.Node) for argument in node.args[:2]):
+        return None
+    matrix, x = node.args[:2]
+    assert isinstance(matrix, fx.Node) and isinstance(x, fx.Node)
+    shape, size = operators.shape(x), operators.shape(matrix)
+    if len(shape) < 4 or not operators.same_shape(node, x) or size[-2:] != shape[-2:-1] * 2 or x in flow.constant:
+        return None
+    if matrix in flow.constant:
+        return x
+    alone = flow.depends(matrix, x) and size[:-2] == shape[:-2]
+    return x if alone and not any(product(flow, n) for n in flow.between(x, matrix)) else None
 
 
 def _works(flow: Flow, node: fx.Node) -> bool:
@@ -213,7 +236,7 @@ def reads_weights(flow: Flow, node: fx.Node) -> bool:
 
 def _outermost(flow: Flow, residuals: list[Residual], mixes: Callable[[Residual], bool]) -> list[Residual]:
     kept: list[Residual] = []
-    for outer in sorted(residuals, key=lambda residual: len(residual.path)):
+    for outer in residuals:  # in graph order, so that all that end inside of one are known before it
         ending = sorted((r for r in kept if r.exit in outer.path), key=lambda r: flow.index[r.exit])
         weighted = [r for r in ending if any(reads_weights(flow, node) for node in r.path)]
         if (weighted and _goes_on(flow, outer, weighted)) or _comes_in(flow, outer, ending):

@@ -1,0 +1,131 @@
+"""What counts as the shortcut of a sublayer, on modules with no library behind them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.discovery import discover
+from surgeon.graph import Graph
+from surgeon.pipeline import compile as compile_model
+from surgeon.structure import Structure
+from surgeon.tracing import trace
+
+IDS = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+class Attend(nn.Module):
+    """Self-attention, spelled out over a mask where one is given."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.o = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            for _ in range(20):  # a way from the hidden state that is longer than the one from mask to mask
+                v = v.tanh()
+            y = (q @ k.transpose(2, 3) + mask).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def ffn(width: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 40), nn.GELU(), nn.Linear(40, width))
+
+
+def found(module: nn.Module, **inputs: Tensor) -> tuple[Graph, Structure]:
+    graph = trace(module.eval(), inputs)
+    return graph, discover(graph)
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Layers of one stack that all add one floating-point mask of full size to their scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.attend, self.ffn = (nn.ModuleList(make() for _ in range(3)) for make in (Attend, ffn))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(6))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        full = ((1 - mask.float()) * -1e4)[:, None, None].expand(-1, 2, ids.shape[1], -1)
+        for index in range(3):
+            x = self.norms[2 * index](x + self.attend[index](x, full))
+            x = self.norms[2 * index + 1](x + self.ffn[index](x))
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_a_mask_that_every_layer_adds_is_no_shortcut() -> None:
+    """Scores of the second layer are computed from the mask, by way of the first; the hidden state passes by all the same."""
+    torch.manual_seed(0)
+    _, structure = found(Masked(), ids=IDS, mask=torch.ones_like(IDS))
+    assert [block.kind for block in structure.blocks] == ["attention+norm+ffn+norm"] * 3
+
+
+# -- streams that a matrix mixes ----------------------------------------------------------------------------------
+
+
+class Connected(nn.Module):
+    """Hyper-connections over streams [batch, positions, streams, width]: ``M x + b f(a x)``.
+
+    a, b and M are computed from the position; M is a parameter where it is ``constant``.
+    """
+
+    def __init__(self, inner: nn.Module, constant: bool, streams: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.inner, self.streams, self.constant = inner, streams, constant
+        self.norm = nn.RMSNorm(width)
+        self.maps = nn.Linear(streams * width, streams * (streams + 2))
+        self.start = nn.Parameter(torch.eye(streams))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.streams
+        a, b, m = self.maps(x.flatten(2)).split([n, n, n * n], -1)
+        m = self.start if self.constant else (m.unflatten(-1, (n, n)) + self.start).softmax(-1)
+        y = self.inner(self.norm((a.sigmoid()[..., None] * x).sum(2)))
+        mixed: Tensor = m @ x + b.sigmoid()[..., None] * y[:, :, None]
+        return mixed
+
+
+class Streams(nn.Module):
+    """Layers over four streams that start alike and are averaged in the end."""
+
+    def __init__(self, constant: bool, skip: int | None = None) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.layers = nn.ModuleList(
+            nn.Sequential(Connected(Attend(), constant), Connected(ffn(), constant)) for _ in range(3)
+        )
+        self.skip = skip
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)[:, :, None].expand(-1, -1, 4, -1)
+        for index, layer in enumerate(self.layers):
+            x = x if index == self.skip else layer(x)
+        out: Tensor = self.head(x.mean(2))
+        return out
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_streams_that_a_matrix_mixes_are_one_stream(constant: bool) -> None:
+    torch.manual_seed(0)
+    module = Streams(constant)
+    graph, structure = found(module, ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
+    assert [site.part.width for site in structure.ffns()] == [40] * 3
+    assert not structure.unrecognised
+    dropped = compile_model(module, [{"drop_blocks": {"count": 1, "blocks": "1:2"}}], inputs={"ids": IDS}, backend=None,
+                            calibration=[{"ids": IDS}], progress=False)  # fmt: skip
+    module.skip = 1
+    with torch.no_grad():
+        assert torch.equal(dropped(ids=IDS)["output"], module(IDS))
