@@ -54,6 +54,7 @@ class Built:
 
 # -- transformers -------------------------------------------------------------------------------------------------
 
+_TASK = re.compile(r"MODEL_(FOR_\w+_)?MAPPING_NAMES")
 _HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
 
 
@@ -68,7 +69,7 @@ def transformers_models() -> dict[str, str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
     tables = [getattr(auto, name) for name in _HEADS]
-    tables += [value for name, value in sorted(vars(auto).items()) if name.endswith("MAPPING_NAMES") and name not in _HEADS]
+    tables += [value for name, value in sorted(vars(auto).items()) if _TASK.fullmatch(name) and name not in _HEADS]
     folders: dict[str, str] = {}
     found = {}
     for kind in sorted(CONFIG_MAPPING_NAMES, key=lambda kind: model_type_to_module_name(kind) != kind.replace("-", "_")):

@@ -88,6 +88,8 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
     for name, value in fields.items():
         if _is_config(value):
             found[name] = type(value)(**small(value, level))
+        elif name == "head_dim" and value is None and level == 0 and "qk_rope_head_dim" not in fields:
+            found[name] = HEAD  # some models do not derive it
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, int):
@@ -98,8 +100,8 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
             changed = _sequence(name, list(value), fields, depth, level)
             changed = [ids.below(v) for v in changed] if _ID.fullmatch(name) and _integers(changed) else changed
             found |= {name: type(value)(changed)} if changed != list(value) else {}
-        elif isinstance(value, dict) and level < 1:
-            changed = _sections(value, fields)
+        elif isinstance(value, dict) and level < 2:
+            changed = _sections(value, fields) if level == 0 else _with_sections(name, value, fields)
             found |= {name: changed} if changed != value else {}
     return found
 
@@ -202,6 +204,14 @@ def _sections(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         else:
             found[key] = item
     return found
+
+
+def _with_sections(name: str, value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Sections where a model takes ones that fit another size of head."""
+    if name != "rope_parameters" or "rope_type" not in value or "mrope_section" in value:
+        return value
+    half = int(_head(fields) * value.get("partial_rotary_factor", 1)) // 2
+    return {**value, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
 
 class _Ids:

@@ -129,3 +129,69 @@ def test_streams_that_a_matrix_mixes_are_one_stream(constant: bool) -> None:
     module.skip = 1
     with torch.no_grad():
         assert torch.equal(dropped(ids=IDS)["output"], module(IDS))
+
+
+# -- parts of a sum that are no sublayer --------------------------------------------------------------------------
+
+
+def test_vectors_of_a_fused_sum_have_roles() -> None:
+    """``addcmul(b, a, x) = b + a x`` before each sublayer, as affine transformations instead of norms have it."""
+
+    class Affine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(30, 16)
+            self.layers = nn.ModuleList(make() for _ in range(2) for make in (Attend, ffn))
+            self.a = nn.ParameterList(torch.ones(1, 1, 16) for _ in range(4))
+            self.b = nn.ParameterList(torch.zeros(1, 1, 16) for _ in range(4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for layer, a, b in zip(self.layers, self.a, self.b, strict=True):
+                x = x + layer(torch.addcmul(b, a, x))
+            return x
+
+    torch.manual_seed(0)
+    _, structure = found(Affine(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 2
+    assert not structure.unrecognised
+    roles = [structure.roles[f"{name}.{index}"].split(".")[-2] for name in ("a", "b") for index in range(4)]
+    assert roles == ["scale"] * 4 + ["bias"] * 4
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_heads_of_projections_that_are_scaled_together(norm: bool) -> None:
+    """Gains, or batch norms, between one matrix for query, key and value and the place where they part."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(16, 64), nn.Linear(32, 16)
+            self.gain = nn.BatchNorm1d(64) if norm else nn.Parameter(torch.rand(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.qkv(x)
+            y = self.gain(y.flatten(0, 1)).view_as(y) if norm else y * self.gain
+            q, k, v = y.unflatten(-1, (4, 16)).split([4, 4, 8], -1)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return self.o(((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(30, 16)
+            self.layers = nn.ModuleList(make() for _ in range(2) for make in (Scaled, ffn))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    torch.manual_seed(0)
+    _, structure = found(Model(), ids=IDS)
+    for site in structure.attentions():
+        assert (site.part.heads, site.part.kv_heads, site.part.head_dim) == (4, 4, 4)
+        parts = [part for part in (site.part.q, site.part.k, site.part.v) if part is not None]
+        assert [part.out_features for part in parts] == [16, 16, 32]
+        assert parts[0].index == tuple(16 * head + i for head in range(4) for i in range(4))

@@ -151,11 +151,16 @@ class Linears:
 
     # -- features -----------------------------------------------------------------------------------------------
 
-    def features(self, linear: Linear, target: fx.Node) -> dict[fx.Node, tuple[int, ...]]:
+    def features(self, linear: Linear, target: fx.Node, *, scaled: bool = False) -> dict[fx.Node, tuple[int, ...]]:
         """Which output features of ``linear`` reach ``target``, as far as they are moved and not yet computed with.
 
         Feature numbers are pushed through reshapes, slices, splits and expansions (evaluated on integers, at the traced
         sizes) until something is computed with them.
+
+        Args:
+            linear: the linear.
+            target: a node that is computed from it.
+            scaled: push them through work on single features too: functions, gains, offsets and batch norms.
 
         Returns:
             Feature numbers, ascending, by the last node that holds them unchanged.
@@ -170,11 +175,22 @@ class Linears:
                 continue
             if operators.is_movement(node) and len(self.flow.inputs(node)) == 1:
                 values[node] = _move(self.flow, node, values)
+            elif scaled and self._keeps_features(node):
+                values[node] = (values[held[0]],) if _returns_several(node) else values[held[0]]
             else:
                 found.update({n: _numbers(values[n]) for n in held if isinstance(values[n], Tensor)})
         if target in values:
             found[target] = _numbers(values[target])
         return found
+
+    def _keeps_features(self, node: fx.Node) -> bool:
+        """Whether each feature of a node is computed from the same one of the only activation that it reads."""
+        inputs = [n for n in self.flow.inputs(node) if n not in self.flow.constant]
+        if len(inputs) != 1:
+            return False
+        if operators.kind(node) in operators.BATCH_NORMS:
+            return True
+        return operators.is_pointwise(node) and operators.same_shape(node, inputs[0])
 
     def sections(self, linear: Linear) -> list[tuple[fx.Node, Linear]]:
         """The values that stand side by side in a linear's input, and the part of the linear that each is read by."""
@@ -198,7 +214,7 @@ class Linears:
 
     def part(self, linear: Linear, target: fx.Node) -> Linear:
         """The linear cut down to the output features that reach ``target``."""
-        numbers = sorted({number for held in self.features(linear, target).values() for number in held})
+        numbers = sorted({number for held in self.features(linear, target, scaled=True).values() for number in held})
         return self.take(linear, tuple(numbers))
 
     def numbers(self, linear: Linear) -> tuple[int, ...]:
@@ -247,6 +263,10 @@ def _contraction(equation: str) -> bool | None:
     if len(kept) != 1 or kept in x or output != x[:-1] + kept:
         return None
     return weight[-1] == x[-1]
+
+
+def _returns_several(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], list | tuple)
 
 
 def _keeps_last(before: fx.Node, after: fx.Node) -> bool:

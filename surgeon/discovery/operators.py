@@ -61,6 +61,9 @@ NORMS = frozenset(
 )
 """Normalisation in one node."""
 
+BATCH_NORMS = frozenset({"aten::batch_norm", "aten::_native_batch_norm_legit_no_training"})
+"""Those that are fixed functions of single features where nothing is trained."""
+
 NORMS_OVER_POSITIONS = frozenset({"aten::group_norm", "aten::instance_norm"})
 """Those whose statistics run over positions too."""
 

@@ -33,7 +33,14 @@ _ELEMENTWISE = {
     operators.ADD: "bias",
     "aten::sub": "bias",
     "aten::rsub": "bias",
+    "aten::addcmul": "scale",
 }
+"""What a vector does in an operator; the first argument of ``addcmul(a, b, c) = a + b c`` is added."""
+
+
+def _effect(reader: fx.Node, operand: fx.Node) -> str:
+    added = operators.kind(reader) == "aten::addcmul" and reader.args[0] is operand
+    return "bias" if added else _ELEMENTWISE[operators.kind(reader)]
 
 
 class Places:
@@ -115,13 +122,13 @@ class Remaining:
         elif not trained or tensor.numel() == 1:
             role = self._next(f"{place}constant")
         elif sum(size != 1 for size in operators.shape(operand)) <= 1 and kind in _ELEMENTWISE:
-            role = self._next(f"{place}{_ELEMENTWISE[kind]}")
+            role = self._next(f"{place}{_effect(reader, operand)}")
         elif tensor.dim() <= 1:
             role = self._next(f"{place}constant")
         elif part is not None:
             role = self._next(f"{place}{part}")
         elif kind in _ELEMENTWISE:
-            role = self._next(f"{place}{_ELEMENTWISE[kind]}")
+            role = self._next(f"{place}{_effect(reader, operand)}")
         elif kind in operators.PRODUCTS and (place or not self._may_be_an_expert(name, operand)):
             role = self._next(f"{place}projection")
         else:
