@@ -19,8 +19,11 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +39,8 @@ from _survey_passes import run_passes
 import surgeon
 from surgeon.errors import DiscoverError, TraceError
 
-SECONDS = 240
+SECONDS = 90
+"""Processor seconds for one model; eight times as many by the clock, for what waits."""
 
 
 def survey(name: str, passes: bool) -> dict[str, Any]:
@@ -117,9 +121,8 @@ def _load() -> None:
 # -- processes ----------------------------------------------------------------------------------------------------
 
 
-def _child(name: str, passes: bool, end: Any) -> None:
-    import traceback
-
+def _child(name: str, passes: bool, seconds: int, end: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         if not os.environ.get("SURVEY_SHOW"):
@@ -138,15 +141,16 @@ def apart(name: str, passes: bool, seconds: int) -> dict[str, Any]:
     """The row of one model, made in a process of its own."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, passes, sender))
+    process = context.Process(target=_child, args=(name, passes, seconds, sender))
     process.start()
     sender.close()
+    late = {"status": "timed out", "reason": f"over {seconds} processor seconds"}
     try:
-        late = {"status": "timed out", "reason": f"over {seconds} s"}
-        row: dict[str, Any] = receiver.recv() if receiver.poll(seconds) else late
+        row: dict[str, Any] = receiver.recv() if receiver.poll(8 * seconds) else late
     except EOFError:
         process.join()
-        row = {"status": "crashed", "reason": f"the process ended with {process.exitcode}"}
+        out_of_time = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        row = late if out_of_time else {"status": "crashed", "reason": f"the process ended with {process.exitcode}"}
     process.kill()
     process.join()
     return row
@@ -160,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--status", nargs="+", help="only rows that ended so before, such as 'differs'")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--show", action="store_true", help="print the rows, write nothing")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="limit for one model")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="processor seconds for one model")
     parser.add_argument("--into", default="survey", help="name of the results' files")
     options = parser.parse_args(argv)
     rows = earlier(f"{options.into}.json")

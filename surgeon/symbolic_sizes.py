@@ -1,8 +1,10 @@
 """Export of operators that take a plain number where a graph has a size.
 
     one_hot(index, tokens)          index.unsqueeze(-1) == arange(tokens)
+    div(tokens, 4, rounding_mode=...)    tokens // 4
 
-Such an operator would take the size of the example for a constant, without saying so.
+Such an operator would take the size of the example for a constant, without saying so, or make a tensor of it, whose value no
+later size can be compared with.
 """
 
 from __future__ import annotations
@@ -25,8 +27,18 @@ def symbolic_sizes() -> Iterator[None]:
         numbers: Tensor = torch.arange(num_classes, device=tensor.device)  # type: ignore[call-overload]  # takes sizes too
         return (tensor.unsqueeze(-1) == numbers).to(torch.int64)
 
+    divide = torch.div
+
+    def div(input: object, other: object, **options: object) -> object:
+        rounds = options.get("rounding_mode") in ("trunc", "floor")
+        if rounds and isinstance(input, torch.SymInt) and isinstance(other, int) and other > 0:
+            return input // other  # sizes are not negative, so that both ways of rounding are one
+        return divide(input, other, **options)  # type: ignore[call-overload]  # whatever torch takes
+
     torch.nn.functional.one_hot = one_hot  # put back below
+    torch.div = div  # type: ignore[assignment]  # likewise
     try:
         yield
     finally:
         torch.nn.functional.one_hot = original  # the original
+        torch.div = divide

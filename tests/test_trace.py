@@ -649,3 +649,27 @@ def test_a_model_inside_another_keeps_its_own_form_of_attention() -> None:
     assert [m.config._attn_implementation for m in models] == before
     torch.testing.assert_close(graph(**inputs)["logits"], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(module(**inputs).logits.detach(), expected)
+
+
+def test_sizes_that_torch_divides_stay_sizes() -> None:
+    """A sequence padded to whole chunks, whose number is ``torch.div(length, 4, rounding_mode="trunc")``."""
+
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up = nn.Embedding(30, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(F.pad(ids, (0, -ids.shape[1] % 4)))
+            count: Any = torch.div(x.shape[1], 4, rounding_mode="trunc")
+            chunks = self.up(x).view(x.shape[0], count, 4, 8)
+            return (chunks - chunks.mean(2, keepdim=True)).flatten(1, 2)[:, : ids.shape[1]]
+
+    torch.manual_seed(0)
+    module = Chunks().eval()
+    graph = trace(module, {"ids": torch.randint(0, 30, (2, 7))})
+    for length in (4, 9, 17):
+        ids = torch.randint(0, 30, (3, length))
+        with torch.no_grad():
+            assert relative_error(graph(ids=ids)["output"], module(ids)) < 1e-6
+    assert torch.div(torch.tensor(7), 2, rounding_mode="trunc") == 3
