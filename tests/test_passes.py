@@ -143,7 +143,8 @@ def test_blocks_over_maps_are_ranked_by_the_features_of_each_position(last: bool
     observe(graph, [dict(graph.example)], observers)
     plan = step.plan(graph, structure, observers)
     states = module.hidden(x)
-    wanted = [torch.nn.functional.cosine_similarity(a, b, dim=1).mean().item() for a, b in zip(states, states[1:], strict=False)]
+    pairs = zip(states, states[1:], strict=False)
+    wanted = [torch.nn.functional.cosine_similarity(a, b, dim=1).mean().item() for a, b in pairs]
     assert list(plan.scores.values()) == pytest.approx(wanted, rel=1e-5)  # type: ignore[attr-defined]  # the pass's own plan
 
 

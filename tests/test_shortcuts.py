@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.discovery import discover
-from surgeon.graph import Graph
 from surgeon.pipeline import compile as compile_model
 from surgeon.structure import Structure
 from surgeon.tracing import trace
@@ -38,9 +37,8 @@ def ffn(width: int = 16) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 40), nn.GELU(), nn.Linear(40, width))
 
 
-def found(module: nn.Module, **inputs: Tensor) -> tuple[Graph, Structure]:
-    graph = trace(module.eval(), inputs)
-    return graph, discover(graph)
+def found(module: nn.Module, **inputs: Tensor) -> Structure:
+    return discover(trace(module.eval(), inputs))
 
 
 # -- masks --------------------------------------------------------------------------------------------------------
@@ -68,7 +66,7 @@ class Masked(nn.Module):
 def test_a_mask_that_every_layer_adds_is_no_shortcut() -> None:
     """Scores of the second layer are computed from the mask, by way of the first; the hidden state passes by all the same."""
     torch.manual_seed(0)
-    _, structure = found(Masked(), ids=IDS, mask=torch.ones_like(IDS))
+    structure = found(Masked(), ids=IDS, mask=torch.ones_like(IDS))
     assert [block.kind for block in structure.blocks] == ["attention+norm+ffn+norm"] * 3
 
 
@@ -120,7 +118,7 @@ class Streams(nn.Module):
 def test_streams_that_a_matrix_mixes_are_one_stream(constant: bool) -> None:
     torch.manual_seed(0)
     module = Streams(constant)
-    graph, structure = found(module, ids=IDS)
+    structure = found(module, ids=IDS)
     assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
     assert [site.part.width for site in structure.ffns()] == [40] * 3
     assert not structure.unrecognised
@@ -152,7 +150,7 @@ def test_vectors_of_a_fused_sum_have_roles() -> None:
             return x
 
     torch.manual_seed(0)
-    _, structure = found(Affine(), ids=IDS)
+    structure = found(Affine(), ids=IDS)
     assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 2
     assert not structure.unrecognised
     roles = [structure.roles[f"{name}.{index}"].split(".")[-2] for name in ("a", "b") for index in range(4)]
@@ -189,7 +187,7 @@ def test_heads_of_projections_that_are_scaled_together(norm: bool) -> None:
             return x
 
     torch.manual_seed(0)
-    _, structure = found(Model(), ids=IDS)
+    structure = found(Model(), ids=IDS)
     for site in structure.attentions():
         assert (site.part.heads, site.part.kv_heads, site.part.head_dim) == (4, 4, 4)
         parts = [part for part in (site.part.q, site.part.k, site.part.v) if part is not None]

@@ -150,7 +150,13 @@ def _noise(node: fx.Node, generator: torch.Generator) -> Tensor:
 
 
 def mixes(
-    flow: Flow, entry: fx.Node, exit: fx.Node, *, beside: fx.Node | None = None, channels_first: bool = False, streams: bool = False
+    flow: Flow,
+    entry: fx.Node,
+    exit: fx.Node,
+    *,
+    beside: fx.Node | None = None,
+    channels_first: bool = False,
+    streams: bool = False,
 ) -> bool:
     """Whether the value at one position depends on other positions, found by changing the input at one of them.
 

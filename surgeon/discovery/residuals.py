@@ -202,10 +202,11 @@ def _origins(flow: Flow, term: fx.Node) -> list[fx.Node]:
 
 def mixed_streams(flow: Flow, node: fx.Node) -> fx.Node | None:
     """The x [..., streams, features] of ``M x`` with M [..., streams, streams], which no two positions meet in."""
-    if operators.kind(node) != "aten::matmul" or not all(isinstance(argument, fx.Node) for argument in node.args[:2]):
+    if operators.kind(node) != "aten::matmul":
         return None
     matrix, x = node.args[:2]
-    assert isinstance(matrix, fx.Node) and isinstance(x, fx.Node)
+    if not isinstance(matrix, fx.Node) or not isinstance(x, fx.Node):
+        return None
     shape, size = operators.shape(x), operators.shape(matrix)
     if len(shape) < 4 or not operators.same_shape(node, x) or size[-2:] != shape[-2:-1] * 2 or x in flow.constant:
         return None
