@@ -31,7 +31,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         version = _version(library)
         cells = [str(counts.get(status, 0)) for status in STATUSES]
         lines.append(f"| {library} {version} | {' | '.join(cells)} | {sum(counts.values())} |")
-    lines += ["", *_passes(rows)]
+    lines += ["", "Models without a row were not looked at yet (`--missing` does it, in an order by lot).", "", *_passes(rows)]
     for status in STATUSES[1:]:
         own = {name: row for name, row in rows.items() if row["status"] == status}
         if own:
@@ -50,7 +50,7 @@ def _version(library: str) -> str:
 
 def _why(row: Mapping[str, Any]) -> str:
     if row.get("differs"):
-        return "; ".join(row["differs"])
+        return "; ".join([*row["differs"], *([row["note"]] if "note" in row else [])])
     if row.get("opaque"):
         first, *rest = row["opaque"]
         return first + (f" (and {len(rest)} more)" if rest else "")
