@@ -254,7 +254,7 @@ def _block(
     inside = set(nodes)
     read = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
     weights = tuple(name for name in read if all(reader in inside for reader in flow.readers[name]))
-    axes = set().union(*(classifier.feature_axes(part.entry, frozenset(part.nodes)) for part in regions))
+    axes: set[int] = set().union(*(classifier.feature_axes(part.entry, frozenset(part.nodes)) for part in regions))
     features = axes.pop() if len(axes) == 1 else -1
     return Block(index, entry, exit, tuple(regions), nodes, weights, features=features), behind[len(gap) :]
 
