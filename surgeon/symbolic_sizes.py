@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ def symbolic_sizes() -> Iterator[None]:
 
     divide = torch.div
 
-    def div(input: object, other: object, **options: object) -> object:
+    def div(input: Any, other: Any, **options: Any) -> Any:
         rounds = options.get("rounding_mode") in ("trunc", "floor")
         if rounds and isinstance(input, torch.SymInt) and isinstance(other, int) and other > 0:
             return input // other  # sizes are not negative, so that both ways of rounding are one
-        return divide(input, other, **options)  # type: ignore[call-overload]  # whatever torch takes
+        return divide(input, other, **options)
 
     torch.nn.functional.one_hot = one_hot  # put back below
-    torch.div = div  # type: ignore[assignment]  # likewise
+    torch.div = div  # likewise
     try:
         yield
     finally:
