@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from surgeon.caches import PAST, SUM
 from surgeon.canonical import canonicalise
+from surgeon.complex_numbers import spell_in_pairs
 from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import default_dims
 from surgeon.export import Dims, export, first_lines, identifier, is_symbol, placeholders, refuse_specialised
@@ -91,6 +92,7 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         module = canonicalise(exported, [identifier(name) for name in example], _tensors(loaded.module))
         graph = _graph(module, program, example, dims, list(outputs), loaded)
         _refuse_missing(graph, loaded)
+        graph = spell_in_pairs(graph)
         graph, left = raise_mixtures(graph, adopt=loaded.source.path is not None)
         graph = graph.with_source(left=left)
         flatten_projections(graph, left)
