@@ -86,6 +86,7 @@ def causal(name: str, layers: int = 4) -> nn.Module:
         case "deepseek_v3":  # latent attention: keys and values of different sizes
             sizes = {
                 "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+                "num_key_value_heads": 4,
                 "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
                 "moe_intermediate_size": 32,
             }  # fmt: skip
