@@ -139,7 +139,7 @@ def plain_batch(graph: surgeon.Graph) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "llama4", "bert"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "llama4", "bert", "deepseek_v3"])
 def test_windows_chunks_and_learned_positions_are_kept(name: str) -> None:
     """On the graph in torch; behind 6 positions the window has moved.  Segments that surgeon makes up are left out."""
     module = causal(name, layers=2)
@@ -221,7 +221,7 @@ def test_the_larger_of_two_sizes_is_written() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek_v3"}))  # torch.onnx does not export its attention yet
 def test_families_generate_the_same_tokens(name: str) -> None:
     module = causal(name, layers=4 if name.startswith("gemma") else 2)
     model = surgeon.compile(module, [], task="text-generation", progress=False)
