@@ -14,7 +14,7 @@ it was spelled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import fx
@@ -76,19 +76,26 @@ def find_mixtures(flow: Flow) -> tuple[list[Mixture], dict[str, str]]:
     reasons: dict[str, str] = {}
     taken: set[str] = set()
     for reads, experts in seeds:
-        names = tuple(str(node.target) for node in reads)
-        if any(name in taken for name in names):
-            continue
-        result: Mixture | str = ""
-        for read in reads[:SKIP]:
-            result = _search(flow, follower, read, names, experts, proofs)
-            if isinstance(result, Mixture):
+        ends: set[fx.Node] = set()
+        while reads and not any(str(node.target) in taken for node in reads):
+            names = tuple(str(node.target) for node in reads)
+            result: Mixture | str = ""
+            for read in reads[:SKIP]:
+                result = _search(flow, follower, read, names, experts, proofs, ends)
+                if isinstance(result, Mixture):
+                    break
+            if not isinstance(result, Mixture):
+                if result and (len(names) == 1 or len(names) > 3):  # two or three are gate and up, or query, key and value
+                    reasons.update(dict.fromkeys(names, result))
                 break
-        if isinstance(result, Mixture):
             found.append(result)
+            ends.update(result.region.program)
             taken.update(result.region.names)
-        elif result and (len(names) == 1 or len(names) > 3):  # two or three alike are gate and up, or query, key and value
-            reasons.update(dict.fromkeys(names, result))
+            reads = [node for node in reads if str(node.target) not in taken]
+            experts = _counts(len(reads))
+            if len(reads) < result.roles.second.stack.shape[0]:  # a shared expert; as many are a second mixture beside it
+                break
+    found.sort(key=lambda mixture: flow.index[mixture.region.exit])
     return found, {name: reason for name, reason in reasons.items() if name not in taken}
 
 
@@ -99,6 +106,7 @@ def _search(
     names: tuple[str, ...],
     experts: set[int],
     proofs: dict[Any, Mixture | str],
+    ends: Collection[fx.Node],
 ) -> Mixture | str:
     reader = cuts.first_reader(flow, read)
     if reader is None:
@@ -108,7 +116,7 @@ def _search(
     for x in cuts.inputs(flow, reader[1]):
         if best is not None and not cuts.is_dispatched(flow, best.x):
             break
-        trials, unfit = _trials(flow, follower, read, x, names, experts)
+        trials, unfit = _trials(flow, follower, read, x, names, experts, ends)
         reason = reason or unfit
         for trial in reversed(trials):  # as much as possible, so last exits first
             key = (trial.routing.kind, trial.routing.k, len(trial.bases), trial.region.signature())
@@ -132,9 +140,15 @@ def _search(
 
 
 def _trials(
-    flow: Flow, follower: dict[fx.Node, fx.Node], read: fx.Node, x: fx.Node, names: tuple[str, ...], experts: set[int]
+    flow: Flow,
+    follower: dict[fx.Node, fx.Node],
+    read: fx.Node,
+    x: fx.Node,
+    names: tuple[str, ...],
+    experts: set[int],
+    ends: Collection[fx.Node],
 ) -> tuple[list[Trial], str]:
-    """Exits with the cuts that they follow from and weights that fit, and why none was found.
+    """Exits outside of ``ends`` with the cuts that they follow from and weights that fit, and why none was found.
 
     What a node follows from only grows along the exits, and so do its weights: the first exit behind others whose weights
     fit no experts any more, because it reads into the next layer, is the last one that is looked at.
@@ -146,6 +160,8 @@ def _trials(
     computed = {read}  # from the experts' weights: a routing among it is one of a later layer
     position = flow.index[read] + 1
     for exit in cuts.exits(flow, follower, read):
+        if exit in ends:
+            break
         shape = operators.shape(exit)
         if not flow.depends(exit, x) or not shape or _count(exit) != tokens * shape[-1]:
             continue
@@ -159,7 +175,8 @@ def _trials(
                 continue
             bases = tuple(cuts.bases(flow, exit, routing))
             region = Region(flow, exit, (x, *routing.nodes, *bases), flow.index[x] - cuts.REACH)
-            if region.complete and 2 * len(set(names) & set(region.names)) >= len(names):
+            least = 1 if routing.kind == "dense" else (len(names) + 1) // 2
+            if region.complete and len(set(names) & set(region.names)) >= least:
                 trial = Trial(region, x, routing, bases)
                 if trial.fits():
                     trials.append(trial)
@@ -198,8 +215,17 @@ def _seeds(flow: Flow) -> Iterator[tuple[list[fx.Node], set[int]]]:
             siblings.setdefault((source, operators.shape(node)), []).append(node)
     for group in siblings.values():
         if len(group) > 1:
-            counts = {len(group) - shared for shared in (0, 1, 2)}  # a shared expert may read the same tensor
-            yield group, {n for n in counts | {n // 2 for n in counts} if n > 1}
+            yield group, _counts(len(group))
+
+
+def _counts(siblings: int) -> set[int]:
+    """Numbers of experts that so many weights of one shape may belong to.
+
+    A shared expert may read the same tensor, gate and up may be alike, and several mixtures may stand side by side.
+    """
+    counts = {siblings - shared for shared in (0, 1, 2)}
+    beside = {siblings // mixtures for mixtures in range(2, siblings) if siblings % mixtures == 0}
+    return {n for n in counts | {n // 2 for n in counts} | beside if n > 1}
 
 
 def _source(flow: Flow, node: fx.Node) -> fx.Node:

@@ -127,9 +127,12 @@ def parts(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def inputs(flow: Flow, operand: fx.Node) -> list[fx.Node]:
-    """Tensors that an expert's operand may be dispatched from, nearest first: same features, sizes known."""
-    features = operators.shape(operand)[-1:] if is_sized(operand) else tuple(operators.value(operand).shape[-1:])
-    wide = {str(size) for size in features}
+    """Tensors that an expert's operand may be dispatched from, nearest first: same features, sizes known.
+
+    Of an operand of columns, [..., features, 1], the features are the dimension in front.
+    """
+    sizes = operators.shape(operand) if is_sized(operand) else tuple(operators.value(operand).shape)
+    wide = {str(size) for size in (sizes[-2:-1] if len(sizes) > 1 and str(sizes[-1]) == "1" else sizes[-1:])}
     found: list[fx.Node] = []
     stack, seen = [operand], {operand}
     while stack:
@@ -152,10 +155,10 @@ def _is_dispatch(flow: Flow, node: fx.Node) -> bool:
 
 
 def is_dispatched(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node's rows may have been taken from another one's."""
+    """Whether a node's rows may have been taken from another one's, or repeat them."""
     while operators.is_reshape(node) and flow.inputs(node):
         node = flow.inputs(node)[0]
-    return operators.kind(node) in operators.LOOKUPS | {"aten::gather"} or _is_dispatch(flow, node)
+    return operators.kind(node) in operators.LOOKUPS | operators.REPETITIONS | {"aten::gather"} or _is_dispatch(flow, node)
 
 
 def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[int]) -> Iterator[Routing]:
