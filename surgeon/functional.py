@@ -8,7 +8,7 @@ which are defined by others are replaced where they may return their input.  Bot
 2. One that does the latter (``chunk``, ``reshape``, ``to`` ...) stays where canonical form respells it itself.
 3. ``y = op_(x, ...)`` is ``y = op(x, ...)``, and ``x`` is ``y`` from there on, where no view of x that was made before is read
    afterwards, and x is neither an input nor a weight.
-4. Anything else, a nested graph among them, needs the slow way.
+4. Anything else, a nested graph or a mapped function (``vmap``) among them, needs the slow way.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def _stays(node: fx.Node, aliases: Aliases) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False  # Case 4
     if not isinstance(target, torch._ops.OpOverload):
-        return True  # arithmetic on sizes, getitem
+        reads = (source.meta.get("val") for source in node.all_input_nodes)
+        return target is operator.getitem or not any(isinstance(value, Tensor) for value in reads)  # Case 4: else of sizes
     if target._schema.is_mutable:
         return in_place_form(target) is not None and aliases.alone(node)  # Case 3
     name = str(target.name())  # type: ignore[no-untyped-call]  # torch
