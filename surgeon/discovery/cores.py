@@ -6,6 +6,9 @@
    movement around it.  Without such a function the two products can be swapped, q (k v) = (q k) v, also where decays
    multiply the scores or their sums divide them: a linear attention or a state-space recurrence, another mixer.
 
+Keys and values that are rows of stored tables, selected by numbers that the region computes, are no attention: they are
+experts of single neurons, which are retrieved.
+
 The dimension of the weights that the second product sums over are the keys.  Followed back through transpositions to the
 first product, it tells keys from queries, whichever way round the products are written.
 """
@@ -139,9 +142,18 @@ def _spelled(flow: Flow, path: frozenset[fx.Node], node: fx.Node) -> Core | None
         assert first is not None
         swapped = first.outer[0] == axis  # the first operand has the keys
         q, k = (first.right, first.left) if swapped else (first.left, first.right)
+        if _is_retrieved(flow, k) and _is_retrieved(flow, v):
+            continue
         size = operators.shape(q)[first.inner[1] if swapped else first.inner[0]]
         return Core(node, q, k, v, size, None if masked else False, _heads(scores, first))
     return None
+
+
+def _is_retrieved(flow: Flow, node: fx.Node) -> bool:
+    """Whether a tensor is nothing but selected rows of a stored table."""
+    while operators.is_movement(node) and len(flow.inputs(node)) == 1:
+        (node,) = flow.inputs(node)
+    return flow.retrieves(node)
 
 
 def _heads(scores: fx.Node, first: Product) -> int:

@@ -93,6 +93,21 @@ class Flow:
         """Tensors the node reads that depend on an input of the graph, integers included."""
         return [n for n in node.all_input_nodes if n not in self.constant and isinstance(operators.value(n), Tensor)]
 
+    def retrieves(self, node: fx.Node) -> bool:
+        """Whether a node reads rows of a stored table by numbers that are computed from activations, not given as inputs."""
+        table, *numbers = node.all_input_nodes
+        if operators.kind(node) not in operators.LOOKUPS or table not in self.constant:
+            return False
+        stack, seen = [n for n in numbers if n not in self.constant], set[fx.Node]()
+        while stack:
+            source = stack.pop()
+            if source in self:
+                return True
+            if source not in seen and source.op == "call_function" and isinstance(operators.value(source), Tensor):
+                seen.add(source)
+                stack.extend(source.all_input_nodes)
+        return False
+
     def sources(self) -> list[fx.Node]:
         """Floating-point tensors that are computed from no other, where a stream may start."""
         return [node for node, inputs in self._inputs.items() if not inputs]

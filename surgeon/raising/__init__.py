@@ -195,6 +195,7 @@ def _seeds(flow: Flow) -> Iterator[tuple[list[fx.Node], set[int]]]:
 
     Case 1: one tensor [E, A, B], or a matrix that is only read as one.
     Case 2: several matrices of one shape that multiply the same tensor, or rows gathered from it.
+    Case 3: a table [E, A] whose rows are selected: every expert is one neuron.
     """
     siblings: dict[tuple[fx.Node, tuple[int, ...]], list[fx.Node]] = {}
     for nodes in flow.readers.values():
@@ -205,6 +206,9 @@ def _seeds(flow: Flow) -> Iterator[tuple[list[fx.Node], set[int]]]:
         apart = cuts.parts(node) if len(operators.shape(node)) == 2 and len(flow.readers[str(node.target)]) == 1 else None
         shapes |= set() if apart is None else {apart}
         deep = {shape[0] for shape in shapes if len(shape) == 3 and shape[0] > 1 and min(shape) > 1}
+        if len(operators.shape(node)) == 2 and any(flow.retrieves(user) for user in node.users):  # Case 3
+            yield [node], {operators.shape(node)[0]}
+            continue
         reader = cuts.first_reader(flow, node) if deep or len(operators.shape(node)) == 2 else None
         if reader is None or operators.kind(reader[0]) in operators.CONVOLUTIONS:
             continue

@@ -184,12 +184,12 @@ def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[in
             continue
         share = count // tokens
         if value.is_floating_point():
-            if share <= 64 and (shape[-1] in (1, share) or (share == 1 and len(shape) == 1)):
+            if share <= 64 and (shape[-1] == 1 or _trails(shape, share) or (share == 1 and len(shape) == 1)):
                 weights.setdefault(share, []).append(node)
             if shape[-1] in experts and share == shape[-1]:
                 dense.append(node)
         else:
-            if value.dtype in (torch.int64, torch.int32) and share <= 64 and (shape[-1] == share or share == 1):
+            if value.dtype in (torch.int64, torch.int32) and share <= 64 and (_trails(shape, share) or share == 1):
                 index.append((node, share))
             if shape[-1] in experts and share % shape[-1] == 0 and share // shape[-1] <= 64:
                 masks.append((node, share // shape[-1]))
@@ -206,6 +206,11 @@ def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[in
         yield Routing("dense", node, None, operators.shape(node)[-1])
     for node, k in index:
         yield Routing("index", node, None, k)
+
+
+def _trails(shape: tuple[int, ...], share: int) -> bool:
+    """Whether the last dimensions of a shape, one or several, have that many elements."""
+    return any(_numel(shape[position:]) == share for position in range(1, len(shape)))
 
 
 def _slots(behind: list[fx.Node], tokens: int, experts: set[int]) -> Iterator[Routing]:

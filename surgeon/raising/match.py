@@ -80,7 +80,10 @@ class Trial:
     def roles(self) -> Iterator[Roles]:
         """Assignments of the region's weights that its shapes allow."""
         shapes = {name: tuple(int(size) for size in tensor.shape) for name, tensor in self.like.items()}
-        for stacks in find_stacks(shapes, self._views()):
+        flow = self.region.flow
+        reads = [node for node in self.region.program if node.op == "get_attr"]
+        tables = {str(node.target) for node in reads if any(flow.retrieves(user) for user in node.users)}
+        for stacks in find_stacks(shapes, self._views(), tables):
             yield from find_roles(stacks, self.width, self.out_width)
 
     def _views(self) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ input- or output-major, gate and up together (in a row, alternating, or the othe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,12 +128,15 @@ def _stored(value: Tensor, order: str | None) -> Tensor:
     return torch.stack([gate, up] if order == ALTERNATING else [up, gate], dim=2).flatten(1, 2)
 
 
-def find_stacks(shapes: Mapping[str, tuple[int, ...]], views: Mapping[str, tuple[int, ...]]) -> Iterator[list[Stack]]:
+def find_stacks(
+    shapes: Mapping[str, tuple[int, ...]], views: Mapping[str, tuple[int, ...]], tables: Collection[str] = ()
+) -> Iterator[list[Stack]]:
     """Every way in which the tensors of a region are stacks over experts.
 
     Args:
         shapes: shape by name, in the order in which they are read.
         views: tensors that the region first reads in another shape [E, A, B].
+        tables: matrices [E, A] whose rows the region selects; where there is nothing else, every row is one neuron.
     """
     sizes = {name: views.get(name, shape) for name, shape in shapes.items()}
     deep = [shape for shape in sizes.values() if len(shape) >= 3]
@@ -141,6 +144,9 @@ def find_stacks(shapes: Mapping[str, tuple[int, ...]], views: Mapping[str, tuple
         experts = deep[0][0]
         if all(shape[0] == experts for shape in sizes.values()):
             yield [Stack((name,), _bare(shape), _stands_side_by_side(shapes[name], shape)) for name, shape in sizes.items()]
+        return
+    if tables and set(tables) == set(sizes):
+        yield [Stack((name,), (shape[0], 1, shape[1])) for name, shape in sizes.items()]
         return
     matrices = [name for name, shape in sizes.items() if len(shape) == 2]
     for kinds in (2, 3):
