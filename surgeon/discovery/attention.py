@@ -77,6 +77,10 @@ def _attention(
         reasons.append(
             f"output of {core.node.name}: {len(outputs)} linears follow it in the region, needed exactly one"
         )
+    if None in (q, k, v, o):
+        reasons.extend(_stacks(flow, path, core))
+    if o is not None:
+        reasons.extend(_routed_heads(flow, entry, core, o))
     queries = heads[0] or core.heads
     keys = heads[1] or (queries if operators.kind(core.node) == "aten::einsum" else min(queries, _leading(core.k)))
     cross = not flow.depends(core.k, entry) and flow.depends(core.q, entry)
@@ -121,6 +125,51 @@ def _union(linears: Linears, parts: Sequence[Linear | None]) -> Linear | None:
         return None
     numbers = sorted({number for linear in found for number in linears.numbers(linear)})
     return linears.take(linears.whole[found[0].node], tuple(numbers))
+
+
+def _routed_heads(flow: Flow, entry: fx.Node, core: Core, o: Linear) -> list[str]:
+    """Whether heads are weighted by what was selected among them for each token: plain attention computes something else."""
+    for node in flow.ordered(flow.between(core.node, o.node)):
+        if operators.kind(node) not in ("aten::mul", "aten::where", "aten::masked_fill", *operators.PRODUCTS):
+            continue
+        for factor in flow.active(node):
+            if factor not in flow or not flow.depends(factor, core.node):
+                selection = _selection(flow, entry, factor)
+                if selection is not None:
+                    return [
+                        f"heads of {core.node.name} are routed, which no rule describes further: "
+                        f"{node.name} weights them by what {selection.name} selects for each token"
+                    ]
+    return []
+
+
+def _selection(flow: Flow, entry: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What a tensor was selected by inside of the region, integers and conditions included."""
+    stack, seen = [node], {entry}
+    while stack:
+        source = stack.pop()
+        if source in seen or source.op != "call_function" or flow.index[source] < flow.index[entry]:
+            continue
+        seen.add(source)
+        if operators.kind(source) in operators.SELECTIONS:
+            return source
+        stack.extend(flow.active(source))
+    return None
+
+
+def _stacks(flow: Flow, path: frozenset[fx.Node], core: Core) -> list[str]:
+    """Stacks of matrices that are read around a core whose projections were not found: those of experts, perhaps."""
+    near = [n for n in flow.ordered(path) if flow.depends(core.node, n) or flow.depends(n, core.node)]
+    stack = [source for n in near for source in n.all_input_nodes]
+    read: dict[str, fx.Node] = {}
+    while stack:
+        source = stack.pop()
+        if source.op == "get_attr" and len(operators.shape(source)) > 2:
+            read.setdefault(str(source.target), source)
+        elif operators.kind(source) in operators.LOOKUPS or source in flow.constant:
+            stack.extend(source.all_input_nodes)
+    names = ", ".join(f"{name} {list(operators.shape(node))}" for name, node in sorted(read.items())[:4])
+    return [f"projections of {core.node.name} may be selected among those of experts, which no rule takes apart: {names}"] * bool(read)
 
 
 def _projection(

@@ -81,6 +81,9 @@ CONVOLUTIONS = frozenset(
 PRODUCTS = frozenset(f"aten::{name}" for name in "matmul mm bmm baddbmm addmm addbmm einsum linear mv dot".split())
 LOOKUPS = frozenset({"aten::embedding", "aten::index", "aten::index_select"})
 
+SELECTIONS = frozenset(f"aten::{name}" for name in "topk sort argsort argmax argmin kthvalue".split())
+"""Operators that say which elements are largest or smallest."""
+
 ADD = "aten::add"
 CONCATENATE = "aten::cat"
 TOPK = "aten::topk"
