@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
+from surgeon.discovery.operators import traced_sizes
+
 _SOME = 3
 """The number of selected things where Python asks for one: neither none nor one."""
 
@@ -148,8 +150,7 @@ def _usual(condition: Any) -> bool:
         flag = symbol in ranges and ranges[symbol].upper == 1
         numbers[symbol] = 1 if flag else _SOME
     expression = node.expr.xreplace(numbers)
-    backed = {symbol: node.shape_env.size_hint(symbol) for symbol in expression.free_symbols}
-    return bool(expression.xreplace(backed))
+    return bool(expression.xreplace(traced_sizes(node.shape_env)))
 
 
 @contextmanager

@@ -168,8 +168,10 @@ def _stacks(flow: Flow, path: frozenset[fx.Node], core: Core) -> list[str]:
             read.setdefault(str(source.target), source)
         elif operators.kind(source) in operators.LOOKUPS or source in flow.constant:
             stack.extend(source.all_input_nodes)
+    if not read:
+        return []
     names = ", ".join(f"{name} {list(operators.shape(node))}" for name, node in sorted(read.items())[:4])
-    return [f"projections of {core.node.name} may be selected among those of experts, which no rule takes apart: {names}"] * bool(read)
+    return [f"projections of {core.node.name} may be selected among those of experts, which no rule takes apart: {names}"]
 
 
 def _projection(

@@ -175,9 +175,16 @@ def hint(size: Any) -> int:
         return int(size)
     unknown = free_unbacked_symbols(size)
     if unknown:
-        return int(node.shape_env.size_hint(node.expr.xreplace(dict.fromkeys(unknown, sympy.Integer(_SOME)))))
+        return int(node.expr.xreplace(dict.fromkeys(unknown, sympy.Integer(_SOME))).xreplace(traced_sizes(node.shape_env)))
     found = node.hint
-    return int(found) if found is not None else int(node.shape_env.size_hint(node.expr))
+    return int(found) if found is not None else int(node.expr.xreplace(traced_sizes(node.shape_env)))
+
+
+def traced_sizes(shapes: Any) -> dict[Any, Any]:
+    """The number behind every symbol of a shape environment that was traced with one."""
+    found: dict[Any, Any] = shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
+    return found
+
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, whether it was given by position or by name."""

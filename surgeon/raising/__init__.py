@@ -96,7 +96,35 @@ def find_mixtures(flow: Flow) -> tuple[list[Mixture], dict[str, str]]:
             if len(reads) < result.roles.second.stack.shape[0]:  # a shared expert; as many are a second mixture beside it
                 break
     found.sort(key=lambda mixture: flow.index[mixture.region.exit])
+    inside = {node for mixture in found for node in mixture.region.program}
+    exits = {mixture.region.exit for mixture in found}
+    for mixture in list(found):
+        outside = _read_outside(flow, mixture.region, inside, exits)
+        if outside is not None:
+            found.remove(mixture)
+            taken.difference_update(mixture.region.names)
+            reasons.update(dict.fromkeys(mixture.region.names, f"they are read by {outside.name} too, outside of the mixture"))
     return found, {name: reason for name, reason in reasons.items() if name not in taken}
+
+
+def _read_outside(
+    flow: Flow, region: Region, inside: Collection[fx.Node], exits: Collection[fx.Node]
+) -> fx.Node | None:
+    """What reads a region's weights, or what is computed from them up to an exit, beside the nodes that are replaced.
+
+    The weights would be held twice.
+    """
+    stack = [node for name in region.names for node in flow.readers[name]]
+    seen = set(exits)
+    while stack:
+        for user in stack.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user not in flow.constant and user not in inside:
+                return user
+            stack.append(user)
+    return None
 
 
 def _search(

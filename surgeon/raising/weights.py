@@ -39,7 +39,8 @@ class Stack:
             experts, rows, columns = self.shape
             return tensors[self.names[0]].reshape(rows, experts, columns).movedim(1, 0)
         if len(self.names) == 1:
-            return tensors[self.names[0]].reshape(self.shape)
+            stored = tensors[self.names[0]]
+            return (stored[: self.shape[0]] if self._is_longer(stored) else stored).reshape(self.shape)
         return torch.stack([tensors[name] for name in self.names]).reshape(self.shape)
 
     def write(self, value: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,9 +48,17 @@ class Stack:
         if self.columns:
             return {self.names[0]: value.movedim(0, 1).flatten(1, 2)}
         if len(self.names) == 1:
-            return {self.names[0]: value.reshape(like[self.names[0]].shape)}
+            stored = like[self.names[0]]
+            if self._is_longer(stored):
+                beyond = value.new_zeros(stored.shape[0] - self.shape[0], *stored.shape[1:])
+                return {self.names[0]: torch.cat([value.reshape(-1, *stored.shape[1:]), beyond])}
+            return {self.names[0]: value.reshape(stored.shape)}
         parts = value.unbind(0)
         return {name: part.reshape(like[name].shape) for name, part in zip(self.names, parts, strict=True)}
+
+    def _is_longer(self, stored: Tensor) -> bool:
+        """Whether a tensor has places for more experts than there are."""
+        return stored.dim() >= 3 and stored.shape[0] > self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -141,8 +150,9 @@ def find_stacks(
     sizes = {name: views.get(name, shape) for name, shape in shapes.items()}
     deep = [shape for shape in sizes.values() if len(shape) >= 3]
     if deep:
-        experts = deep[0][0]
-        if all(shape[0] == experts for shape in sizes.values()):
+        experts = min(shape[0] for shape in sizes.values())  # numbers beyond may have weights that nothing reads
+        if all(shape[0] == experts or len(shapes[name]) >= 3 for name, shape in sizes.items()):
+            sizes = {name: (experts, *shape[1:]) for name, shape in sizes.items()}
             yield [Stack((name,), _bare(shape), _stands_side_by_side(shapes[name], shape)) for name, shape in sizes.items()]
         return
     if tables and set(tables) == set(sizes):
