@@ -18,7 +18,7 @@ from torch import fx
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears, stored
-from surgeon.discovery.routing import Routing, recognise_routing, without_router
+from surgeon.discovery.routing import Routing, recognise_routing, scores_experts, without_router
 from surgeon.structure import FFN, Linear, MoE
 
 
@@ -54,6 +54,9 @@ def _mixture(
     routing = Routing("other", False, 1.0)
     if router is not None:
         routing = recognise_routing(flow, router.node, choice, weight)
+        if routing.scoring == "other" and not scores_experts(flow, router.node, choice, weight):
+            reason = f"{router.node.name} has as many outputs as there are experts, but they are not scores of one each"
+            router = None
     elif operators.shape(choice)[1] == (choices or experts):
         routing = without_router(flow, weight)
     mixture = MoE(

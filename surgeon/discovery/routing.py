@@ -106,6 +106,31 @@ def recognise_routing(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.No
     return replace(routing, capacity=_capacity(flow, logits, weight))
 
 
+def scores_experts(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.Node) -> bool:
+    """Whether the router's outputs are scores of one expert each: in another order, they select the experts in that order.
+
+    Not so where numbers of experts are put together from parts, as with keys that are pairs, or where groups differ.
+    """
+    shape, dtype = operators.shape(logits), operators.value(logits).dtype
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(shape[-1], generator=generator)
+    z = torch.randn(shape, generator=generator).to(dtype)
+    vectors = {
+        node: torch.rand(operators.shape(node), generator=generator).to(operators.value(node).dtype)
+        for node in _corrections(flow, logits, (index, weight), shape[-1])
+    }
+    tables = []
+    for numbers in (torch.arange(shape[-1]), order):
+        moved = {node: vector.flatten()[numbers].reshape(vector.shape) for node, vector in vectors.items()}
+        try:
+            chosen, found = probe.evaluate(flow, [index, weight], {logits: z[..., numbers], **moved})
+            blank = torch.zeros(chosen.shape[0], shape[-1], dtype=torch.float64)
+            tables.append(blank.scatter_add(1, numbers[chosen], found.to(torch.float64)))
+        except (RuntimeError, IndexError):
+            return False
+    return torch.allclose(*tables, rtol=1e-3, atol=1e-6)
+
+
 def _scores(flow: Flow, logits: fx.Node, weight: fx.Node) -> list[fx.Node]:
     """The router's output, and what a function of single scores (a soft cap, a temperature) makes of it."""
     found = [logits]
