@@ -27,6 +27,7 @@ class Part:
         widths: intermediate neurons of networks and experts.
         activations: names of the library's activations.
         experts, top_k: of mixtures.
+        normalised, scale, groups, shared: of their routing, and whether there are shared experts.
         certain: whether the model is known to hold it; others may lie idle for the inputs that were given.
     """
 
@@ -38,6 +39,10 @@ class Part:
     activations: set[str] = field(default_factory=set)
     experts: set[int] = field(default_factory=set)
     top_k: set[int] = field(default_factory=set)
+    normalised: set[bool] = field(default_factory=set)
+    scale: set[float] = field(default_factory=set)
+    groups: set[int] = field(default_factory=set)
+    shared: set[bool] = field(default_factory=set)
     certain: bool = True
 
 
@@ -69,6 +74,10 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "experts": _set(m.experts for m in moes),
         "top_k": _set(m.top_k for m in moes),
         "scoring": _set(m.scoring for m in moes),
+        "normalised": _set(m.normalised for m in moes),
+        "scale": _set(m.scale for m in moes),
+        "groups": _set(m.groups for m in moes),
+        "shared": _set(bool(m.shared) for m in moes),
     }
 
 
@@ -118,6 +127,10 @@ _EXPERTS = re.compile(r"(num_|n_)?(local_|routed_)?experts|moe_num_experts|num_r
 _TOP_K = re.compile(
     r"num_experts_per_(tok|token)|moe_k|moe_top_?k|n_experts_per_tok|experts_per_token|num_selected_experts|top_k_experts"
 )
+_NORMALISED = re.compile(r"norm_topk_prob|moe_renormalize|route_norm")
+_SCALE = re.compile(r"(routed|router|moe_router|moe_routed)_scaling_factor|route_scale")
+_GROUPS = re.compile(r"n_group|num_expert_group|moe_n_group")
+_SHARED = re.compile(r"(n|num|moe_num)_shared_experts?|(moe_)?shared_(expert_)?intermediate_size")
 
 
 def said(config: Any, name: str = "") -> list[Part]:
@@ -177,6 +190,9 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
     return Part(
         name, count, heads | (others if heads else set()), kv or heads | others, widths,
         {act} if isinstance(act, str) else set(), {e for e in experts if e > 1}, top_k,
+        {v for k, v in values.items() if _NORMALISED.fullmatch(k) and isinstance(v, bool)},
+        {float(v) for k, v in values.items() if _SCALE.fullmatch(k) and isinstance(v, int | float)},
+        every(_GROUPS.pattern), {bool(v) for k, v in values.items() if _SHARED.fullmatch(k)},
     )  # fmt: skip
 
 
@@ -215,6 +231,12 @@ def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
             found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
     for key, wanted in (("experts", part.experts), ("top_k", part.top_k)):
         wrong = [v for v in stream[key] if wanted and v not in wanted]
+        if wrong:
+            found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
+    known = [scoring for scoring in stream["scoring"] if scoring != "other"]  # of others nothing is told
+    for key in ("normalised", "scale", "groups", "shared") if known else ("shared",):
+        wanted = getattr(part, key)
+        wrong = [v for v in stream[key] if wanted and not any(abs(v - w) <= 1e-3 * abs(w) for w in wanted)]
         if wrong:
             found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
     if part.heads and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):

@@ -31,7 +31,8 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         version = _version(library)
         cells = [str(counts.get(status, 0)) for status in STATUSES]
         lines.append(f"| {library} {version} | {' | '.join(cells)} | {sum(counts.values())} |")
-    lines += ["", "Models without a row were not looked at yet (`--missing` does it, in an order by lot).", "", *_passes(rows)]
+    lines += ["", "Models without a row were not looked at yet (`--missing` does it, in an order by lot).", ""]
+    lines += [*_mixtures(rows), *_passes(rows)]
     for status in STATUSES[1:]:
         own = {name: row for name, row in rows.items() if row["status"] == status}
         if own:
@@ -59,6 +60,27 @@ def _why(row: Mapping[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "/").split())[:300]
+
+
+def _mixtures(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was found of every model with experts, and how many of them are as their configurations say."""
+    keys = ("experts", "top_k", "scoring", "normalised", "scale", "groups", "shared")
+    speaking = {name: row for name, row in rows.items() if any(part.get("experts") for part in row.get("said", ()))}
+    if not speaking:
+        return []
+    table, right = [], 0
+    for name, row in sorted(speaking.items()):
+        streams = [stream for stream in row.get("found", ()) if stream["moes"]]
+        wrong = [text for text in row.get("differs", ()) if any(key in text for key in (*keys, "mixture"))]
+        right += bool(streams) and not wrong and all("normalised" in stream for stream in streams)
+        for stream in streams:
+            facts = " | ".join("/".join(map(str, stream.get(key, "?"))) for key in keys)
+            table.append(f"| {name} | {facts} | {_cell('; '.join(wrong)) or 'as said'} |")
+        if not streams:
+            table.append(f"| {name} | {' | '.join('-' * len(keys))} | {row['status']}: {_cell(_why(row))} |")
+    head = f"Of {len(speaking)} models whose configurations speak of experts, {right} have all of them as they say."
+    titles = "model | experts | per token | scoring | normalised | scale | groups | shared | beside the configuration"
+    return ["## Mixtures of experts", "", head, "", f"| {titles} |", "|---" * (len(keys) + 2) + "|", *table, ""]
 
 
 def _passes(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

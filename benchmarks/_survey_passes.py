@@ -29,6 +29,8 @@ PASSES: dict[str, tuple[dict[str, Any], Callable[[Structure], Iterable[Any]] | N
     "moefy_ffn": ({"experts": 4, "top_k": 4, "router": "centroid"}, Structure.ffns, CLOSE),
     "drop_experts": ({"keep": 0.75}, Structure.moes, None),
     "merge_experts": ({"groups": 0.75}, Structure.moes, None),
+    "skip_experts": ({"top_k": 1}, Structure.moes, None),
+    "expose_routing": ({}, Structure.moes, CLOSE),
 }
 """By name: the step, what it works on (None: on every model), and the largest relative error of the outputs."""
 
