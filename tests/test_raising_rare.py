@@ -256,3 +256,26 @@ def test_projections_of_experts_are_said() -> None:
     assert region.kind == "attention"
     assert "may be selected among those of experts" in str(region.reason)
     assert "inner.outputs [4, 8, 32]" in str(region.reason)
+
+
+class Bounded(nn.Module):
+    """Four heads over two of keys and values, out of one matrix whose outputs are bounded before they are taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(HIDDEN, 2 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).clamp(min=-1, max=1).split([HIDDEN, HIDDEN // 2, HIDDEN // 2], -1)
+        q, k, v = (part.unflatten(-1, (-1, HIDDEN // HEADS)).transpose(1, 2) for part in parts)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return self.o(y.flatten(-2))  # type: ignore[no-any-return]  # a module's call
+
+
+def test_bounds_leave_rows_of_a_packed_projection_apart() -> None:
+    structure, _ = structured(Bounded())
+    (attention,) = structure.blocks[0].regions[0].attention
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (HEADS, 2, HIDDEN // HEADS)
+    rows = [None if part is None else part.rows for part in (attention.q, attention.k, attention.v)]
+    assert rows == [(0, HIDDEN), (HIDDEN, HIDDEN + HIDDEN // 2), (HIDDEN + HIDDEN // 2, 2 * HIDDEN)]
