@@ -137,12 +137,29 @@ class Idle(nn.Module):
         return out.view_as(h)
 
 
+class Reaching(nn.Module):
+    """Every expert on every token, blanked where its share is less than the least of the best ones'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(HIDDEN, EXPERTS), nn.ModuleList(network() for _ in range(EXPERTS))
+
+    def forward(self, h: Tensor) -> Tensor:
+        shares, out = self.router(h).softmax(-1), torch.zeros_like(h)
+        least = shares.topk(CHOSEN, -1).values[..., -1:]
+        for e, expert in enumerate(self.experts):
+            share = shares[..., e : e + 1]
+            out = out + torch.where(share >= least, share * expert(h), torch.zeros_like(h))
+        return out
+
+
 FORMS: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Any]]]] = {
     "columns": (
         Columns,
         [{"experts": EXPERTS, "top_k": CHOSEN, "scoring": "topk_softmax", "gated": True, "activation": "gelu_tanh"}],
     ),
     "mapped": (Mapped, [{"experts": EXPERTS, "top_k": CHOSEN, "scoring": "softmax", "activation": "silu"}]),
+    "reaching": (Reaching, [{"experts": EXPERTS, "top_k": EXPERTS, "scoring": "softmax", "masked": True}]),
     "grouped": (Grouped, [{"experts": 3, "top_k": 3, "width": INNER, "shared": ()}] * 2),
     "retrieved": (lambda: Retrieved(1), [{"experts": 16, "top_k": CHOSEN, "width": 1, "router": None}]),
     "retrieved by two heads": (lambda: Retrieved(2), [{"experts": 16, "top_k": 2 * CHOSEN, "width": 1}]),

@@ -84,6 +84,8 @@ LOOKUPS = frozenset({"aten::embedding", "aten::index", "aten::index_select"})
 SELECTIONS = frozenset(f"aten::{name}" for name in "topk sort argsort argmax argmin kthvalue".split())
 """Operators that say which elements are largest or smallest."""
 
+COMPARISONS = frozenset({"aten::le", "aten::lt", "aten::ge", "aten::gt"})
+
 ADD = "aten::add"
 CONCATENATE = "aten::cat"
 TOPK = "aten::topk"

@@ -203,7 +203,7 @@ def _trials(
                 continue
             bases = tuple(cuts.bases(flow, exit, routing))
             region = Region(flow, exit, (x, *routing.nodes, *bases), flow.index[x] - cuts.REACH)
-            least = 1 if routing.kind == "dense" else (len(names) + 1) // 2
+            least = 1 if routing.kind in ("dense", "bound") else (len(names) + 1) // 2
             if region.complete and len(set(names) & set(region.names)) >= least:
                 trial = Trial(region, x, routing, bases)
                 if trial.fits():

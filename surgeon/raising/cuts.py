@@ -8,6 +8,7 @@ question of reachability, and whether it is the operator's function of them is d
     mask and weight    one-hot rows [T, k, E], some of them blanked (dropped tokens), and weights [T, k]
     choice and weight  tokens that each expert chose [E, c] and their weights [E, c]
     dense              a weight for every expert [T, E]
+    bound              the same, of which those count that reach a bound [T, 1]
     slots              weights [T, E, C] of the one token in each of an expert's C places, with or without the same as ones
 """
 
@@ -50,9 +51,9 @@ class Routing:
     """What the router hands over.
 
     Attributes:
-        kind: ``index``, ``mask``, ``choice``, ``dense`` or ``slots``.
+        kind: ``index``, ``mask``, ``choice``, ``dense``, ``bound`` or ``slots``.
         source: experts, mask, tokens, dense weights, or weights of places.
-        weight: node of the weights (of ``slots``: of the ones), or None.
+        weight: node of the weights (of ``slots``: of the ones; of ``bound``: of the bound), or None.
         k: experts per token; E where every expert has a weight.
     """
 
@@ -202,7 +203,11 @@ def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[in
     for node, weight in _choices(behind, experts):
         yield Routing("choice", node, weight, operators.shape(node)[0])
     yield from _slots(behind, tokens, experts)
+    compared = {source for node in flow.nodes[flow.index[x] : flow.index[exit]] for source in _compared(node)}
     for node in reversed(dense):
+        for bound in weights.get(1, []):
+            if bound in compared:
+                yield Routing("bound", node, bound, operators.shape(node)[-1])
         yield Routing("dense", node, None, operators.shape(node)[-1])
     for node, k in index:
         yield Routing("index", node, None, k)
@@ -211,6 +216,11 @@ def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[in
 def _trails(shape: tuple[int, ...], share: int) -> bool:
     """Whether the last dimensions of a shape, one or several, have that many elements."""
     return any(_numel(shape[position:]) == share for position in range(1, len(shape)))
+
+
+def _compared(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node compares."""
+    return list(node.all_input_nodes) if operators.kind(node) in operators.COMPARISONS else []
 
 
 def _slots(behind: list[fx.Node], tokens: int, experts: set[int]) -> Iterator[Routing]:
@@ -359,6 +369,12 @@ def sample(
         if routing.weight is not None:
             values[routing.weight] = places.to(operators.value(routing.weight).dtype)
         return values, torch.arange(experts).expand(tokens, experts), share.sum(-1).reshape(tokens, experts)
+    if routing.kind == "bound":  # equal to one of the weights, as the least of those that were selected is
+        weight = weight.to(dtype)
+        least = weight.gather(1, index[:, :1])
+        assert routing.weight is not None
+        values = {source: weight.reshape(shape), routing.weight: least.reshape(operators.shape(routing.weight)).to(dtype)}
+        return values, torch.arange(experts).expand(tokens, experts), weight.masked_fill(weight < least, 0.0).double()
     if routing.kind == "dense":
         index = torch.arange(experts).expand(tokens, experts)
         values[source] = weight.to(dtype).reshape(shape)

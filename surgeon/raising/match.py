@@ -20,8 +20,6 @@ from surgeon.raising.weights import Piece, Roles, find_roles, find_stacks
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference relative to the largest value, by the region's own type."""
 
-_COMPARISONS = frozenset({"aten::le", "aten::lt", "aten::ge", "aten::gt"})
-
 LARGEST = 1 << 28
 """Weights of one region above which random ones are not made for a proof (a gibibyte in float32)."""
 
@@ -117,7 +115,7 @@ class Trial:
 
     def vanishes(self, experts: int) -> bool:
         """A cheap test in front: without weights the sum is nothing, with weights it is something."""
-        node = self.routing.source if self.routing.kind in ("dense", "slots") else self.routing.weight
+        node = self.routing.source if self.routing.kind in ("dense", "slots", "bound") else self.routing.weight
         if node is None:
             return True
         generator = torch.Generator().manual_seed(1)
@@ -239,7 +237,7 @@ class Trial:
             elif any(source in counted for source in node.all_input_nodes):
                 other = node.args[1] if len(node.args) > 1 else None
                 number = isinstance(other, int | float) or (isinstance(other, fx.Node) and is_size(other))
-                if operators.kind(node) in _COMPARISONS and number:
+                if operators.kind(node) in operators.COMPARISONS and number:
                     return node
                 if operators.is_pointwise(node) or operators.is_movement(node):
                     counted.add(node)
@@ -270,7 +268,7 @@ class Trial:
 
     def _fits(self, experts: int) -> bool:
         """Whether the router can be one for so many experts."""
-        if self.routing.kind in ("dense", "choice", "slots"):
+        if self.routing.kind in ("dense", "choice", "slots", "bound"):
             return self.routing.k == experts
         if self.routing.kind == "mask":
             return operators.shape(self.routing.source)[-1] == experts
@@ -303,9 +301,10 @@ class Trial:
             values, _, weight = sample(self.routing, self.tokens, w_in.shape[0], generator)
             if self.routing.weight is not None:
                 values[self.routing.weight] = torch.ones_like(values[self.routing.weight])
-            elif self.routing.kind == "dense":
+            if self.routing.kind in ("dense", "bound"):
                 values[self.routing.source] = torch.ones_like(values[self.routing.source])
             x = torch.eye(self.tokens, self.width, dtype=torch.float64)
+            weight = torch.ones_like(weight) if self.routing.kind == "bound" else weight
             share = weight.ne(0).sum(1, keepdim=True)  # all weights are one: each token sees as many equal experts
             found = self.run(x, values, tensors) / share.clamp(min=1)
             return found[:rows, :columns].reshape(-1)[: g.numel()]

@@ -73,7 +73,7 @@ def _routing(editor: Editor, flow: Flow, mixture: Mixture) -> tuple[fx.Node, fx.
     if routing.kind == "slots":
         source = editor.call(aten.sum.dim_IntList, source, [-1])
     weight = None
-    if routing.weight is not None and routing.kind != "slots":
+    if routing.weight is not None and routing.kind not in ("slots", "bound"):
         weight = _rows(editor, editor.current(routing.weight), routing.k)
     if routing.kind == "index":
         index = _cast(editor, _rows(editor, source, routing.k), torch.int64)
@@ -91,6 +91,11 @@ def _routing(editor: Editor, flow: Flow, mixture: Mixture) -> tuple[fx.Node, fx.
         kept = _cast(editor, editor.call(aten.amax.default, rows, [-1]), weight.meta["val"].dtype)
         return index, editor.call(aten.mul.Tensor, weight, kept)
     dense = _rows(editor, source, routing.k)
+    if routing.kind == "bound":
+        assert routing.weight is not None
+        reached = editor.call(aten.ge.Tensor, dense, _rows(editor, editor.current(routing.weight), 1))
+        dense = editor.call(aten.mul.Tensor, dense, _cast(editor, reached, dense.meta["val"].dtype))
+        return _every(editor, dense, routing.k)
     selected = _selection(flow, mixture)
     if selected is not None:
         node, k = selected
