@@ -216,7 +216,8 @@ def _not_raised(flow: Flow, path: frozenset[fx.Node], experts: list[FFN]) -> str
     """Why FFNs that are weighted or selected token by token are no mixture of experts."""
     widths = sorted({ffn.width for ffn in experts})
     left = _left_experts(flow, path)
-    reason = left[0].partition("but ")[2] if left else "they hold more than two or three matrices and biases of equal shapes"
+    what = "what they hold or read is not that of experts: two or three matrices and biases of equal shapes, on one token each"
+    reason = left[0].partition("but ")[2] if left else what
     return (
         f"nearest rule: mixture of experts, {len(experts)} FFNs of width {', '.join(map(str, widths))} are weighted or "
         f"selected token by token, but {reason}"
