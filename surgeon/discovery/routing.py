@@ -107,10 +107,7 @@ def recognise_routing(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.No
 
 
 def scores_experts(flow: Flow, logits: fx.Node, index: fx.Node, weight: fx.Node) -> bool:
-    """Whether the router's outputs are scores of one expert each: in another order, they select the experts in that order.
-
-    Not so where numbers of experts are put together from parts, as with keys that are pairs, or where groups differ.
-    """
+    """Whether the router's outputs are scores of one expert each: in another order, they select the experts in that order."""
     shape, dtype = operators.shape(logits), operators.value(logits).dtype
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(shape[-1], generator=generator)
