@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon import routes
 from surgeon.backends import _onnx_tensorrt as tensorrt
-from surgeon.caches import PAST, PRESENT, asked
+from surgeon.backends._onnx_decoding import BoundDecoder, HostDecoder, SharedDecoder, bind
+from surgeon.caches import PAST, TOKENS, asked
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError
-from surgeon.generation import Decoder, empty_cache
+from surgeon.generation import Decoder
 from surgeon.graph import Port
 from surgeon.halves import has_halves
 from surgeon.ports import check_inputs
@@ -96,6 +96,10 @@ class OnnxRuntimeArtifact(Artifact):
         """
         wanted = asked(self.inputs, self.outputs, inputs)
         inputs = check_inputs(self.path, self.inputs, inputs)
+        if self.options.get("caches") == "shared":
+            self._check_positions(inputs)
+            if self._continues_rows(inputs):
+                return self._run_by_row(inputs)
         session = self.session()
         try:
             if self.device != "cpu":
@@ -108,7 +112,11 @@ class OnnxRuntimeArtifact(Artifact):
 
     def decoder(self) -> Decoder:
         """Start generating a text; its caches stay in the runtime's own memory."""
-        return super().decoder() if has_halves(self.inputs) else OnnxRuntimeDecoder(self)
+        if has_halves(self.inputs):
+            return super().decoder()
+        if self.options.get("caches") == "shared":
+            return SharedDecoder(self)
+        return HostDecoder(self) if self.device == "cpu" else BoundDecoder(self)
 
     def session(self) -> Any:
         """The ``onnxruntime.InferenceSession``; made when first asked for, and again when folder or threads change.
@@ -166,7 +174,7 @@ class OnnxRuntimeArtifact(Artifact):
         given = check_inputs(self.path, self.inputs, inputs)
         session = self.session()
         binding = session.io_binding()
-        _bind(binding, given)
+        bind(binding, given)
         for name in names:
             binding.bind_output(name, self.device)
         try:
@@ -186,6 +194,30 @@ class OnnxRuntimeArtifact(Artifact):
             yield
         finally:
             self.session_threads, self._session, self._opened = before
+
+    def _continues_rows(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether several rows with a past get several tokens each, which the attention over shared caches does not take."""
+        past = next(inputs[port.name] for port in self.inputs if port.role == PAST)
+        rows, new = inputs[TOKENS].shape
+        return rows > 1 and new > 1 and past.shape[2] > 0
+
+    def _check_positions(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse positions that do not count up by one, which the attention over shared caches does by itself."""
+        positions = inputs.get("position_ids")
+        if positions is None:
+            return
+        held = inputs["attention_mask"][:, -positions.shape[1] :] != 0
+        starts = positions - torch.arange(positions.shape[1], device=positions.device)
+        both = held[:, 1:] & held[:, :-1]
+        if bool((both & (starts[:, 1:] != starts[:, :-1])).any()):
+            raise LowerError(
+                f"{self.path}: position_ids must count up by one along a row where attention_mask is 1, since the model was "
+                "built with caches: shared; build it with caches: appended for other positions"
+            )
+
+    def _run_by_row(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = [self.run({name: value[i : i + 1] for name, value in inputs.items()}) for i in range(len(inputs[TOKENS]))]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def _run_on_device(self, session: Any, inputs: Mapping[str, Tensor], wanted: Sequence[Port]) -> dict[str, Tensor]:
         """Bind tensors of the CUDA device by address, so that nothing passes through host memory."""
@@ -208,59 +240,3 @@ class OnnxRuntimeArtifact(Artifact):
         results = binding.get_outputs()
         tensors = (torch.utils.dlpack.from_dlpack(value._ortvalue).clone() for value in results)
         return {port.name: tensor for port, tensor in zip(wanted, tensors, strict=True)}
-
-
-def _bind(binding: Any, inputs: Mapping[str, Tensor]) -> None:
-    """Bind tensors of any device from the host's memory."""
-    for name, tensor in inputs.items():
-        binding.bind_cpu_input(name, tensor.detach().to("cpu").contiguous().numpy())
-
-
-class OnnxRuntimeDecoder:
-    """Steps of an ONNX model; what it returns as presents is bound as pasts, so that no cache passes through Python."""
-
-    def __init__(self, artifact: OnnxRuntimeArtifact, held: Mapping[str, Any] | None = None) -> None:
-        """Args:
-        artifact: has caches.
-        held: values of the runtime (``OrtValue``) for inputs that stay the same at every step, filled in later perhaps.
-        """
-        self._artifact = artifact
-        self._held = held if held is not None else {}
-        self._session = artifact.session()
-        self._device = artifact.device
-        self._pasts = [port for port in artifact.inputs if port.role == PAST]
-        self._presents = [port.name for port in artifact.outputs if port.role == PRESENT]
-        self._caches: list[Any] = []
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run on the new tokens; see :class:`surgeon.generation.Decoder`.
-
-        Raises:
-            LowerError: the runtime fails.
-        """
-        if not self._caches:
-            empty = [empty_cache(port, next(iter(inputs.values()))) for port in self._pasts]
-            self._caches = [self._value(tensor) for tensor in empty]
-        inputs = {**inputs, **routes.complete(self._artifact.inputs, inputs)}
-        binding = self._session.io_binding()
-        _bind(binding, inputs)
-        for name, value in self._held.items():
-            binding.bind_ortvalue_input(name, value)
-        for port, value in zip(self._pasts, self._caches, strict=True):
-            binding.bind_ortvalue_input(port.name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._presents:
-            binding.bind_output(name, self._device)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            raise self._artifact.failed(inputs, error) from error
-        logits, *self._caches = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()).to(next(iter(inputs.values())).device)
-
-    def _value(self, tensor: Tensor) -> Any:
-        import onnxruntime
-        from onnx_ir import tensor_adapters
-
-        element = int(tensor_adapters.from_torch_dtype(tensor.dtype))
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), element, self._device)

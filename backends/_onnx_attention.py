@@ -32,6 +32,9 @@ _ELEMENTWISE = frozenset(
 class CachedAttention:
     """Lowers attention nodes of one graph."""
 
+    flat_output = False
+    """Whether the output has its heads side by side even where they come divided."""
+
     def __init__(self, nodes: fx.Graph) -> None:
         self._nodes = nodes
         self._half: dict[fx.Node, fx.Node] = {}
@@ -40,24 +43,27 @@ class CachedAttention:
         """Replace one node, at the insertion point before it; False where no cache is appended to right here."""
         args: tuple[Any, ...] = node.args
         q, k, v, mask, is_causal, scale = args
-        halves = [_appended(k), _appended(v)]
+        halves = [appended(k), appended(v)]
         if is_causal or None in halves:
             return False
         (past_k, new_k), (past_v, new_v) = (half for half in halves if half is not None)
         flat = self._flattened(q, new_k, new_v)
         heads = (q.meta["val"].shape[1], new_k.meta["val"].shape[1]) if flat else None
-        given = (*(flat or (q, new_k, new_v)), mask, past_k, past_v, scale, heads)
-        results = self._nodes.call_function(emit.cached_attention, given)
+        results = self.attend(*(flat or (q, new_k, new_v)), mask, past_k, past_v, scale, heads)
         output, keys, values = (self._nodes.call_function(operator.getitem, (results, index)) for index in range(3))
         order = {n: i for i, n in enumerate(self._nodes.nodes)}
         for old, new in ((k, keys), (v, values)):
             # What is read before this point stays the concatenation that it is.
             old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[values])
-        if flat is None:
+        if flat is None and not self.flat_output:
             node.replace_all_uses_with(output)
         else:
             self._join(node, output)
         return True
+
+    def attend(self, q: Any, k: Any, v: Any, mask: Any, past_k: Any, past_v: Any, scale: float, heads: Any) -> fx.Node:
+        """The runtime's attention: a node of output, keys and values; ``heads`` is None where q, k and v are divided."""
+        return self._nodes.call_function(emit.cached_attention, (q, k, v, mask, past_k, past_v, scale, heads))
 
     # -- in front -----------------------------------------------------------------------------------------------
 
@@ -80,17 +86,24 @@ class CachedAttention:
         return self._nodes.call_function(emit.join_heads, (divided,))
 
     def _halved(self, table: fx.Node) -> fx.Node:
-        """The first half of a table's columns, made once."""
+        """The first half of a table's columns, made once: its own chain of operations on f instead of ``concat(f, f)``."""
         if table not in self._half:
-            with self._nodes.inserting_after(table):
-                self._half[table] = self._nodes.call_function(emit.first_half, (table,))
+            source: Any = table.args[0]
+            if table.target == aten.cat.default:
+                self._half[table] = source[0]
+            else:
+                half = self._halved(source)
+                with self._nodes.inserting_after(table):
+                    self._half[table] = self._nodes.node_copy(table, lambda node: half if node is source else node)
+                whole = table.meta["val"]
+                self._half[table].meta["val"] = whole[..., : whole.shape[-1] // 2]
         return self._half[table]
 
     # -- behind -------------------------------------------------------------------------------------------------
 
     def _join(self, node: fx.Node, output: fx.Node) -> None:
         """Let readers of the joined heads read ``output`` [B, S, N D], and others the heads divided anew."""
-        for transposed in [user for user in node.users if _swaps(user)]:
+        for transposed in [user for user in node.users if swaps(user)]:
             for joined in [user for user in transposed.users if user.target == aten.reshape.default]:
                 if _same_rows(joined, transposed):
                     joined.replace_all_uses_with(output)
@@ -102,7 +115,7 @@ class CachedAttention:
             node.replace_all_uses_with(heads)
 
 
-def _appended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def appended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(past, new) where a node is an input of the graph with new positions appended, [B, K, T, D]."""
     if node.target != aten.cat.default or node.args[1:] not in ((2,), (-2,)):
         return None
@@ -110,7 +123,7 @@ def _appended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (parts[0], parts[1]) if len(parts) == 2 and parts[0].op == "placeholder" else None
 
 
-def _swaps(node: fx.Node) -> bool:
+def swaps(node: fx.Node) -> bool:
     """Whether a node exchanges heads and positions of a tensor of four dimensions."""
     if node.target == aten.transpose.int:
         return node.meta["val"].dim() == 4 and {axis % 4 for axis in node.args[1:]} == {1, 2}  # type: ignore[operator]  # ints
@@ -118,7 +131,7 @@ def _swaps(node: fx.Node) -> bool:
 
 
 def _is_divided(node: fx.Node) -> bool:
-    return node.op == "call_function" and _swaps(node)
+    return node.op == "call_function" and swaps(node)
 
 
 def _same_rows(flat: fx.Node, divided: fx.Node) -> bool:

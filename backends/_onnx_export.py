@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from surgeon.backends import _onnx_fuse as fuse
 from surgeon.backends._onnx_support import quiet
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -59,7 +60,11 @@ def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> i
     if found != opset:
         raise LowerError(f"onnxruntime: opset {opset} was asked for, the graph could only be expressed in opset {found}")
     _expand_rotary_tables(model)
+    fuse.fuse_residual_norms(model)
+    fuse.merge_unsqueezes(model)
     if provider == "cpu":
+        fuse.pack_projections(model)
+        fuse.feed_packed_attention(model)
         _keep_residual_sums_apart(model)
     _name_axes(model, graph)
     _strip(model)

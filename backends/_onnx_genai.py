@@ -44,7 +44,7 @@ def refusals(graph: Graph) -> list[Refusal]:
     return found
 
 
-def configuration(graph: Graph, threads: int | None) -> dict[str, Any]:
+def configuration(graph: Graph, threads: int | None, shared: bool) -> dict[str, Any]:
     """The configuration of a decoder; what is not said by the graph is taken from the source's configuration."""
     cache = next(port for port in graph.inputs if port.role == PAST)
     logits = next(port for port in graph.outputs if port.name == "logits")
@@ -72,13 +72,13 @@ def configuration(graph: Graph, threads: int | None) -> dict[str, Any]:
                 "outputs": {"logits": "logits", **presents},
             },
         },
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": shared},
     }
 
 
-def write(graph: Graph, folder: Path, threads: int | None) -> str:
+def write(graph: Graph, folder: Path, threads: int | None, shared: bool) -> str:
     """Write the configuration beside the model; returns the file's name."""
-    text = json.dumps(configuration(graph, threads), indent=2) + "\n"
+    text = json.dumps(configuration(graph, threads, shared), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     return CONFIG
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact, OnnxRuntimeDecoder
+from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
+from surgeon.backends._onnx_decoding import BoundDecoder, HostDecoder
 from surgeon.caches import CROSS, asked
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError
@@ -74,11 +75,15 @@ class OnnxHalvesArtifact(Artifact):
         crossing: dict[str, Any] = {}
         names = [port.name for port in decoder.inputs if port.role == CROSS]
 
+        on_host = decoder.device == "cpu"
+
         def encode(inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
-            crossing.update(encoder.values(inputs, names))
+            found = encoder.values(inputs, names)
+            crossing.update({name: value.numpy() for name, value in found.items()} if on_host else found)
             return {}
 
-        return ConditionalDecoder(encode, OnnxRuntimeDecoder(decoder, crossing), encoder.inputs, decoder.inputs)
+        steps = (HostDecoder if on_host else BoundDecoder)(decoder, crossing)
+        return ConditionalDecoder(encode, steps, encoder.inputs, decoder.inputs)
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:

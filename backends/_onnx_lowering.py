@@ -8,7 +8,8 @@ linear with a float weight of one reader       MatMul with the weight stored tra
 linear with a low-bit weight                   ``com.microsoft.MatMulNBits`` where a block of 16 to 256 fits the group
 ... of 8 bits per row, dynamic input           DynamicQuantizeLinear (shared) + MatMulInteger + Mul (+ Add)
 embedding of a low-bit table                   ``com.microsoft.GatherBlockQuantized``, or Gather and unpack
-attention over a cache                         Attention, which appends the new keys and values (opset 23, CPU)
+attention over a cache                         Attention, which appends the new keys and values (opset 23, CPU), or
+                                               ``com.microsoft.GroupQueryAttention``, which writes them into the cache
 moe                                            ``com.microsoft.MoE`` / ``QMoE`` where the kernel computes exactly this,
                                                else tokens sorted by expert, one small matmul per expert
 anything else that reads a low-bit weight      unpacked in the graph; ONNX Runtime folds that when a session is created
@@ -30,6 +31,7 @@ from surgeon.backends import _onnx_ops as emit
 from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
 from surgeon.backends._onnx_attention import CachedAttention, spread_mask
+from surgeon.backends._onnx_shared import SharedAttention
 from surgeon.backends._onnx_weights import LowBit
 from surgeon.gates import gate
 from surgeon.graph import Graph, assign_tensor
@@ -74,7 +76,9 @@ class Lowering:
         fused: number of uses of each fused form.
     """
 
-    def __init__(self, graph: Graph, level: int, fused_experts: bool, appends: bool = True) -> None:
+    def __init__(
+        self, graph: Graph, level: int, fused_experts: bool, appends: bool = True, shared_caches: bool = False
+    ) -> None:
         self.graph = graph.clone()
         self.level = level
         self.appends = appends
@@ -86,7 +90,7 @@ class Lowering:
         self._taken = frozenset(self.graph.parameters())
         self._readers: Counter[tuple[Any, ...]] = Counter()
         self._codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
-        self._caches = CachedAttention(self._nodes)
+        self._caches = SharedAttention(self.graph, self._constant) if shared_caches else CachedAttention(self._nodes)
 
     def run(self) -> fx.GraphModule:
         """Rewrite everything and return the module to export; it holds only the tensors that it reads."""
@@ -321,7 +325,7 @@ class Lowering:
     def _cached_attention(self, node: fx.Node) -> None:
         """``Attention`` (opset 23), which appends new keys and values to a cache itself; in ATen elsewhere."""
         if self.appends and self._caches.lower(node):
-            self.fused["cached_attention"] += 1
+            self.fused["grouped_attention" if self._caches.flat_output else "cached_attention"] += 1
         else:
             self._replace(node, attend, node.args)
 

@@ -237,14 +237,78 @@ def cached_attention(
     return output, keys, values
 
 
+def cache_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an attention mask [B, P + S]: P + S - 1 for every row, int32 [B], and P + S, int32 [1]."""
+    rows, total = (
+        onnx_ops.symbolic("Shape", (mask,), {"start": axis, "end": axis + 1}, dtype=torch.int64, shape=(1,), version=23)
+        for axis in range(2)
+    )
+    total = total.to(torch.int32)
+    last = onnx_ops.symbolic("Expand", (total - 1, rows), dtype=torch.int32, shape=mask.shape[:1], version=13)
+    return last, total
+
+
+def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores for a mask of booleans: 0, or the lowest number, which keeps a row of nothing finite."""
+    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
+
+
+def padding_bias(mask: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`mask_bias` of booleans [B, 1, 1, T] for every one of the new tokens [B, S]: [B, 1, S, T]."""
+    bias = mask_bias(mask, dtype)
+    new = onnx_ops.symbolic("Shape", (tokens,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,), version=23)
+    shape = torch.cat([torch.tensor([1, 1]), new, torch.tensor([1])])
+    wide = (*mask.shape[:2], tokens.shape[1], mask.shape[3])
+    return onnx_ops.symbolic("Expand", (bias, shape), dtype=dtype, shape=wide, version=13)
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    last: Tensor,
+    total: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    scale: float,
+    heads: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``com.microsoft.GroupQueryAttention``, causal, over a past that may be written in place.
+
+    Args:
+        q: queries [B, S, N D].
+        k: new keys [B, S, K D].
+        v: new values likewise.
+        past_k: keys so far, [B, K, at least P, D].
+        past_v: values so far.
+        last: int32 [B], P + S - 1.
+        total: int32 [1], P + S.
+        tables: cos and sin [positions, D/2] by which queries and keys are turned, the first of a row by row 0, or None.
+        bias: [B or 1, N or 1, S, P + S], added to the scores, or None.
+        scale: factor of the scores.
+        heads: N and K.
+
+    Returns:
+        [B, S, N D], and keys and values [B, K, P + S, D] (the past's own length where that is larger).
+    """
+    new, sizes = k.shape[1], past_k.shape
+    longer = (*sizes[:2], sizes[2] + new, sizes[3])
+    output, keys, values = onnx_ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (q, k, v, past_k, past_v, last, total, *(tables or (None, None)), None, bias),
+        {"num_heads": heads[0], "kv_num_heads": heads[1], "scale": scale, "do_rotary": int(tables is not None)},
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        shapes=(q.shape, longer, longer),
+        version=1,
+    )
+    return output, keys, values
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """``RotaryEmbedding`` (opset 23) of x [B, S, N D] with tables [B or 1, S, D/2]: halves of a head are turned together."""
     return onnx_ops.symbolic("RotaryEmbedding", (x, cos, sin), {"num_heads": heads}, dtype=x.dtype, shape=x.shape, version=23)
-
-
-def first_half(table: Tensor) -> Tensor:
-    """Columns [..., : D/2] of a table [..., D]."""
-    return table[..., : table.shape[-1] // 2]
 
 
 def join_heads(x: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ class AotInductorArtifact(Artifact):
         device = str(self.options.get("device", "cpu"))
         try:
             with torch.no_grad():
-                results = self._package(*(inputs[port.name].to(device) for port in self.inputs))
+                # The package was compiled for tensors without gaps and would read others wrongly, without a word.
+                results = self._package(*(inputs[port.name].to(device).contiguous() for port in self.inputs))
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")

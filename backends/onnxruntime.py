@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from surgeon.backends import _onnx_artifact as runtime
 from surgeon.backends import _onnx_genai as genai
 from surgeon.backends import _onnx_halves as both
+from surgeon.backends import _onnx_shared as shared
 from surgeon.backends import _onnx_tensorrt as tensorrt
 from surgeon.backends import _trt_dialect as dialect
 from surgeon.backends import _trt_profiles as profiles
@@ -32,7 +33,7 @@ from surgeon.ports import port_of
 
 __all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
 
-FUSING = ("opset", "accuracy_level", "experts", "genai")
+FUSING = ("opset", "accuracy_level", "experts", "caches", "genai")
 """Options of the fused form, which TensorRT does not parse."""
 
 
@@ -55,6 +56,12 @@ class OnnxRuntime(Backend):
     """Mixtures of experts: ``fused`` takes com.microsoft.MoE and QMoE where they compute exactly what the graph says,
     ``sorted`` always sorts the tokens by expert in standard operators.  On a CPU (version 1.32) sorted took 0.4 to 0.9 of
     the time of fused from 128 tokens on, fused as little as a quarter of sorted for one token and 64 experts."""
+
+    caches: Literal["appended", "shared"] = "appended"
+    """Caches of a model that generates text: ``appended`` returns each as a longer copy at every step, ``shared`` (on the
+    CPU) takes com.microsoft.GroupQueryAttention, which writes into the buffers that it is given where past and present are
+    bound to one.  That saves the copies, which matter for long texts, and takes a batch with a past one token at a time:
+    ``surgeon.load`` runs longer continuations row by row."""
 
     genai: bool = False
     """Write genai_config.json too, so that onnxruntime-genai opens the folder; needs task text-generation."""
@@ -95,7 +102,8 @@ class OnnxRuntime(Backend):
         """Operators that neither torch.onnx nor this backend translates, and types the provider has no kernels for."""
         from surgeon.backends._onnx_support import unsupported
 
-        elsewhere = {"cpu": ("shapes", "ep_context"), "cuda": ("shapes", "ep_context"), "tensorrt": FUSING}[self.provider]
+        gpu = ("shapes", "ep_context")
+        elsewhere = {"cpu": gpu, "cuda": ("caches", *gpu), "tensorrt": FUSING}[self.provider]
         found = [
             Refusal(name, f"has no meaning with provider: {self.provider}")
             for name in elsewhere
@@ -104,6 +112,7 @@ class OnnxRuntime(Backend):
         if self.provider == "tensorrt":
             return [*found, *dialect.refusals(graph), *profiles.refusals(self.shapes, graph)]
         found += unsupported(graph, self.provider, self.opset)
+        found += shared.refusals(graph) if self.caches == "shared" and self.provider == "cpu" else []
         return [*found, *genai.refusals(graph)] if self.genai else found
 
     def accepted_error(self, graph: Graph) -> float:
@@ -145,7 +154,7 @@ class OnnxRuntime(Backend):
             return both.joined(found, whole)
         artifact = self._lower(graph, folder, runtime.MODEL)
         if self.genai:
-            artifact.files += (ArtifactFile.of(folder, genai.write(graph, folder, self.threads)),)
+            artifact.files += (ArtifactFile.of(folder, genai.write(graph, folder, self.threads, self.caches == "shared")),)
             artifact.details["genai"] = genai.check(artifact, graph)
         return artifact
 
@@ -156,7 +165,8 @@ class OnnxRuntime(Backend):
         from surgeon.backends._onnx_lowering import Lowering
 
         appends = self.opset >= 23 and self.provider == "cpu"  # measured there
-        lowering = Lowering(graph, self.accuracy_level, self.experts == "fused", appends)
+        in_place = self.caches == "shared"
+        lowering = Lowering(graph, self.accuracy_level, self.experts == "fused", appends or in_place, in_place)
         model = onnx_export.export(graph, lowering.run(), self.opset, self.provider)
         onnx_export.annotate(model, graph, lowering.weights)
         details = {

@@ -164,38 +164,45 @@ def generate(
         )
     if max_new_tokens < 1:
         raise GenerateError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    tokens, step, padding = (_conditional if has_halves(ports) else _causal)(decoder, ports, inputs, settings)
+    if has_halves(ports):
+        tokens, step, padding = _conditional(decoder, ports, inputs, settings)
+    else:
+        tokens, step, padding = _causal(decoder, ports, inputs, settings, max_new_tokens)
     rules = settings.processor(tokens.shape[1], max_new_tokens, padding)
     ends = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=tokens.device)
     fill = settings.pad_token_id if settings.pad_token_id is not None else next(iter(settings.eos_token_id), 0)
     going = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    new = tokens
+    new, found = tokens, [tokens]
     if streamer is not None:
         streamer.put(tokens.cpu())
+    # A step of a small model is over in a millisecond, and an operation on a few numbers takes a hundredth of one.
     for _ in range(max_new_tokens):
-        scores = step(new)[:, -1].float()
+        scores = step(new).select(1, -1)
         if rules is not None:
-            scores = rules(tokens, scores)
-        chosen = sampling(tokens, scores)
+            found = [torch.cat(found, 1)]
+            scores = rules(found[0], scores.float())
+        chosen = sampling(found[0], scores)
         if settings.eos_token_id:
             chosen = torch.where(going, chosen, fill)
             going &= ~torch.isin(chosen, ends)
-        new = chosen[:, None]
-        tokens = torch.cat([tokens, new], 1)
+        new = chosen.unsqueeze(1)
+        found.append(new)
         if streamer is not None:
             streamer.put(chosen.cpu())
-        if not bool(going.any()):
+        if settings.eos_token_id and not bool(going.any()):
             break
     if streamer is not None:
         streamer.end()
-    return tokens
+    return torch.cat(found, 1)
 
 
 _Start = tuple[Tensor, Callable[[Tensor], Tensor], Tensor | None]
 """Tokens to start from, logits of new tokens, and how many of the first tokens are padding."""
 
 
-def _causal(decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor], settings: Settings) -> _Start:
+def _causal(
+    decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor], settings: Settings, more: int
+) -> _Start:
     """The prompt, and steps that lengthen its mask and count its positions."""
     names = {port.name for port in ports}
     unknown = sorted(set(inputs) - {TOKENS, "attention_mask"})
@@ -210,15 +217,19 @@ def _causal(decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor
     mask = _mask(ids, given, settings)
     if "attention_mask" not in names and not bool(mask.all()):
         raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
-    state = {"attention_mask": mask, "position_ids": masked_positions(mask)}
+    # Mask and positions of all steps are made at once, and read as far as there are tokens.
+    whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
+    every = {"attention_mask": whole, "position_ids": masked_positions(whole)}
+    given, length = {TOKENS: ids}, 0
 
     def step(new: Tensor) -> Tensor:
-        given = {TOKENS: new, **state}
-        logits = decoder({name: value for name, value in given.items() if name in names})
-        longer = state["attention_mask"]
-        state["attention_mask"] = torch.cat([longer, longer.new_ones(len(longer), 1)], 1)
-        state["position_ids"] = state["position_ids"][:, -1:] + 1
-        return logits
+        nonlocal length
+        start, length = length, length + new.shape[1]
+        given[TOKENS] = new
+        for name, first in (("attention_mask", 0), ("position_ids", start)):
+            if name in names:
+                given[name] = every[name][:, first:length]
+        return decoder(given)
 
     return ids, step, (mask != 0).int().argmax(1)
 

@@ -151,11 +151,11 @@ class Sampling:
         Returns:
             [batch] int64.
         """
-        return self._chosen(tokens, logits.float())
+        return self._chosen(tokens, logits)
 
     def _make(self) -> Processor:
         if not self.do_sample:
-            return lambda tokens, logits: logits.argmax(-1)
+            return _most_likely
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         warpers = LogitsProcessorList()
@@ -168,8 +168,15 @@ class Sampling:
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
 
         def draw(tokens: Tensor, logits: Tensor) -> Tensor:
-            scores: Tensor = warpers(tokens, logits)  # type: ignore[arg-type]  # any integer tensor will do
+            scores: Tensor = warpers(tokens, logits.float())  # type: ignore[arg-type]  # any integer tensor will do
             probabilities = torch.softmax(scores, dim=-1)
             return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(tokens.device)
 
         return draw
+
+
+def _most_likely(tokens: Tensor, logits: Tensor) -> Tensor:
+    """The largest of every row; NumPy's search on the CPU, which took a tenth of the time of torch's for one row."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.float().argmax(-1)
+    return torch.from_numpy(logits.numpy(force=True).argmax(-1))
