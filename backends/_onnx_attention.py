@@ -49,7 +49,8 @@ class CachedAttention:
         (past_k, new_k), (past_v, new_v) = (half for half in halves if half is not None)
         flat = self._flattened(q, new_k, new_v)
         heads = (q.meta["val"].shape[1], new_k.meta["val"].shape[1]) if flat else None
-        results = self.attend(*(flat or (q, new_k, new_v)), mask, past_k, past_v, scale, heads)
+        q, new_k, new_v = flat or (q, new_k, new_v)
+        results = self.attend(q, new_k, new_v, mask, past_k, past_v, scale, heads)
         output, keys, values = (self._nodes.call_function(operator.getitem, (results, index)) for index in range(3))
         order = {n: i for i, n in enumerate(self._nodes.nodes)}
         for old, new in ((k, keys), (v, values)):
@@ -67,7 +68,7 @@ class CachedAttention:
 
     # -- in front -----------------------------------------------------------------------------------------------
 
-    def _flattened(self, *sources: fx.Node) -> tuple[fx.Node, ...] | None:
+    def _flattened(self, *sources: fx.Node) -> tuple[Any, ...] | None:
         """Queries, keys and values [B, S, N D], or None where one of them is not made of that."""
         if not all(_is_divided(source) or _rotation(source) is not None for source in sources):
             return None

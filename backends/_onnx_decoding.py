@@ -124,13 +124,13 @@ class SharedDecoder:
     def _grow(self, rows: int, length: int) -> None:
         """Make room for ``length`` positions and more, and bind it."""
         used, self._capacity = self._capacity, max(length, int(self.GROWTH * self._capacity), self.SMALLEST)
-        old = self._buffers or [None] * len(self._pairs)
+        full = self._buffers
         self._buffers, self._bound = [], {}
         self._binding = self._session.io_binding()
-        for (port, present), earlier in zip(self._pairs, old, strict=True):
+        for place, (port, present) in enumerate(self._pairs):
             buffer = np.zeros((rows, port.shape[1], self._capacity, port.shape[3]), _numpy_type(port))
-            if earlier is not None:
-                buffer[:, :, :used] = earlier
+            if full:
+                buffer[:, :, :used] = full[place]
             self._buffers.append(buffer)
             _bind_memory(self._binding.bind_input, port.name, buffer)
             _bind_memory(self._binding.bind_output, present, buffer)

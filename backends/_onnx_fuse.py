@@ -50,12 +50,17 @@ def merge_unsqueezes(model: ir.Model) -> None:
         added = {axis % rank for axis in second}
         kept = [axis for axis in range(rank) if axis not in added]
         added |= {kept[axis % len(kept)] for axis in first}
-        axes = ir.tensor(np.array(sorted(added), np.int64), name=f"{outer.outputs[0].name}_axes")
-        constant = ir.Value(name=axes.name, const_value=axes, shape=axes.shape, type=ir.TensorType(ir.DataType.INT64))
-        model.graph.register_initializer(constant)
         outer.replace_input_with(0, inner.inputs[0])
-        outer.replace_input_with(1, constant)
+        outer.replace_input_with(1, _numbers(model.graph, f"{outer.outputs[0].name}_axes", sorted(added)))
         model.graph.remove(inner, safe=True)
+
+
+def _numbers(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
+    """A constant of int64."""
+    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64))
+    graph.register_initializer(value)
+    return value
 
 
 def _is_unsqueeze(node: ir.Node) -> bool:
@@ -112,7 +117,7 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     low_bit = first.op_type == "MatMulNBits"
     # Rows of the low-bit layouts are outputs and lie in front, and their zero points are whole bytes per row.
     axis = 0 if low_bit else 1
-    widths = [node.inputs[1].const_value.shape[axis] for node in nodes]  # type: ignore[union-attr]
+    widths = [_sizes(node.inputs[1])[axis] for node in nodes]
     inputs: list[ir.Value | None] = [first.inputs[0]]
     for position in range(1, len(first.inputs)):
         parts = [node.inputs[position] for node in nodes]
@@ -125,9 +130,7 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     product.outputs[0].shape = ir.Shape([*shape[:-1], sum(widths)]) if shape else None
     product.outputs[0].type = first.outputs[0].type
     product.outputs[0].name = "+".join(str(node.outputs[0].name) for node in nodes)
-    split = ir.tensor(np.array(widths, np.int64), name=f"{product.outputs[0].name}_widths")
-    sizes = ir.Value(name=split.name, const_value=split, shape=split.shape, type=ir.TensorType(ir.DataType.INT64))
-    graph.register_initializer(sizes)
+    sizes = _numbers(graph, f"{product.outputs[0].name}_widths", widths)
     parted = ir.Node("", "Split", [product.outputs[0], sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(nodes))
     graph.insert_before(first, [product, parted])
     for node, output in zip(nodes, parted.outputs, strict=True):
@@ -160,15 +163,23 @@ def feed_packed_attention(model: ir.Model) -> None:
 
 def _joined(graph: ir.Graph, parts: Sequence[ir.Value], axis: int) -> ir.Value:
     """A constant that is made of others when it is written."""
-    tensors = [part.const_value for part in parts]
-    dims = [int(size) for size in tensors[0].shape]  # type: ignore[union-attr]
-    dims[axis] = sum(int(tensor.shape[axis]) for tensor in tensors)  # type: ignore[union-attr]
+    dims = _sizes(parts[0])
+    dims[axis] = sum(_sizes(part)[axis] for part in parts)
     name = "+".join(str(part.name) for part in parts)
 
     def make() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis), name=name)  # type: ignore[union-attr]
+        arrays = [part.const_value.numpy() for part in parts if part.const_value is not None]
+        return ir.tensor(np.concatenate(arrays, axis), name=name)
 
-    lazy = ir.LazyTensor(make, tensors[0].dtype, ir.Shape(dims), name=name)  # type: ignore[union-attr]
+    assert parts[0].const_value is not None
+    lazy = ir.LazyTensor(make, parts[0].const_value.dtype, ir.Shape(dims), name=name)
     value = ir.Value(name=name, const_value=lazy, shape=lazy.shape, type=ir.TensorType(lazy.dtype))
     graph.register_initializer(value)
     return value
+
+
+def _sizes(value: ir.Value | None) -> list[int]:
+    """Shape of a constant."""
+    assert value is not None
+    assert value.const_value is not None
+    return list(value.const_value.shape.numpy())

@@ -73,10 +73,12 @@ def _reason(graph: Graph, node: fx.Node, causal: dict[fx.Node, bool]) -> str:
     """Why one attention cannot be the kernel's, or nothing."""
     args: tuple[Any, ...] = node.args
     q, k, v, mask, is_causal, _ = args
-    if is_causal or appended(k) is None or appended(v) is None:
+    halves = appended(k), appended(v)
+    if is_causal or halves[0] is None or halves[1] is None:
         return "its keys and values are not a cache with new ones appended"
     others = [user for source in (k, v) for user in source.users if user is not node and user.op != "output"]
-    others += [u for s in (k, v) for u in appended(s)[0].users if u is not s and u.target != aten.sym_size.int]
+    for source, (past, _) in ((k, halves[0]), (v, halves[1])):
+        others += [user for user in past.users if user is not source and user.target != aten.sym_size.int]
     if others:
         return f"its cache is read by {others[0].name} too"
     shapes = [tuple(source.meta["val"].shape) for source in (q, k, v)]

@@ -220,16 +220,16 @@ def _causal(
     # Mask and positions of all steps are made at once, and read as far as there are tokens.
     whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
     every = {"attention_mask": whole, "position_ids": masked_positions(whole)}
-    given, length = {TOKENS: ids}, 0
+    fed, length = {TOKENS: ids}, 0
 
     def step(new: Tensor) -> Tensor:
         nonlocal length
         start, length = length, length + new.shape[1]
-        given[TOKENS] = new
+        fed[TOKENS] = new
         for name, first in (("attention_mask", 0), ("position_ids", start)):
             if name in names:
-                given[name] = every[name][:, first:length]
-        return decoder(given)
+                fed[name] = every[name][:, first:length]
+        return decoder(fed)
 
     return ids, step, (mask != 0).int().argmax(1)
 
