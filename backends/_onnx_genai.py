@@ -44,7 +44,7 @@ def refusals(graph: Graph) -> list[Refusal]:
     return found
 
 
-def configuration(graph: Graph, threads: int | None, shared: bool) -> dict[str, Any]:
+def configuration(graph: Graph, threads: int | None, shared: bool = False) -> dict[str, Any]:
     """The configuration of a decoder; what is not said by the graph is taken from the source's configuration."""
     cache = next(port for port in graph.inputs if port.role == PAST)
     logits = next(port for port in graph.outputs if port.name == "logits")
