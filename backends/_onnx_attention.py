@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgeon.backends import _onnx_ops as emit
+from surgeon.backends import _onnx_attention_ops as emit
 
 aten = torch.ops.aten
 _ELEMENTWISE = frozenset(

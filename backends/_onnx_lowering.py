@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
+from surgeon.backends import _onnx_attention_ops as attention
 from surgeon.backends import _onnx_ops as emit
 from surgeon.backends import _onnx_routing as routing
 from surgeon.backends import _onnx_weights as layout
@@ -323,9 +324,13 @@ class Lowering:
         return self._nodes.call_function(aten.t.default, (part,)) if transposed else part
 
     def _cached_attention(self, node: fx.Node) -> None:
-        """``Attention`` (opset 23), which appends new keys and values to a cache itself; in ATen elsewhere."""
+        """``Attention`` (opset 23), which appends new keys and values to a cache itself where they come as such; else ATen."""
+        args: tuple[Any, ...] = node.args
+        q, k, v, mask, is_causal, scale = args
         if self.appends and self._caches.lower(node):
             self.fused["grouped_attention" if self._caches.flat_output else "cached_attention"] += 1
+        elif self.appends and not is_causal and (mask is None or _has_rows_of(mask, q)):
+            self._replace(node, attention.attention, (q, k, v, mask, scale))
         else:
             self._replace(node, attend, node.args)
 
@@ -436,3 +441,9 @@ class Lowering:
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """What two names of one tensor have in common."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _has_rows_of(mask: fx.Node, q: fx.Node) -> bool:
+    """Whether a mask [B, N, S, T] has a row for every query: the kernel repeats batches and heads, rows not."""
+    value = mask.meta["val"]
+    return value.dim() == 4 and str(value.shape[2]) == str(q.meta["val"].shape[2])

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon import routes
-from surgeon.backends import _onnx_ops as emit
+from surgeon.backends import _onnx_attention_ops as emit
 from surgeon.backends._onnx_attention import CachedAttention, appended, swaps
 from surgeon.caches import PAST, SUM, TOKENS, has_caches
 from surgeon.contract import Refusal

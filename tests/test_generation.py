@@ -221,7 +221,7 @@ def test_the_larger_of_two_sizes_is_written() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"deepseek_v3"}))  # torch.onnx does not export its attention yet
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families_generate_the_same_tokens(name: str) -> None:
     module = causal(name, layers=4 if name.startswith("gemma") else 2)
     model = surgeon.compile(module, [], task="text-generation", progress=False)
