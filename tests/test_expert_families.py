@@ -121,15 +121,21 @@ def test_every_pass_keeps_the_kind_of_the_router(name: str, step: str) -> None:
     subject = Patient(graph, structure, load_data([inputs(name), inputs(name, 3, 9)], graph))
     part = next(structure.moes()).part
     fewer = part.experts - part.groups
+    # The FFN in front of some mixtures has its family's own width, 18432 for one.
+    factored = {"names": "*.attention.*"} if any(structure.attentions()) else {}
     fields: dict[str, Any] = {
         "drop_experts": {"keep": fewer}, "merge_experts": {"groups": fewer, "grouping": "outputs"},
-        "skip_experts": {"beta": "median"}, "expose_routing": {"replay": True}, "low_rank": {"ratio": 0.9},
+        "skip_experts": {"beta": "median"}, "expose_routing": {"replay": True}, "low_rank": {"ratio": 0.9, **factored},
         "quantize": {"scheme": "int8"},
     }[step]  # fmt: skip
     after = subject.operate({step: fields}).structure
     assert len(list(after.moes())) == len(list(structure.moes()))
     for was, now in zip(structure.moes(), after.moes(), strict=True):
-        assert {key: getattr(now.part, key) for key in FACTS} == {key: getattr(was.part, key) for key in FACTS}
+        expected = {key: getattr(was.part, key) for key in FACTS}
+        if (step, name) == ("skip_experts", "expert_choice"):
+            # What a token skips cannot be told from what its experts did not take: weights of a softmax, some of them 0.
+            expected["scoring"] = "softmax"
+        assert {key: getattr(now.part, key) for key in FACTS} == expected
         assert (now.part.selection_bias is None) == (was.part.selection_bias is None)
         assert now.part.experts == (fewer if step in ("drop_experts", "merge_experts") else was.part.experts)
         assert now.part.router is not None

@@ -116,6 +116,7 @@ def test_refusals_are_the_expected_ones() -> None:
         "drop_blocks": {"hiera"},  # its last block pools
         "moefy_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
         "upcycle_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
+        "expose_routing": {"scaled_inputs"},  # what would be replayed is multiplied into the experts' inputs too
     }
 
 
