@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -329,11 +330,13 @@ def test_experts_that_data_never_chose_are_named(tiny_mixtral: Trained) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # about a hundred merged models
 def test_every_method_beats_the_lot(tiny_mixtral: Trained) -> None:
     """Random groups and plain means; the best groupings also beat random groups that are combined as they are."""
     batch = tiny_mixtral.held_out
     assert batch is not None
 
+    @cache
     def loss(**options: Any) -> float:
         return tiny_mixtral.operate({"merge_experts": {"groups": 4, **options}}).loss(batch)
 
