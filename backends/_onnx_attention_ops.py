@@ -59,8 +59,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
     ``mask``: booleans or floats [B or 1, N or 1, S, T], or None.
     """
-    shape, attributes = (*q.shape[:3], v.shape[3]), {"is_causal": 0, "scale": scale}
-    return onnx_ops.symbolic("Attention", (q, k, v, mask), attributes, dtype=q.dtype, shape=shape, version=23)
+    shape = (*q.shape[:3], v.shape[3])
+    return onnx_ops.symbolic(
+        "Attention", (q, k, v, mask), {"is_causal": 0, "scale": scale}, dtype=q.dtype, shape=shape, version=23
+    )
 
 
 def cache_lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
