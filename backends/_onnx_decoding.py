@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from surgeon import routes
-from surgeon.caches import PAST, PRESENT, TOKENS
+from surgeon.caches import MASK, PAST, PRESENT, TOKENS
 from surgeon.generation import empty_cache
 
 if TYPE_CHECKING:
     from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
     from surgeon.graph import Port
-
-MASK = "attention_mask"
 
 
 def bind(binding: Any, inputs: Mapping[str, Tensor]) -> None:

@@ -90,6 +90,14 @@ def pack_projections(model: ir.Model) -> None:
     for nodes in groups.values():
         if len(nodes) > 2:
             _pack(model, nodes)
+    _drop_unread(model.graph)
+
+
+def _drop_unread(graph: ir.Graph) -> None:
+    """Remove constants that nothing reads any more."""
+    for value in list(graph.initializers.values()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[str(value.name)]
 
 
 def _packing_key(node: ir.Node) -> tuple[object, ...] | None:
@@ -140,8 +148,6 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         output.name = name
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    for value in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:
-        del graph.initializers[str(value.name)]
 
 
 def feed_packed_attention(model: ir.Model) -> None:
@@ -155,10 +161,8 @@ def feed_packed_attention(model: ir.Model) -> None:
         if all(len(value.uses()) == 1 and not value.is_graph_output() for value in split.outputs):
             for position, value in enumerate((split.inputs[0], None, None)):
                 node.replace_input_with(position, value)
-            widths = split.inputs[1] if len(split.inputs) > 1 else None  # an attribute says equal parts
             model.graph.remove(split, safe=True)
-            if widths is not None and widths.name is not None and not widths.uses():
-                del model.graph.initializers[widths.name]
+    _drop_unread(model.graph)
 
 
 def _joined(graph: ir.Graph, parts: Sequence[ir.Value], axis: int) -> ir.Value:

@@ -24,14 +24,14 @@ import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon import routes
 from surgeon.backends import _onnx_attention_ops as emit
 from surgeon.backends._onnx_attention import CachedAttention, appended, swaps
-from surgeon.caches import PAST, SUM, TOKENS, has_caches
+from surgeon.caches import MASK, PAST, SUM, TOKENS, ancestors, has_caches
 from surgeon.contract import Refusal
 from surgeon.graph import Graph
 from surgeon.halves import has_halves
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.surgeon.attention.default
-MASK, POSITION_IDS = "attention_mask", "position_ids"
+POSITION_IDS = "position_ids"
 LARGEST_TABLE = 2**25
 """Bytes of a table of cosines or sines above which rotary embedding stays outside of the kernel."""
 
@@ -103,22 +103,9 @@ def _allows_nothing_later(graph: Graph, mask: fx.Node) -> bool:
     return mask.target in _SAME and _allows_nothing_later(graph, mask.all_input_nodes[0])
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and what it is computed from; of an input of which the size alone is read, nothing but that."""
-    found, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
-
-
 def _read(node: fx.Node) -> set[fx.Node]:
     """Inputs of which the numbers, not the size alone, are read."""
-    needed = _ancestors(node)
-    inputs = [source for source in needed if source.op == "placeholder"]
-    return {s for s in inputs if s is node or any(u in needed and u.target != aten.sym_size.int for u in s.users)}
+    return {source for source in ancestors([node]) if source.op == "placeholder"}
 
 
 def _reads_sizes_alone(node: fx.Node) -> bool:
@@ -141,16 +128,17 @@ def _is_causal(graph: Graph, mask: fx.Node, *, exactly: bool) -> bool:
 def _evaluate(graph: Graph, target: fx.Node, sizes: Mapping[str, int], given: Mapping[str, Tensor]) -> Tensor:
     """A node's value where inputs have these sizes and, but for those ``given`` by name, no numbers of interest."""
     nodes, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    needed = _ancestors(target)
     ports, inputs = iter(graph.inputs), []
     for node in target.graph.nodes:
-        port = next(ports) if node.op == "placeholder" else None  # in the order of the ports
-        if node in needed:
-            copies[node] = nodes.node_copy(node, copies.__getitem__)
-            if port is not None:
-                shape = [_size(size, sizes) for size in port.shape]
-                inputs.append(given.get(port.name, torch.zeros(shape, dtype=port.dtype)))
+        copies[node] = nodes.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder":
+            port = next(ports)  # in the order of the ports
+            shape = [_size(size, sizes) for size in port.shape]
+            inputs.append(given.get(port.name, torch.zeros(shape, dtype=port.dtype)))
+        if node is target:
+            break
     nodes.output(copies[target])
+    nodes.eliminate_dead_code()
     with torch.no_grad():
         found: Tensor = fx.GraphModule(graph.module, nodes)(*inputs)
     return found

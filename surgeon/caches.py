@@ -45,6 +45,8 @@ SUM = " + "
 """What stands between the names of two dimensions whose sum a dimension is."""
 TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 """Names of the input that text is continued with, of a decoder alone and of one behind an encoder."""
+MASK = "attention_mask"
+"""Name of the input that says which positions, past and new ones, hold a token."""
 
 
 def cache_names(role: str, count: int) -> list[str]:
