@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.graph import Graph
+from surgeon.backends import _aot_cuda as on_cuda
+from surgeon.graph import Graph, assign_tensor
 from surgeon.numerics.quantization import FLOAT8, unpack_codes
 from surgeon.ops import DECOMPOSITIONS, moe_dense, moe_gathered, moe_grouped
-from surgeon.ops.mixture import has_grouped_kernel
 from surgeon.rewrite import Editor
 
 aten = torch.ops.aten
@@ -60,6 +60,9 @@ def low_bit_kernels(graph: Graph, device: str, convert: bool) -> LowBitLinears:
     torch has ``_weight_int4pack_mm_for_cpu`` (4 bits, groups of 32 to 256, x [T, K]) and ``_weight_int8pack_mm`` (8 bits,
     symmetric, one scale per row).
 
+    On CUDA linears and experts over codes stay as they are: :class:`Decomposed` hands the codes to kernels of this backend,
+    which take 2, 4 and 8 bits and zero points, for few rows, and unpacks them for many.
+
     Args:
         graph: stays as it is.
         device: ``cpu`` or ``cuda``.
@@ -74,7 +77,14 @@ def low_bit_kernels(graph: Graph, device: str, convert: bool) -> LowBitLinears:
             if user.target is aten.embedding.default and user.args[0] is node:
                 _gather_before(editor, node, user)
                 continue
-            reason = _no_kernel(editor, node, user, device)
+            if device == "cuda":
+                reason = on_cuda.why_unpacked(node) if on_cuda.has_kernels() else "Triton is not installed"
+                if reason is None:
+                    result.kernels["few_rows"] += 1
+                else:
+                    result.left[node.name] = reason
+                continue
+            reason = _no_kernel(editor, node, user)
             if reason is not None:
                 result.left[node.name] = reason
             else:
@@ -86,11 +96,9 @@ def low_bit_kernels(graph: Graph, device: str, convert: bool) -> LowBitLinears:
     return result
 
 
-def _no_kernel(editor: Editor, node: fx.Node, user: fx.Node, device: str) -> str | None:
+def _no_kernel(editor: Editor, node: fx.Node, user: fx.Node) -> str | None:
     """Why no kernel computes ``user`` from these codes, or None."""
     packed, _, zero_point, bits, group, in_features = _Codes.of(node)
-    if device != "cpu":
-        return f"torch's low-bit linears for {device} are not used by this backend"
     if user.target is not aten.linear.default or user.args[1] is not node:
         return f"it is read by {user.target}, and torch has low-bit kernels for linears only"
     if user.meta["val"].dtype != torch.float32:
@@ -158,17 +166,30 @@ def _gather_before(editor: Editor, node: fx.Node, user: fx.Node) -> None:
 class Decomposed(nn.Module):
     """The graph with every operator of ours spelt in ATen: what ``torch.export`` traces for a package.
 
-    Experts are computed by ``torch._grouped_mm`` where the device has it.  Elsewhere a few tokens gather the weights of
-    their experts (T k <= E: at most as many bytes as all experts have), and more compute every expert; the package holds
-    both and decides at run time.
+    On the CPU a few tokens gather the weights of their experts (T k <= E: at most as many bytes as all experts have), and
+    more compute every expert; the package holds both and decides at run time.  On CUDA see ``_aot_cuda``.
     """
 
-    def __init__(self, graph: Graph, experts: Experts, spelt: Mapping[Any, Callable[..., Any]] | None = None) -> None:
-        """Args: the graph; how experts are computed; spellings of operators that replace ``surgeon.ops.DECOMPOSITIONS``."""
+    def __init__(
+        self, graph: Graph, experts: Experts, spelt: Mapping[Any, Callable[..., Any]] | None = None, device: str = "cpu",
+        packed: bool = True,
+    ) -> None:  # fmt: skip
+        """Say what to spell, and how.
+
+        Args:
+            graph: its module is run, not copied.
+            experts: how experts are computed.
+            spelt: spellings of operators that replace ``surgeon.ops.DECOMPOSITIONS``.
+            device: kind of device that it is spelt for.
+            packed: whether low-bit weights reach kernels where there are some (CUDA).
+        """
         super().__init__()
         self.module = graph.module
         self.experts = experts
-        self.spelt = {**DECOMPOSITIONS, **(spelt or {})}
+        self.kernels = device == "cuda" and on_cuda.has_kernels()
+        self.packed = packed and self.kernels
+        ours = {torch.ops.surgeon.attention.default: on_cuda.attention} if self.kernels else {}
+        self.spelt = {**DECOMPOSITIONS, **ours, **(spelt or {})}
         self.used: Counter[str] = Counter()
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -181,10 +202,23 @@ class _Interpreter(fx.Interpreter):
         super().__init__(owner.module)
         self.owner = owner
 
+    def run_node(self, n: fx.Node) -> Any:
+        """As it is, but low-bit weights that only kernels read stay packed."""
+        if self.owner.packed and n.target is torch.ops.surgeon.dequantize.default and on_cuda.why_unpacked(n) is None:
+            return on_cuda.LowBit(*self.fetch_args_kwargs_from_env(n)[0])
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ours in ATen, ATen as it is."""
         if target is torch.ops.surgeon.moe.default:
-            return _experts(self.owner, *args, **kwargs)
+            if self.owner.kernels and self.owner.experts == "auto":
+                return on_cuda.experts(self.owner.used, *args, **kwargs)
+            unpacked = tuple(arg.unpacked() if isinstance(arg, on_cuda.LowBit) else arg for arg in args)
+            return _experts(self.owner, *unpacked, **kwargs)
+        if target is aten.linear.default and isinstance(args[1], on_cuda.LowBit):
+            return on_cuda.linear(*args, **kwargs)
+        if target is aten.topk.default and self.owner.kernels and on_cuda.few_of_row(*args[:4], **kwargs):
+            return on_cuda.top_k(args[0], args[1])
         if target in self.owner.spelt:
             return self.owner.spelt[target](*args, **kwargs)
         return super().call_function(target, args, kwargs)
@@ -202,27 +236,27 @@ def _experts(
     activation: str = "identity",
 ) -> Tensor:
     form = owner.experts
-    if form == "auto" and has_grouped_kernel(x, w_in, w_out):
-        form = "grouped"
     owner.used[f"experts {form}"] += 1
-    tensors = [tensor for tensor in (x, index, weight, w_in, w_out, b_in, b_out) if tensor is not None]
-    given = [tensor is not None for tensor in (x, index, weight, w_in, w_out, b_in, b_out)]
+    operands = [x, index, weight, w_in, w_out, b_in, b_out]
 
-    def spelt(function: Any) -> Any:
-        def branch(*present: Tensor) -> Tensor:
-            values = iter(present)
-            result: Tensor = function(*(next(values) if there else None for there in given), activation)
-            return result
+    def spelt(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: function(*given, activation)
 
-        return branch
-
-    result: Tensor
     if form != "auto":
-        result = spelt({"grouped": moe_grouped, "gathered": moe_gathered, "dense": moe_dense}[form])(*tensors)
-        return result
+        return spelt({"grouped": moe_grouped, "gathered": moe_gathered, "dense": moe_dense}[form])(*operands)
     few: Any = index.shape[0] * index.shape[1] <= w_in.shape[0]  # a torch.SymBool where the number of tokens is dynamic
-    if few is True or few is False:
-        result = spelt(moe_gathered if few else moe_dense)(*tensors)
-    else:
-        result = torch.cond(few, spelt(moe_gathered), spelt(moe_dense), tuple(tensors))
-    return result
+    return on_cuda.either(few, spelt(moe_gathered), spelt(moe_dense), operands)
+
+
+def placed(graph: Graph, device: str) -> Graph:
+    """A copy of the graph that computes on another device: its tensors are copied there, and new ones are made there."""
+    copy = graph.clone()
+    for node in copy.module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device(device)}
+    copy.module.recompile()
+    moved: dict[Tensor, Tensor] = {}  # tensors under several names stay one
+    named = (copy.module.named_parameters, copy.module.named_buffers)
+    for name, tensor in [entry for each in named for entry in each(remove_duplicate=False)]:
+        assign_tensor(copy.module, name, moved.setdefault(tensor, tensor.detach().to(device)))
+    return copy

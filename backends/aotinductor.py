@@ -37,11 +37,12 @@ class AotInductor(Backend):
     """Where it runs; the package is compiled for this kind of device, and on one."""
     experts: Literal["auto", "grouped", "gathered", "dense"] = "auto"
     """Mixtures of experts: ``grouped`` matrix multiplication (CUDA in bfloat16), ``gathered`` expert weights per token,
-    ``dense`` computation of every expert; auto takes grouped where it exists, else gathered for few tokens and dense for
-    many, decided at run time."""
+    ``dense`` computation of every expert.  auto decides at run time: on the CPU gathered for few tokens and dense for many;
+    on CUDA a kernel that reads each expert's weights once, packed where they are low-bit, for few tokens, and for many
+    grouped where it exists and dense elsewhere."""
     low_bit: Literal["kernels", "dequantize", "refuse"] = "kernels"
-    """Low-bit weights: torch's low-bit linears where they exist and dequantized at run time elsewhere (``kernels``),
-    dequantized everywhere, or refused where no kernel exists."""
+    """Low-bit weights: in kernels where they exist (torch's low-bit linears on the CPU, this backend's for few rows on CUDA)
+    and dequantized at run time elsewhere (``kernels``), dequantized everywhere, or refused where no kernel exists."""
 
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
@@ -88,11 +89,13 @@ class AotInductor(Backend):
         if refusals:
             listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
             raise LowerError(f"aotinductor cannot express this graph:\n{listed}")
-        from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
+        from surgeon.backends._aot_joined import joined_linears
+        from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
-        module = Decomposed(lowered.graph, self.experts).eval()
-        example = tuple(graph.example[port.name] for port in graph.inputs)
+        here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
+        module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
+        example = tuple(graph.example[port.name].to(self.device) for port in graph.inputs)
         shapes = tuple(
             {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
             for port in graph.inputs
@@ -104,10 +107,6 @@ class AotInductor(Backend):
                 program = program.run_decompositions({})
                 calls = [node for node in program.graph.nodes if node.op == "call_function"]
                 operators = Counter(str(getattr(node.target, "__name__", node.target)).split(".")[0] for node in calls)
-                if self.device == "cuda":
-                    from torch.export.passes import move_to_device_pass
-
-                    program = move_to_device_pass(program, "cuda")
                 torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE))
         except Exception as error:  # export, inductor and the compiler raise many unrelated classes
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

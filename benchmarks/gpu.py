@@ -21,12 +21,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "int4": [INT4],
     "dropped int4": [DROP, INT4],
 }
+PEERS = ("eager", "torch.compile")
+READY = "ready"
 RUNTIMES = ("eager", "torch.compile", "aotinductor", "onnxruntime")
 TARGETS = {"floor": 1.3, "compound_speed": 6.05, "compound_memory": 0.23}
 
@@ -164,9 +170,15 @@ def model_of(shape: Shape, layers: int, experts: int, device: str) -> Any:
         with torch.device("meta"):
             model = MixtralForCausalLM(config)
         model = model.to_empty(device=device)
+        noise = torch.randn(1 << 24, device=device).mul_(0.02)  # drawing them all would take minutes on a CPU
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+            for number, (name, parameter) in enumerate(model.named_parameters()):
+                flat, whole = parameter.view(-1), parameter.numel() // noise.numel() * noise.numel()
+                rolled = noise.roll(7919 * number)
+                flat[:whole].view(-1, noise.numel()).copy_(rolled)
+                flat[whole:].copy_(rolled[: flat.numel() - whole])
+                if "norm" in name:
+                    parameter.fill_(1.0)
     finally:
         torch.set_default_dtype(default)
     rotary = model.model.rotary_emb  # its tables are computed, not stored
@@ -175,12 +187,10 @@ def model_of(shape: Shape, layers: int, experts: int, device: str) -> Any:
     return model.eval()
 
 
-def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
-    """Trace, operate and lower; returns seconds and bytes."""
+def prepared(shape: Shape, variant: str) -> Any:
+    """The operated graph of a variant."""
     import surgeon
-    from surgeon.registry import make_backend
 
-    start = time.perf_counter()
     module = model_of(shape, shape.layers, shape.experts, "cpu")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocabulary, (2, 16), generator=generator)
@@ -192,19 +202,27 @@ def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, A
         module, passes, calibration=[batch, batch], backend=None, task="text-generation", progress=False
     )
     assert compiled.graph is not None
-    prepared = time.perf_counter()
+    return compiled.graph
+
+
+def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
+    """Trace, operate and lower; returns seconds and bytes."""
+    from surgeon.registry import make_backend
+
+    start = time.perf_counter()
+    graph = prepared(shape, variant)
+    ready = time.perf_counter()
     key = {"aotinductor": "device", "onnxruntime": "provider"}[runtime]
     folder.mkdir(parents=True, exist_ok=True)
-    artifact = make_backend({runtime: {key: shape.device}}).lower(compiled.graph, folder)
+    artifact = make_backend({runtime: {key: shape.device}}).lower(graph, folder)
     manifest = {
         "options": artifact.options, "details": artifact.details, "files": [asdict(file) for file in artifact.files],
         "inputs": [_port(port) for port in artifact.inputs], "outputs": [_port(port) for port in artifact.outputs],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, default=str))
     return {
-        "prepare_seconds": prepared - start,
-        "lower_seconds": time.perf_counter() - prepared,
-        "bytes": artifact.nbytes,
+        "prepare_seconds": ready - start,
+        "lower_seconds": time.perf_counter() - ready,
         "details": {name: artifact.details.get(name) for name in ("nodes", "fused", "experts")},
     }
 
@@ -296,24 +314,35 @@ def _step(forward: Any, ids: Any, cache: Any, argument: str, length: int, static
 
 
 def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
-    """Build if need be, and time every cell of one variant on one runtime."""
+    """Build if need be, say so, wait for a line on the standard input, and time every cell of one variant on one runtime."""
     from surgeon.latency import measure
 
     facts: dict[str, Any] = {}
+    start = time.perf_counter()
     with torch.no_grad():
         if runtime in ("aotinductor", "onnxruntime"):
             facts = build(shape, variant, runtime, folder)
             runs, size = artifact_runs(shape, runtime, folder)
         else:
             runs, size = module_runs(shape, variant, compiled=runtime == "torch.compile")
-        figures = []
+        problems: dict[Cell, str] = {}
         for cell, run in runs.items():
             try:
-                timing = measure(synchronised(run, shape.device), warmup=5, seconds=2.0 if shape.device == "cuda" else 0.0)
-                tokens = cell.batch * (cell.length if cell.phase == "prefill" else 1)
-                figures.append({**asdict(cell), **asdict(timing), "tokens_per_second": 1e3 * tokens / timing.median_ms})
+                for _ in range(3):  # compiles, loads and picks kernels: not while another process is timed
+                    synchronised(run, shape.device)()
             except Exception as error:  # one cell that fails leaves the others
-                figures.append({**asdict(cell), "problem": f"{type(error).__name__}: {error}"[:500]})
+                problems[cell] = f"{type(error).__name__}: {error}"[:500]
+        facts["ready_seconds"] = time.perf_counter() - start
+        print(READY, flush=True)
+        sys.stdin.readline()
+        figures = []
+        for cell, run in runs.items():
+            if cell in problems:
+                figures.append({**asdict(cell), "problem": problems[cell]})
+                continue
+            timing = measure(synchronised(run, shape.device), warmup=5, seconds=1.0 if shape.device == "cuda" else 0.0)
+            tokens = cell.batch * (cell.length if cell.phase == "prefill" else 1)
+            figures.append({**asdict(cell), **asdict(timing), "tokens_per_second": 1e3 * tokens / timing.median_ms})
     peak = torch.cuda.max_memory_allocated() if shape.device == "cuda" else 0
     return {**facts, "bytes": size, "peak_bytes": peak, "cells": figures}
 
@@ -321,30 +350,84 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float) -> dict[str, Any]:
-    """Run every variant on every runtime, each in a process of its own."""
+def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Run every variant on every runtime, each in a process of its own; ``keep`` gets the results so far after each variant.
+
+    The processes of a variant build side by side and are timed one after the other, when all have built.  Eager and
+    torch.compile do not know quantization: what they do for ``int4`` is what they do for ``whole``.
+    """
     rate, known = (0.0, "none: a rehearsal") if rehearse else bandwidth()
     if not rehearse:
         torch.cuda.empty_cache()
     results: dict[str, Any] = {
-        "device": "cpu (a rehearsal)" if rehearse else torch.cuda.get_device_name(),
-        "torch": torch.__version__, "bandwidth": rate, "bandwidth_known_from": known, "shape": asdict(shape), "cells": {},
+        "device": "cpu (a rehearsal)" if rehearse else torch.cuda.get_device_name(), "torch": torch.__version__,
+        "versions": {name: _version(name) for name in ("transformers", "onnxruntime-gpu", "onnxruntime", "triton")},
+        "bandwidth": rate, "bandwidth_known_from": known, "shape": asdict(shape), "cells": {},
     }  # fmt: skip
     for variant in variants:
-        for runtime in RUNTIMES:
-            with tempfile.TemporaryDirectory(prefix="surgeon-gpu-") as scratch:
-                answer = Path(scratch) / "answer.json"
-                command = [sys.executable, __file__, "--cell", variant, runtime, "--folder", scratch, "--answer", str(answer)]
-                command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
-                try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-                    last = next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}")
-                except subprocess.TimeoutExpired:
-                    last = f"not done after {seconds:.0f} s"
-                found = json.loads(answer.read_text()) if answer.is_file() else {"problem": last[:500], "cells": []}
-            results["cells"].setdefault(variant, {})[runtime] = found
-            print(line(variant, runtime, found), file=sys.stderr, flush=True)
-    return results
+        found = results["cells"].setdefault(variant, {})
+        same = variant.replace("int4", "").strip() or "whole"
+        if same != variant and same in results["cells"]:
+            found.update({peer: results["cells"][same][peer] for peer in PEERS})
+        with tempfile.TemporaryDirectory(prefix="surgeon-gpu-") as scratch:
+            workers = [
+                Worker(shape, variant, runtime, Path(scratch) / runtime, rehearse, seconds)
+                for runtime in RUNTIMES
+                if runtime not in found
+            ]
+            for worker in workers:
+                worker.wait_ready()
+            for worker in workers:
+                found[worker.runtime] = worker.finish()
+                print(line(variant, worker.runtime, found[worker.runtime]), file=sys.stderr, flush=True)
+        keep(results)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class Worker:
+    """One variant on one runtime in a process of its own, with caches of its own, which go with it."""
+
+    def __init__(self, shape: Shape, variant: str, runtime: str, folder: Path, rehearse: bool, seconds: float) -> None:
+        self.runtime, self.deadline = runtime, time.monotonic() + seconds
+        folder.mkdir(parents=True)
+        self.answer, self.log = folder / "answer.json", folder / "log"
+        command = [sys.executable, __file__, "--cell", variant, runtime, "--folder", str(folder), "--answer", str(self.answer)]
+        command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **caches}
+            )
+        self.alarm = threading.Timer(seconds, self.process.kill)
+        self.alarm.start()
+
+    def wait_ready(self) -> None:
+        """Return when it has built, or ended."""
+        assert self.process.stdout is not None
+        for text in self.process.stdout:
+            if text.strip() == READY:
+                return
+
+    def finish(self) -> dict[str, Any]:
+        """Let it time its cells; returns its answer, or why there is none."""
+        try:
+            self.process.communicate("go\n")
+        except BrokenPipeError:
+            self.process.wait()
+        self.alarm.cancel()
+        if self.answer.is_file():
+            found: dict[str, Any] = json.loads(self.answer.read_text())
+            return found
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        late = time.monotonic() > self.deadline
+        last = "not done in time" if late else next(reversed(lines), f"exit code {self.process.returncode}")
+        return {"problem": last[:500], "log": lines[-40:], "cells": []}
 
 
 def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
@@ -352,6 +435,18 @@ def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
         return f"{variant:14}{runtime:16}{found['problem']}"
     figures = [f"{cell['tokens_per_second']:.4g}" if "problem" not in cell else "failed" for cell in found["cells"]]
     return f"{variant:14}{runtime:16}" + "".join(f"{figure:>14}" for figure in figures) + f"{found['bytes'] / 1e9:>10.2f} GB"
+
+
+def add_floors(shape: Shape, results: dict[str, Any]) -> None:
+    """Beside each decoding time the least that the bytes of its own variant allow (of the whole numbers for peers of int4)."""
+    rate = results["bandwidth"]
+    for variant, runtimes in results["cells"].items():
+        for runtime, found in runtimes.items():
+            stored = variant.replace("int4", "").strip() or "whole" if runtime in PEERS else variant
+            for cell in found["cells"]:
+                if "problem" not in cell and cell["phase"] == "decode" and rate:
+                    floor = 1e3 * floor_bytes(shape, stored, Cell("decode", cell["batch"], cell["length"])) / rate
+                    cell["floor_ms"], cell["over_floor"] = floor, cell["median_ms"] / floor
 
 
 def print_table(shape: Shape, results: dict[str, Any]) -> None:
@@ -366,10 +461,8 @@ def print_table(shape: Shape, results: dict[str, Any]) -> None:
             for cell in found["cells"]:
                 if "problem" in cell:
                     print(f"{'':30}{cell['phase']} b{cell['batch']}: {cell['problem']}")
-                elif cell["phase"] == "decode" and rate:
-                    floor = 1e3 * floor_bytes(shape, variant, Cell("decode", cell["batch"], cell["length"])) / rate
-                    cell["floor_ms"], cell["over_floor"] = floor, cell["median_ms"] / floor
-                    over = f"{cell['over_floor']:.2f}x of its floor of {floor:.3f} ms"
+                elif "over_floor" in cell:
+                    over = f"{cell['over_floor']:.2f}x of its floor of {cell['floor_ms']:.3f} ms"
                     print(f"{'':30}decode b{cell['batch']}: {cell['median_ms']:.3f} ms, {over}")
     for text in judged(results):
         print(text)
@@ -424,6 +517,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, help="layers of the whole model; 2.9 GB each in bfloat16")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one variant on one runtime")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, nothing written")
     parser.add_argument("--cell", nargs=2, metavar=("VARIANT", "RUNTIME"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -441,12 +535,18 @@ def main() -> int:
     variants = options.variants.split(",")
     if unknown := sorted(set(variants) - set(VARIANTS)):
         parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
-    results = collect(shape, variants, options.rehearse, options.timeout)
-    print_table(shape, results)
+
+    def keep(results: dict[str, Any]) -> None:
+        add_floors(shape, results)
+        if not options.rehearse:
+            options.into.parent.mkdir(exist_ok=True)
+            options.into.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if list(results["cells"]) == variants:
+            print_table(shape, results)
+
+    collect(shape, variants, options.rehearse, options.timeout, keep)
     if not options.rehearse:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"written to {RESULTS}")
+        print(f"written to {options.into}")
     return 0
 
 

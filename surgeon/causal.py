@@ -220,9 +220,10 @@ def refuse_states(module: nn.Module) -> None:
     Raises:
         TraceError: which layers keep what.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+    from transformers import DynamicCache, cache_utils
 
+    plain = [cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer]
+    plain += [cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []  # newer than the oldest version supported
     config: Any = getattr(module, "config", None)
     try:
         layers = DynamicCache(config=config).layers
@@ -230,8 +231,8 @@ def refuse_states(module: nn.Module) -> None:
         return
     other: dict[tuple[str, bool], list[int]] = {}
     for number, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
-            kind = (type(layer).__name__, isinstance(layer, LinearAttentionCacheLayerMixin))
+        if type(layer) not in plain:
+            kind = (type(layer).__name__, isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin))
             other.setdefault(kind, []).append(number)
     if other:
         kept = "; ".join(

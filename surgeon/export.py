@@ -205,6 +205,9 @@ def _library_patches() -> Iterator[None]:
     del exporter_dynamo  # imported for the patches it registers
     found: list[tuple[Any, str, Callable[..., Any]]] = []
     for owner, attribute, factory in utils._PATCHES.get("dynamo", []):
+        if not isinstance(owner, str):  # older versions of the library import all of them
+            found.append((owner, attribute, factory))
+            continue
         parts = owner.split(".")
         if any(".".join(parts[:n]) in sys.modules for n in range(len(parts), max(len(parts) - 2, 0), -1)):
             target = utils.import_dotted_path(owner, missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -262,7 +263,8 @@ class Editor:
     def _evaluate(self, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
-            with self._mode, torch.no_grad():
+            # without the Python dispatcher a composite operator runs in C++, which may ask for sizes as integers
+            with self._mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function target
         except Exception as error:
             shapes = [_shape(n.meta.get("val")) for n in node.all_input_nodes]

@@ -121,7 +121,7 @@ def _unsort(rows: Tensor, groups: _Groups, tokens: int, k: int) -> Tensor:
     return out.view(tokens, k, rows.shape[1])
 
 
-def _inner(pre: Tensor, inner: int, activation: str) -> Tensor:
+def inner_activation(pre: Tensor, inner: int, activation: str) -> Tensor:
     """Pre-activations [..., O] -> hidden [..., I]: act(pre), or h(gate, up) when O = 2 I with rows [gate | up]."""
     entry = lookup(activation)
     if pre.shape[-1] == inner:
@@ -203,7 +203,7 @@ def moe(
     """
     _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
     groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, w_in, w_out), weight)
-    hidden = _inner(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+    hidden = inner_activation(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
     each = _unsort(_grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
     # multiply and sum, rather than index_add_: deterministic on CUDA, and the sum of halves is accumulated in float32
     return (each * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
@@ -364,7 +364,7 @@ def moe_dense(
     chosen = index.unsqueeze(-1) == torch.arange(experts, device=index.device)
     share = (chosen.to(weight.dtype) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)  # C [T, E]
     pre = F.linear(x, w_in.reshape(experts * rows, width), None if b_in is None else b_in.reshape(-1))
-    hidden = _inner(pre.reshape(tokens, experts, rows), inner, activation) * share.unsqueeze(-1)
+    hidden = inner_activation(pre.reshape(tokens, experts, rows), inner, activation) * share.unsqueeze(-1)
     # [E, G, I] -> [G, E I]: experts side by side
     out = F.linear(hidden.reshape(tokens, experts * inner), w_out.permute(1, 0, 2).reshape(out_width, experts * inner))
     return out if b_out is None else out + share @ b_out
@@ -388,7 +388,7 @@ def moe_gathered(
     pre = torch.matmul(w_in[index], x[:, None, :, None]).squeeze(-1)  # [T, k, O]
     if b_in is not None:
         pre = pre + b_in[index]
-    each = torch.matmul(w_out[index], _inner(pre, w_out.shape[2], activation).unsqueeze(-1)).squeeze(-1)  # [T, k, G]
+    each = torch.matmul(w_out[index], inner_activation(pre, w_out.shape[2], activation).unsqueeze(-1)).squeeze(-1)  # [T, k, G]
     if b_out is not None:
         each = each + b_out[index]
     return (each * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
@@ -409,6 +409,6 @@ def moe_grouped(
     Args and Returns: as :func:`moe`.
     """
     groups = _sort_by_expert(index, w_in.shape[0], True)
-    hidden = _inner(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+    hidden = inner_activation(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
     rows = _grouped_linear(hidden, w_out, b_out, groups)[torch.argsort(groups.order)]
     return (rows.view(*index.shape, -1) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)

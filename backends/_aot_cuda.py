@@ -1,0 +1,217 @@
+"""How a package for CUDA computes what ATen has no fast form of: experts, low-bit weights, attention with a cache.
+
+Few rows (decoding) go through the kernels of ``_cuda_kernels``, which read weights and caches once; many rows go through
+torch's matrix multiplications, grouped by expert.  The package holds both and decides at run time, by sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from surgeon.numerics.quantization import FLOAT8, dequantize
+from surgeon.ops import attend, moe_dense, moe_grouped
+from surgeon.ops.mixture import inner_activation
+
+aten = torch.ops.aten
+_FEW_QUERIES = 16
+"""Largest number of queries times query heads per key head that one tile of the kernel takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowBit:
+    """A weight that stays packed: what ``surgeon::dequantize`` was asked to unpack."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group: int
+    width: int
+
+    def unpacked(self) -> Tensor:
+        """The weight [..., N, K]."""
+        return dequantize(self.packed, self.scale, self.zero, self.bits, self.group, self.width)
+
+
+def has_kernels() -> bool:
+    """Whether Triton is installed, as torch for CUDA brings it."""
+    return find_spec("triton") is not None
+
+
+def why_unpacked(node: fx.Node) -> str | None:
+    """Why the weight that ``node`` (``surgeon::dequantize``) unpacks cannot stay packed up to the kernels; None if it can."""
+    from surgeon.backends._cuda_kernels import takes_codes
+
+    packed, _, _, bits, group, width = node.args
+    assert isinstance(packed, fx.Node)
+    if packed.meta["val"].dtype == FLOAT8:
+        return "no kernel of 8-bit float weights and wider inputs"
+    if not takes_codes(bits, group, width):  # type: ignore[arg-type]
+        return f"{bits} bits in groups of {group} over {width} columns; the kernel takes whole groups of 2^n from 32"
+    for user in node.users:
+        linear = user.target is aten.linear.default and user.args[1] is node and packed.meta["val"].dim() == 3
+        experts = user.target is torch.ops.surgeon.moe.default and node in user.args[3:5] and user.args[0] is not node
+        if not (linear or experts):
+            return f"it is read by {user.target}, and the kernels are of linears and experts"
+    return None
+
+
+def either(condition: Any, first: Callable[..., Tensor], second: Callable[..., Tensor], tensors: list[Tensor | None]) -> Tensor:
+    """``first`` of the tensors or ``second`` of them, decided now where the sizes are known and at run time where not."""
+    if condition is True or condition is False:
+        return (first if condition else second)(*tensors)
+    present = tuple(tensor for tensor in tensors if tensor is not None)
+
+    def spelt(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def branch(*values: Tensor) -> Tensor:
+            given = iter(values)
+            return function(*(None if tensor is None else next(given) for tensor in tensors))
+
+        return branch
+
+    result: Tensor = torch.cond(condition, spelt(first), spelt(second), present)
+    return result
+
+
+def _parts(weight: Tensor | LowBit) -> tuple[list[Tensor | None], tuple[int, int]]:
+    """Tensors of a weight (itself, or codes, scales and zero points), and bits and group (0 and 1 for none)."""
+    if isinstance(weight, LowBit):
+        return [weight.packed, weight.scale, weight.zero], (weight.bits, weight.group)
+    return [weight, None, None], (0, 1)
+
+
+def _whole(weight: Tensor, scale: Tensor | None, zero: Tensor | None, like: Tensor | LowBit) -> Tensor:
+    if isinstance(like, LowBit):
+        assert scale is not None
+        return dequantize(weight, scale, zero, like.bits, like.group, like.width)
+    return weight
+
+
+def linear(x: Tensor, weight: LowBit, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` over a packed weight: x [..., K], weight [N, K] -> [..., N]."""
+    from surgeon.backends._cuda_kernels import PAIRS, few_rows
+
+    def few(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, added: Tensor | None) -> Tensor:
+        args = (packed.unsqueeze(0), scale.unsqueeze(0), None if zero is None else zero.unsqueeze(0))
+        out = few_rows(rows, None, *args, weight.bits, weight.group, 1, 1).sum(0)
+        return (out if added is None else out + added).to(rows.dtype)
+
+    def many(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, added: Tensor | None) -> Tensor:
+        return F.linear(rows, _whole(packed, scale, zero, weight), added)
+
+    rows = x.reshape(-1, weight.width).contiguous()
+    out = either(rows.shape[0] <= PAIRS, few, many, [rows, weight.packed, weight.scale, weight.zero, bias])
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def experts(
+    used: Counter[str],
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    w_in: Tensor | LowBit,
+    w_out: Tensor | LowBit,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    activation: str = "identity",
+) -> Tensor:
+    """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
+    from surgeon.backends._cuda_kernels import PAIRS, few_rows
+
+    (first, (in_bits, in_group)), (second, (out_bits, out_group)) = _parts(w_in), _parts(w_out)
+    inner = w_out.width if isinstance(w_out, LowBit) else w_out.shape[2]
+    rows_in = (w_in.packed if isinstance(w_in, LowBit) else w_in).shape[1]
+    rows_out = (w_out.packed if isinstance(w_out, LowBit) else w_out).shape[1]
+    k = int(index.shape[1])
+    grouped = x.dtype == torch.bfloat16 and all(int(size) % 8 == 0 for size in (x.shape[1], inner, rows_in, rows_out))
+    used["experts few rows"] += 1
+    used["experts grouped" if grouped else "experts dense"] += 1
+
+    def few(
+        rows: Tensor, chosen: Tensor, share: Tensor, a: Tensor, a_scale: Tensor | None, a_zero: Tensor | None, b: Tensor,
+        b_scale: Tensor | None, b_zero: Tensor | None, a_bias: Tensor | None, b_bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        flat = chosen.reshape(-1)
+        pre = few_rows(rows, flat, a, a_scale, a_zero, in_bits, in_group, k, k).sum(0)
+        if a_bias is not None:
+            pre = pre + a_bias[flat]
+        hidden = inner_activation(pre, inner, activation).to(rows.dtype)
+        each = few_rows(hidden, flat, b, b_scale, b_zero, out_bits, out_group, 1, k).sum(0)
+        if b_bias is not None:
+            each = each + b_bias[flat]
+        return (each.reshape(-1, k, rows_out) * share.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+    def many(
+        rows: Tensor, chosen: Tensor, share: Tensor, a: Tensor, a_scale: Tensor | None, a_zero: Tensor | None, b: Tensor,
+        b_scale: Tensor | None, b_zero: Tensor | None, a_bias: Tensor | None, b_bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        form = moe_grouped if grouped else moe_dense
+        wide_in, wide_out = _whole(a, a_scale, a_zero, w_in), _whole(b, b_scale, b_zero, w_out)
+        return form(rows, chosen, share, wide_in, wide_out, a_bias, b_bias, activation)
+
+    operands = [x.contiguous(), index.contiguous(), weight, *first, *second, b_in, b_out]
+    return either(index.shape[0] * k <= PAIRS, few, many, operands)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """``surgeon::attention``: keys and values are read where they lie, once for all query heads that share them."""
+    from surgeon.backends._cuda_kernels import attend_in_parts, attend_whole, joined
+
+    if q.dtype not in (torch.bfloat16, torch.float16) or max(int(q.shape[3]), int(v.shape[3])) > 128:
+        return attend(q, k, v, mask, is_causal, scale)
+    if is_causal:
+        rows, columns = q.shape[-2], k.shape[-2]
+        behind = torch.arange(columns, device=q.device) <= torch.arange(rows, device=q.device)[:, None] + (columns - rows)
+        if mask is None:
+            mask = behind[None, None]
+        else:
+            mask = mask & behind if mask.dtype == torch.bool else mask.masked_fill(~behind, -torch.inf)
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    positions = torch.arange(k.shape[2], device=q.device)
+
+    def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor) -> Tensor:
+        return joined(*attend_in_parts(q, k, v, mask, scale)).to(q.dtype)
+
+    def many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        first = last = None
+        if mask is not None:
+            seen = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(1).expand(q.shape[0], q.shape[2], k.shape[2])
+            last = torch.where(seen, positions + 1, 0).amax(-1).to(torch.int32)
+            first = torch.where(seen, positions, k.shape[2]).amin(-1).to(torch.int32)
+        return attend_whole(q, k, v, mask, first, last, scale)
+
+    members = int(q.shape[1]) // int(k.shape[1])
+    return either(q.shape[2] * members <= _FEW_QUERIES, few, many, [q, k, v, mask, positions]).transpose(1, 2)
+
+
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, largest first: as k maxima, which become one kernel with the router around them.
+
+    Args:
+        values: [..., E].
+        k: a few.
+
+    Returns:
+        Values and positions [..., k].
+    """
+    places = torch.arange(values.shape[-1], device=values.device)
+    left, found = values, []
+    for _ in range(k):
+        best = left.max(-1, keepdim=True)
+        found.append(best)
+        left = torch.where(places == best.indices, -torch.inf, left)
+    return torch.cat([best.values for best in found], -1), torch.cat([best.indices for best in found], -1)
+
+
+def few_of_row(values: Tensor, k: int, dim: int = -1, largest: bool = True, **_: bool) -> bool:
+    """Whether :func:`top_k` computes this ``aten.topk``, and sooner."""
+    last = dim in (-1, values.dim() - 1) and values.is_floating_point()
+    return last and largest and 0 < k <= 8 and k < int(values.shape[-1]) <= 1024
