@@ -25,6 +25,9 @@ from surgeon.ports import check_inputs
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 """ONNX Runtime's names of the providers."""
 
+OPTIONS = {"cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
+"""Options of providers: float32 stays float32, and a new shape of a convolution is not measured with every algorithm."""
+
 MODEL = "model.onnx"
 """Name of a model's file."""
 
@@ -148,7 +151,11 @@ class OnnxRuntimeArtifact(Artifact):
             options.add_session_config_entry(key, value)
         if self.session_threads is not None:
             options.intra_op_num_threads = self.session_threads
-        chosen = tensorrt.providers(self.details) if provider == "tensorrt" else [PROVIDERS[provider]]
+        if provider != "cpu" and hasattr(library, "preload_dlls"):
+            library.preload_dlls()  # of CUDA and cuDNN, from the packages that torch brings
+        chosen: list[Any] = [(PROVIDERS[provider], OPTIONS.get(provider, {}))]
+        if provider == "tensorrt":
+            chosen = tensorrt.providers(self.details)
         try:
             session = library.InferenceSession(self.path, options, providers=chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
@@ -235,8 +242,16 @@ class OnnxRuntimeArtifact(Artifact):
             binding.bind_input(port.name, "cuda", index, element, tuple(value.shape), value.data_ptr())
         for port in wanted:
             binding.bind_output(port.name, "cuda", index)
-        torch.cuda.synchronize(device)  # ONNX Runtime computes on a stream of its own
+        # ONNX Runtime computes on a stream of its own, and waits for it before it returns.  This wait also keeps memory of
+        # earlier results, which goes back to its arena with the last reference, from being written while torch reads it.
+        torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
         results = binding.get_outputs()
-        tensors = (torch.utils.dlpack.from_dlpack(value._ortvalue).clone() for value in results)
+        tensors = (_as_tensor(value, port) for value, port in zip(results, wanted, strict=True))
         return {port.name: tensor for port, tensor in zip(wanted, tensors, strict=True)}
+
+
+def _as_tensor(value: Any, port: Port) -> Tensor:
+    """An output as a tensor over the same memory, which lives as long as the tensor."""
+    tensor = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
+    return tensor.view(torch.bool) if port.dtype == torch.bool and tensor.dtype == torch.uint8 else tensor

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from surgeon.backends import _onnx_cuda as cuda
 from surgeon.backends import _onnx_fuse as fuse
 from surgeon.backends._onnx_support import quiet
 from surgeon.errors import LowerError
@@ -62,8 +63,10 @@ def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> i
     _expand_rotary_tables(model)
     fuse.fuse_residual_norms(model)
     fuse.merge_unsqueezes(model)
+    fuse.pack_projections(model)
+    if provider == "cuda":
+        cuda.branch_attention(model, graph)
     if provider == "cpu":
-        fuse.pack_projections(model)
         fuse.feed_packed_attention(model)
         _keep_residual_sums_apart(model)
     _name_axes(model, graph)
@@ -92,7 +95,7 @@ def quantization_kinds(weights: Mapping[str, Mapping[str, Any]]) -> list[dict[st
 
 def operators(model: ir.Model) -> dict[str, int]:
     """Number of nodes by operator, most frequent first; other domains than ONNX's own are written in front."""
-    counts = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph)
+    counts = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
     return dict(counts.most_common())
 
 

@@ -132,6 +132,36 @@ def distinct_in_row(value: Any, k: int) -> bool:
     return False
 
 
+def selected_logits(index: Any, weight: Any) -> fx.Node | None:
+    """The logits [T, E] of which ``weight`` is the softmax over the k largest, and ``index`` which these are, or None.
+
+    ``p = softmax(z); w, i = topk(p, k); w / sum(w)``, where z may be widened to float32 for it, and the weight cast.
+    """
+    while _name_of(weight) == "_to_copy":
+        weight = weight.args[0]
+    if _name_of(weight) != "div" or _name_of(index) != "getitem":
+        return None
+    value, total = weight.args[:2]
+    top, which = index.args
+    if which != 1 or _name_of(top) != "topk" or _name_of(value) != "getitem" or value.args != (top, 0):
+        return None
+    if _name_of(total) != "sum" or total.args[0] is not value or total.args[1:] != ([-1], True):
+        return None
+    scores, _, *rest = top.args
+    if any(given != wanted for given, wanted in zip(rest, (-1, True), strict=False)) or top.kwargs:
+        return None
+    if _name_of(scores) != "softmax" or scores.args[1] not in (-1, scores.meta["val"].dim() - 1):
+        return None
+    logits = scores.args[0]
+    if _name_of(logits) == "_to_copy" and logits.meta["val"].dtype == torch.float32:
+        logits = logits.args[0]
+    return logits if logits.meta["val"].dim() == 2 else None
+
+
+def _name_of(value: Any) -> str:
+    return _name(value) if isinstance(value, fx.Node) else ""
+
+
 def _has_dim(node: fx.Node) -> bool:
     return len(node.args) > (2 if _name(node) == "topk" else 1)
 

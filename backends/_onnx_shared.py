@@ -14,7 +14,7 @@ on sizes alone and is the causal mask at several sizes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,16 +112,49 @@ def _reads_sizes_alone(node: fx.Node) -> bool:
     return not _read(node)
 
 
-def _is_causal(graph: Graph, mask: fx.Node, *, exactly: bool) -> bool:
+def _is_causal(
+    graph: Graph, mask: fx.Node, *, exactly: bool, sizes: Iterable[Mapping[str, int]] = _SIZES
+) -> bool:
     """Whether what depends on sizes alone is the causal mask, or at least true nowhere that it is not."""
-    for sizes in _SIZES:
-        past, new = sizes["past"], sizes["sequence"]
+    for each in sizes:
+        past, new = each["past"], each["sequence"]
         allowed = torch.ones(new, past + new, dtype=torch.bool).tril(past)
-        found = _evaluate(graph, mask, sizes, {})
+        found = _evaluate(graph, mask, each, {})
         if found.shape[-2:] != allowed.shape or bool((found & ~allowed).any()):
             return False
         if exactly and not bool((found == allowed).all()):
             return False
+    return True
+
+
+_LONG = {"batch": 1, "sequence": 2, "past": 2**17}
+"""Sizes at which a window that is wider than those of _SIZES shows."""
+
+
+def is_causal_unpadded(graph: Graph, mask: Any) -> bool:
+    """Whether a mask is the causal one wherever the attention mask is 1.
+
+    Shown for ``a & b & ...`` with a part that is exactly causal by sizes alone and others [B or 1, 1, 1, T] that read the
+    attention mask and are true where that is 1.
+    """
+    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+        return False
+    placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+    padding = next((node for port, node in zip(graph.inputs, placeholders, strict=True) if port.name == MASK), None)
+    causal: list[fx.Node] = []
+    others: list[fx.Node] = []
+    for part in _conjuncts(mask):
+        (causal if _reads_sizes_alone(part) else others).append(part)
+    if not causal or not all(_is_causal(graph, part, exactly=True, sizes=(*_SIZES, _LONG)) for part in causal):
+        return False
+    for part in others:
+        shape = part.meta["val"].shape
+        if padding is None or _read(part) != {padding} or len(shape) != 4 or shape[1] != 1 or shape[2] != 1:
+            return False
+        for sizes in _SIZES:
+            ones = torch.ones(sizes["batch"], sizes["past"] + sizes["sequence"], dtype=padding.meta["val"].dtype)
+            if not bool(_evaluate(graph, part, sizes, {MASK: ones}).all()):
+                return False
     return True
 
 

@@ -164,9 +164,9 @@ class OnnxRuntime(Backend):
         from surgeon.backends import _onnx_file as onnx_file
         from surgeon.backends._onnx_lowering import Lowering
 
-        appends = self.opset >= 23 and self.provider == "cpu"  # measured there
         in_place = self.caches == "shared"
-        lowering = Lowering(graph, self.accuracy_level, self.experts == "fused", appends or in_place, in_place)
+        appends = self.opset >= 23 or in_place
+        lowering = Lowering(graph, self.accuracy_level, self.experts == "fused", appends, in_place, self.provider)
         model = onnx_export.export(graph, lowering.run(), self.opset, self.provider)
         onnx_export.annotate(model, graph, lowering.weights)
         details = {
