@@ -181,12 +181,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
         return joined(*attend_in_parts(q, k, v, mask, scale)).to(q.dtype)
 
     def many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        first = last = None
-        if mask is not None:
-            seen = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(1).expand(q.shape[0], q.shape[2], k.shape[2])
+        first = last = solid = None
+        if mask is not None and mask.shape[1] == 1:
+            seen = (mask if mask.dtype == torch.bool else mask > -torch.inf)[:, 0].expand(q.shape[0], q.shape[2], k.shape[2])
             last = torch.where(seen, positions + 1, 0).amax(-1).to(torch.int32)
             first = torch.where(seen, positions, k.shape[2]).amin(-1).to(torch.int32)
-        return attend_whole(q, k, v, mask, first, last, scale)
+            if mask.dtype == torch.bool:
+                solid = seen.sum(-1) == last - first
+            else:  # where anything but 0 is added the mask has to be read
+                solid = (mask == 0)[:, 0].expand(seen.shape).sum(-1) == last - first
+        return attend_whole(q, k, v, mask, first, last, solid, scale)
 
     members = int(q.shape[1]) // int(k.shape[1])
     return either(q.shape[2] * members <= _FEW_QUERIES, few, many, [q, k, v, mask, positions]).transpose(1, 2)

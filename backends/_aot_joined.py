@@ -63,7 +63,7 @@ def _join(editor: Editor, linears: list[fx.Node]) -> None:
         if weights[0].op == "get_attr":
             weight = joined(weights)
         else:
-            packed, scale, zero, *rest = weights[0].args
+            _, _, zero, *rest = weights[0].args
             parts = [joined([w.args[place] for w in weights]) for place in (0, 1)]
             zeros = None if zero is None else joined([w.args[2] for w in weights])
             weight = editor.call(_DEQUANTIZE, *parts, zeros, *rest)

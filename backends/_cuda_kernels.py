@@ -33,6 +33,34 @@ _NOTHING = tl.constexpr(-1.0e30)
 """Largest score of no key at all; finite, so that differences of two such are numbers."""
 
 
+_NIBBLES = """{
+    .reg .b32 a, b, c, d, one, less;
+    mov.b32 one, ONE;
+    mov.b32 less, LESS;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shr.u32 c, a, 4;
+    shr.u32 d, b, 4;
+    lop3.b32 a, a, 0x000f000f, BASE, 0xea;
+    lop3.b32 b, b, 0x000f000f, BASE, 0xea;
+    lop3.b32 c, c, 0x000f000f, BASE, 0xea;
+    lop3.b32 d, d, 0x000f000f, BASE, 0xea;
+    fma.rn.TYPE $0, a, one, less;
+    fma.rn.TYPE $1, b, one, less;
+    fma.rn.TYPE $2, c, one, less;
+    fma.rn.TYPE $3, d, one, less;
+}"""
+"""Four bytes to their low and high codes less 8: each code is put below the exponent of BASE, which makes it BASE + code."""
+
+
+def _nibbles(name: str, base: str, one: str, less: str) -> tl.constexpr:
+    return tl.constexpr(_NIBBLES.replace("TYPE", name).replace("BASE", base).replace("ONE", one).replace("LESS", less))
+
+
+_NIBBLES_BFLOAT16 = _nibbles("bf16x2", "0x43004300", "0x3f803f80", "0xc308c308")  # 128, 1, -136
+_NIBBLES_FLOAT16 = _nibbles("f16x2", "0x64006400", "0x3c003c00", "0xe408e408")  # 1024, 1, -1032
+
+
 # -- rows through the matrices of their experts -----------------------------------------------------------------------
 
 
@@ -41,7 +69,7 @@ def _few_rows_kernel(
     x, index, weight, scale, zero, out, pairs, rows_out, width, row_bytes, groups,
     DIVISOR: tl.constexpr, PAIRED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRWISE: tl.constexpr,
 ):  # fmt: skip
     """One program: the rows of one expert times BLOCK_N rows of its matrix, over one part of the columns."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -87,7 +115,20 @@ def _few_rows_kernel(
                 else:
                     middle = tl.full((BLOCK_N,), 2.0 ** (BITS - 1), tl.float32)
                 product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-                for j in tl.static_range(per_byte):
+                if PAIRWISE:  # two codes an instruction: with one, their arithmetic takes longer than reading them
+                    if dtype == tl.bfloat16:
+                        even, odd = tl.inline_asm_elementwise(
+                            _NIBBLES_BFLOAT16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), True, 4
+                        )
+                    else:
+                        even, odd = tl.inline_asm_elementwise(
+                            _NIBBLES_FLOAT16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16), True, 4
+                        )
+                    left = tl.load(row + depth[None, :], mask=valid[:, None], other=0.0)
+                    product = tl.dot(left, even, product)
+                    left = tl.load(row + row_bytes + depth[None, :], mask=valid[:, None], other=0.0)
+                    product = tl.dot(left, odd, product)
+                for j in tl.static_range(0 if PAIRWISE else per_byte):
                     codes = (packed.to(tl.uint16) >> (BITS * j)) & (2**BITS - 1)
                     if dtype == tl.bfloat16 and BITS < 8:  # the bits of 128 + code: no conversion from integers
                         values = (codes | 0x4300).to(tl.bfloat16, bitcast=True) - (middle + 128.0).to(tl.bfloat16)[None, :]
@@ -148,7 +189,9 @@ def few_rows(
         x, weight if index is None else index, weight, weight if scale is None else scale, weight if zero is None else zero,
         out, pairs, rows_out, width, width // per_byte, max(width // max(group, 1), 1),
         DIVISOR=divisor, PAIRED=index is not None, BITS=bits, GROUP=max(group, 1), ZERO=zero is not None, PARTS=parts,
-        ALL=PAIRS, BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="ieee", num_warps=4, num_stages=4,
+        ALL=PAIRS, BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="ieee",
+        PAIRWISE=bits == 4 and zero is None and x.element_size() == 2 and isinstance(_few_rows_kernel, triton.JITFunction),
+        num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
 
@@ -163,8 +206,44 @@ def takes_codes(bits: int, group: int, width: int) -> bool:
 
 
 @triton.jit
+def _keys_and_values(
+    asked, peak, total, mixed, k, v, mask, low, high, start, stop, scale, k_t, v_t, m_t, inside, wide,
+    SEEN: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Take keys start .. stop into the softmax so far.
+
+    SEEN: 0 all of them, 1 those from low to high of each row, 2 what a boolean mask says, 3 what is added to the scores.
+    """
+    for t in range(start, stop, BLOCK_T):
+        place = t + tl.arange(0, BLOCK_T)
+        if SEEN == 0:  # whole blocks: nothing to leave out
+            key = tl.load(k + place[None, :] * k_t, mask=inside[:, None], other=0.0)
+            value = tl.load(v + place[:, None] * v_t, mask=wide[None, :], other=0.0)
+        else:
+            key = tl.load(k + place[None, :] * k_t, mask=inside[:, None] & (place < stop)[None, :], other=0.0)
+            value = tl.load(v + place[:, None] * v_t, mask=wide[None, :] & (place < stop)[:, None], other=0.0)
+        score = tl.dot(asked, key) * scale
+        if SEEN == 1:
+            seen = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None]) & (place < stop)[None, :]
+            score = tl.where(seen, score, float("-inf"))
+        if SEEN == 2:
+            seen = tl.load(mask + place[None, :] * m_t, mask=(place < stop)[None, :], other=0)
+            score = tl.where(seen != 0, score, float("-inf"))
+        if SEEN == 3:
+            added = tl.load(mask + place[None, :] * m_t, mask=(place < stop)[None, :], other=float("-inf"))
+            score += added.to(tl.float32) * 1.4426950408889634
+        above = tl.maximum(peak, tl.max(score, 1))
+        share = tl.exp2(score - above[:, None])
+        fade = tl.exp2(peak - above)
+        total = total * fade + tl.sum(share, 1)
+        mixed = mixed * fade[:, None] + tl.dot(share.to(value.dtype), value)
+        peak = above
+    return peak, total, mixed
+
+
+@triton.jit
 def _attention_kernel(
-    q, k, v, mask, first, last, out, peak_out, total_out, scale, queries, keys, heads,
+    q, k, v, mask, first, last, solid, out, peak_out, total_out, scale, queries, keys, heads,
     q_b, q_h, q_q, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_q, m_t,
     G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_PAD: tl.constexpr, W_PAD: tl.constexpr,
     MASK: tl.constexpr, BOUNDS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
@@ -175,55 +254,52 @@ def _attention_kernel(
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     part = tl.program_id(2)
-    query, member = rows // G, rows % G
     valid = rows < queries * G
+    query, member = tl.where(valid, rows // G, 0), rows % G  # rows behind the last repeat the first, and are not stored
     size, value_size = tl.arange(0, D_PAD), tl.arange(0, W_PAD)
+    inside, wide = size < D, value_size < W
     at = batch * q_b + (head * G + member)[:, None] * q_h + query[:, None] * q_q + size[None, :]
-    asked = tl.load(q + at, mask=valid[:, None] & (size < D)[None, :], other=0.0)
-    length = tl.cdiv(tl.cdiv(keys, BLOCK_T), PARTS) * BLOCK_T
-    start, stop = part * length, tl.minimum(keys, (part + 1) * length)
-    if BOUNDS:  # no query of this program sees a key outside
-        low = tl.min(tl.load(first + batch * queries + query, mask=valid, other=2147483647))
-        start = tl.maximum(start, low // BLOCK_T * BLOCK_T)
-        stop = tl.minimum(stop, tl.max(tl.load(last + batch * queries + query, mask=valid, other=0)))
+    asked = tl.load(q + at, mask=inside[None, :], other=0.0)
+    k += batch * k_b + head * k_h + size[:, None]
+    v += batch * v_b + head * v_h + value_size[None, :]
+    mask += batch * m_b + (head * G + member)[:, None] * m_h + query[:, None] * m_q
     peak = tl.full((BLOCK_M,), _NOTHING, tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_M, W_PAD), dtype=tl.float32)
-    for t in range(start, stop, BLOCK_T):
-        place = t + tl.arange(0, BLOCK_T)
-        there = place < stop
-        key = tl.load(
-            k + batch * k_b + head * k_h + place[None, :] * k_t + size[:, None],
-            mask=there[None, :] & (size < D)[:, None], other=0.0,
-        )  # fmt: skip
-        score = tl.dot(asked, key) * (scale * 1.4426950408889634)
-        if MASK > 0:
-            spot = mask + batch * m_b + (head * G + member)[:, None] * m_h + query[:, None] * m_q + place[None, :] * m_t
-            if MASK == 1:
-                seen = tl.load(spot, mask=valid[:, None] & there[None, :], other=0)
-                score = tl.where(seen != 0, score, float("-inf"))
-            else:
-                added = tl.load(spot, mask=valid[:, None] & there[None, :], other=0.0).to(tl.float32)
-                score += added * 1.4426950408889634
-        score = tl.where(there[None, :], score, float("-inf"))
-        above = tl.maximum(peak, tl.max(score, 1))
-        share = tl.exp2(score - above[:, None])
-        fade = tl.exp2(peak - above)
-        total = total * fade + tl.sum(share, 1)
-        value = tl.load(
-            v + batch * v_b + head * v_h + place[:, None] * v_t + value_size[None, :],
-            mask=there[:, None] & (value_size < W)[None, :], other=0.0,
-        )  # fmt: skip
-        mixed = mixed * fade[:, None] + tl.dot(share.to(value.dtype), value)
-        peak = above
-    wide = (value_size < W)[None, :]
+    length = tl.cdiv(tl.cdiv(keys, BLOCK_T), PARTS) * BLOCK_T
+    start, stop = part * length, tl.minimum(keys, (part + 1) * length)
+    scale *= 1.4426950408889634
+    low, high = rows, rows
+    if BOUNDS:  # no query of this program sees a key outside
+        low = tl.load(first + batch * queries + query)
+        high = tl.load(last + batch * queries + query)
+        start, stop = tl.min(low) // BLOCK_T * BLOCK_T, tl.max(high)
+        if tl.min(tl.load(solid + batch * queries + query).to(tl.int32)) == 1:  # each sees all that lies between
+            middle = tl.minimum(tl.cdiv(tl.max(low), BLOCK_T) * BLOCK_T, stop)
+            end = tl.maximum(tl.min(high) // BLOCK_T * BLOCK_T, middle)
+            peak, total, mixed = _keys_and_values(
+                asked, peak, total, mixed, k, v, mask, low, high, start, middle, scale, k_t, v_t, m_t, inside, wide, 1, BLOCK_T
+            )
+            peak, total, mixed = _keys_and_values(
+                asked, peak, total, mixed, k, v, mask, low, high, middle, end, scale, k_t, v_t, m_t, inside, wide, 0, BLOCK_T
+            )
+            peak, total, mixed = _keys_and_values(
+                asked, peak, total, mixed, k, v, mask, low, high, end, stop, scale, k_t, v_t, m_t, inside, wide, 1, BLOCK_T
+            )
+            stop = start  # nothing is left for the general form
+    if MASK == 0:
+        low, high = tl.zeros((BLOCK_M,), dtype=tl.int32), tl.zeros((BLOCK_M,), dtype=tl.int32) + keys
+    peak, total, mixed = _keys_and_values(
+        asked, peak, total, mixed, k, v, mask, low, high, start, stop, scale, k_t, v_t, m_t, inside, wide, MASK + 1, BLOCK_T
+    )
+    lines = valid[:, None] & wide[None, :]
     if WHOLE:  # [B, Q, H G, W]
         mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
         line = (batch * queries + query) * (heads * G) + head * G + member
-        tl.store(out + line[:, None] * W + value_size[None, :], mixed.to(out.dtype.element_ty), mask=valid[:, None] & wide)
+        tl.store(out + line[:, None] * W + value_size[None, :], mixed.to(out.dtype.element_ty), mask=lines)
     else:  # [P, B, Q, H G, W]
         line = ((part * (tl.num_programs(1) // heads) + batch) * queries + query) * (heads * G) + head * G + member
-        tl.store(out + line[:, None] * W + value_size[None, :], mixed, mask=valid[:, None] & wide)
+        tl.store(out + line[:, None] * W + value_size[None, :], mixed, mask=lines)
         tl.store(peak_out + line, peak, mask=valid)
         tl.store(total_out + line, total, mask=valid)
 
@@ -245,14 +321,15 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     shape = (_PARTS, q.shape[0], q.shape[2], q.shape[1])
     mixed = q.new_empty((*shape, v.shape[3]), dtype=torch.float32)
     peak, total = q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
-    _launch(q, k, v, mask, None, None, mixed, peak, total, scale, _PARTS, block_m=16, warps=4, stages=3)
+    _launch(q, k, v, mask, None, None, None, mixed, peak, total, scale, _PARTS, block_m=16, warps=4, stages=3)
     return mixed, peak, total
 
 
 @triton_op("surgeon::attend_whole", mutates_args={})
 def attend_whole(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, last: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, last: Tensor | None, solid: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
     """Attention of many queries.
 
     Args:
@@ -262,19 +339,21 @@ def attend_whole(
         mask: as there.
         first: [B, Q] int32, first key that a query sees, or None; what lies outside the bounds is not computed.
         last: [B, Q] int32, one behind the last.
+        solid: [B, Q] booleans, whether the query sees every key between its bounds: the mask is then not read (a float
+            one would have to be 0 there).
         scale: as there.
 
     Returns:
         [B, Q, H G, W] of the type of q; zeros for a query that sees nothing.
     """
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    _launch(q, k, v, mask, first, last, out, out, out, scale, 1, block_m=128, warps=8, stages=2)
+    _launch(q, k, v, mask, first, last, solid, out, out, out, scale, 1, block_m=128, warps=8, stages=2)
     return out
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, last: Tensor | None, out: Tensor,
-    peak: Tensor, total: Tensor, scale: float, parts: int, block_m: int, warps: int, stages: int,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, last: Tensor | None, solid: Tensor | None,
+    out: Tensor, peak: Tensor, total: Tensor, scale: float, parts: int, block_m: int, warps: int, stages: int,
 ) -> None:  # fmt: skip
     heads = k.shape[1]
     members = int(q.shape[1]) // int(heads)
@@ -286,8 +365,8 @@ def _launch(
     m = (0, 0, 0, 0) if mask is None else (mask.stride(0), mask.stride(1), mask.stride(2), mask.stride(3))
     grid = (triton.cdiv(queries * members, block_m), batch * heads, parts)
     wrap_triton(_attention_kernel)[grid](
-        q, k, v, q if mask is None else mask, q if first is None else first, q if last is None else last, out, peak, total,
-        scale, queries, k.shape[2], heads,
+        q, k, v, q if mask is None else mask, q if first is None else first, q if last is None else last,
+        q if solid is None else solid, out, peak, total, scale, queries, k.shape[2], heads,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         *m,
         G=members, D=int(size), W=int(value_size), D_PAD=_padded(int(size)), W_PAD=_padded(int(value_size)),
