@@ -63,7 +63,8 @@ def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> i
     _expand_rotary_tables(model)
     fuse.fuse_residual_norms(model)
     fuse.merge_unsqueezes(model)
-    fuse.pack_projections(model)
+    if provider in ("cpu", "cuda"):
+        fuse.pack_projections(model)
     if provider == "cuda":
         cuda.branch_attention(model, graph)
     if provider == "cpu":

@@ -8,8 +8,9 @@ linear with a float weight of one reader       MatMul with the weight stored tra
 linear with a low-bit weight                   ``com.microsoft.MatMulNBits`` where a block of 16 to 256 fits the group
 ... of 8 bits per row, dynamic input           DynamicQuantizeLinear (shared) + MatMulInteger + Mul (+ Add)
 embedding of a low-bit table                   ``com.microsoft.GatherBlockQuantized``, or Gather and unpack
-attention over a cache                         Attention, which appends the new keys and values (opset 23, CPU), or
-                                               ``com.microsoft.GroupQueryAttention``, which writes them into the cache
+attention over a cache                         Attention, which appends the new keys and values (opset 23), or
+                                               ``com.microsoft.GroupQueryAttention``: with shared caches, which it writes
+                                               into, and on CUDA for rows without padding (``_onnx_cuda``)
 moe                                            ``com.microsoft.MoE`` / ``QMoE`` where the kernel computes exactly this,
                                                else tokens sorted by expert, one small matmul per expert
 anything else that reads a low-bit weight      unpacked in the graph; ONNX Runtime folds that when a session is created
