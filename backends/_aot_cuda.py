@@ -7,7 +7,8 @@ torch's matrix multiplications, grouped by expert.  The package holds both and d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -39,6 +40,24 @@ class LowBit:
     def unpacked(self) -> Tensor:
         """The weight [..., N, K]."""
         return dequantize(self.packed, self.scale, self.zero, self.bits, self.group, self.width)
+
+
+@contextmanager
+def callable_grouped() -> Iterator[None]:
+    """Let a package call ``torch._grouped_mm``: before version 2.12 torch compiles it to a C function that it does not have."""
+    from torch._inductor import lowering
+    from torchgen.aoti.fallback_ops import inductor_fallback_ops
+
+    operator = aten._grouped_mm.default
+    if str(operator) in inductor_fallback_ops or operator not in lowering.lowerings:
+        yield
+        return
+    before = lowering.lowerings[operator]
+    lowering.lowerings[operator] = lowering.fallback_handler(operator, add_to_fallback_set=False)
+    try:
+        yield
+    finally:
+        lowering.lowerings[operator] = before
 
 
 def has_kernels() -> bool:

@@ -23,7 +23,7 @@ from torch.library import triton_op, wrap_triton
 PAIRS = 128
 """Largest number of row-expert pairs of :func:`few_rows`, which every program of its kernel reads."""
 
-_PROGRAMS = 512
+_PROGRAMS = 800
 """Programs that keep the memory of a large GPU busy: a few for each of its about 130 multiprocessors."""
 
 _PARTS = 16
@@ -33,23 +33,16 @@ _NOTHING = tl.constexpr(-1.0e30)
 """Largest score of no key at all; finite, so that differences of two such are numbers."""
 
 
-_NIBBLES = """{
-    .reg .b32 a, b, c, d, one, less;
-    mov.b32 one, ONE;
-    mov.b32 less, LESS;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    shr.u32 c, a, 4;
-    shr.u32 d, b, 4;
-    lop3.b32 a, a, 0x000f000f, BASE, 0xea;
-    lop3.b32 b, b, 0x000f000f, BASE, 0xea;
-    lop3.b32 c, c, 0x000f000f, BASE, 0xea;
-    lop3.b32 d, d, 0x000f000f, BASE, 0xea;
-    fma.rn.TYPE $0, a, one, less;
-    fma.rn.TYPE $1, b, one, less;
-    fma.rn.TYPE $2, c, one, less;
-    fma.rn.TYPE $3, d, one, less;
-}"""
+_NIBBLES = (
+    "{ .reg .b32 a, b, c, d, one, less; mov.b32 one, ONE; mov.b32 less, LESS; "
+    "prmt.b32 a, $4, 0, 0x4140; prmt.b32 b, $4, 0, 0x4342; "
+    "shr.u32 c, a, 4; shr.u32 d, b, 4; "
+    "lop3.b32 a, a, 0x000f000f, BASE, 0xea; lop3.b32 b, b, 0x000f000f, BASE, 0xea; "
+    "lop3.b32 c, c, 0x000f000f, BASE, 0xea; lop3.b32 d, d, 0x000f000f, BASE, 0xea; "
+    "fma.rn.TYPE $0, a, one, less; fma.rn.TYPE $1, b, one, less; "
+    "fma.rn.TYPE $2, c, one, less; fma.rn.TYPE $3, d, one, less; "
+    "}"
+)
 """Four bytes to their low and high codes less 8: each code is put below the exponent of BASE, which makes it BASE + code."""
 
 
@@ -180,6 +173,8 @@ def few_rows(
     parts = 1
     while parts < 8 and blocks * parts < _PROGRAMS and int(width) >= 8 * parts * block_k:
         parts *= 2
+    if bits == 0 and parts == 1:  # smaller tiles even out the last wave
+        block_n = 32
     out = x.new_empty((parts, pairs, rows_out), dtype=torch.float32)
     per_byte = 1 if bits == 0 else 8 // bits
     if per_byte > 1:  # columns in the order in which a byte's positions hold them: all first ones, all second ones, ...
@@ -207,7 +202,7 @@ def takes_codes(bits: int, group: int, width: int) -> bool:
 
 @triton.jit
 def _keys_and_values(
-    asked, peak, total, mixed, k, v, mask, low, high, start, stop, scale, k_t, v_t, m_t, inside, wide,
+    asked, peak, total, mixed, k, v, mask, low, high, start, stop, k_t, v_t, m_t, inside, wide, SCALE: tl.constexpr,
     SEEN: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Take keys start .. stop into the softmax so far.
@@ -222,7 +217,7 @@ def _keys_and_values(
         else:
             key = tl.load(k + place[None, :] * k_t, mask=inside[:, None] & (place < stop)[None, :], other=0.0)
             value = tl.load(v + place[:, None] * v_t, mask=wide[None, :] & (place < stop)[:, None], other=0.0)
-        score = tl.dot(asked, key) * scale
+        score = tl.dot(asked, key) * (SCALE * 1.4426950408889634)
         if SEEN == 1:
             seen = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None]) & (place < stop)[None, :]
             score = tl.where(seen, score, float("-inf"))
@@ -243,10 +238,10 @@ def _keys_and_values(
 
 @triton.jit
 def _attention_kernel(
-    q, k, v, mask, first, last, solid, out, peak_out, total_out, scale, queries, keys, heads,
+    q, k, v, mask, first, last, solid, out, peak_out, total_out, queries, keys, heads,
     q_b, q_h, q_q, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_q, m_t,
     G: tl.constexpr, D: tl.constexpr, W: tl.constexpr, D_PAD: tl.constexpr, W_PAD: tl.constexpr,
-    MASK: tl.constexpr, BOUNDS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, BOUNDS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M of the Q G rows of one key head, over one part of the keys; softmax in base 2."""
@@ -268,7 +263,6 @@ def _attention_kernel(
     mixed = tl.zeros((BLOCK_M, W_PAD), dtype=tl.float32)
     length = tl.cdiv(tl.cdiv(keys, BLOCK_T), PARTS) * BLOCK_T
     start, stop = part * length, tl.minimum(keys, (part + 1) * length)
-    scale *= 1.4426950408889634
     low, high = rows, rows
     if BOUNDS:  # no query of this program sees a key outside
         low = tl.load(first + batch * queries + query)
@@ -278,19 +272,19 @@ def _attention_kernel(
             middle = tl.minimum(tl.cdiv(tl.max(low), BLOCK_T) * BLOCK_T, stop)
             end = tl.maximum(tl.min(high) // BLOCK_T * BLOCK_T, middle)
             peak, total, mixed = _keys_and_values(
-                asked, peak, total, mixed, k, v, mask, low, high, start, middle, scale, k_t, v_t, m_t, inside, wide, 1, BLOCK_T
+                asked, peak, total, mixed, k, v, mask, low, high, start, middle, k_t, v_t, m_t, inside, wide, SCALE, 1, BLOCK_T
             )
             peak, total, mixed = _keys_and_values(
-                asked, peak, total, mixed, k, v, mask, low, high, middle, end, scale, k_t, v_t, m_t, inside, wide, 0, BLOCK_T
+                asked, peak, total, mixed, k, v, mask, low, high, middle, end, k_t, v_t, m_t, inside, wide, SCALE, 0, BLOCK_T
             )
             peak, total, mixed = _keys_and_values(
-                asked, peak, total, mixed, k, v, mask, low, high, end, stop, scale, k_t, v_t, m_t, inside, wide, 1, BLOCK_T
+                asked, peak, total, mixed, k, v, mask, low, high, end, stop, k_t, v_t, m_t, inside, wide, SCALE, 1, BLOCK_T
             )
             stop = start  # nothing is left for the general form
     if MASK == 0:
         low, high = tl.zeros((BLOCK_M,), dtype=tl.int32), tl.zeros((BLOCK_M,), dtype=tl.int32) + keys
     peak, total, mixed = _keys_and_values(
-        asked, peak, total, mixed, k, v, mask, low, high, start, stop, scale, k_t, v_t, m_t, inside, wide, MASK + 1, BLOCK_T
+        asked, peak, total, mixed, k, v, mask, low, high, start, stop, k_t, v_t, m_t, inside, wide, SCALE, MASK + 1, BLOCK_T
     )
     lines = valid[:, None] & wide[None, :]
     if WHOLE:  # [B, Q, H G, W]
@@ -347,7 +341,7 @@ def attend_whole(
         [B, Q, H G, W] of the type of q; zeros for a query that sees nothing.
     """
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    _launch(q, k, v, mask, first, last, solid, out, out, out, scale, 1, block_m=128, warps=8, stages=2)
+    _launch(q, k, v, mask, first, last, solid, out, out, out, scale, 1, block_m=128, warps=8, stages=3)
     return out
 
 
@@ -366,11 +360,11 @@ def _launch(
     grid = (triton.cdiv(queries * members, block_m), batch * heads, parts)
     wrap_triton(_attention_kernel)[grid](
         q, k, v, q if mask is None else mask, q if first is None else first, q if last is None else last,
-        q if solid is None else solid, out, peak, total, scale, queries, k.shape[2], heads,
+        q if solid is None else solid, out, peak, total, queries, k.shape[2], heads,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         *m,
         G=members, D=int(size), W=int(value_size), D_PAD=_padded(int(size)), W_PAD=_padded(int(value_size)),
-        MASK=kind, BOUNDS=first is not None, PARTS=parts, WHOLE=parts == 1, BLOCK_M=block_m, BLOCK_T=64,
+        SCALE=float(scale), MASK=kind, BOUNDS=first is not None, PARTS=parts, WHOLE=parts == 1, BLOCK_M=block_m, BLOCK_T=64,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

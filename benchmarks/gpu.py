@@ -20,8 +20,12 @@ Without a GPU it says so and exits with 3.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,10 +47,10 @@ DROP = {"drop_blocks": {"ratio": 0.25}}
 INT4 = {"quantize": {"scheme": "int4", "group": 128}}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "whole": [],
-    "merged": [MERGE],
+    "dropped int4": [DROP, INT4],
     "dropped": [DROP],
     "int4": [INT4],
-    "dropped int4": [DROP, INT4],
+    "merged": [MERGE],
 }
 PEERS = ("eager", "torch.compile")
 READY = "ready"
@@ -188,21 +192,47 @@ def model_of(shape: Shape, layers: int, experts: int, device: str) -> Any:
 
 
 def prepared(shape: Shape, variant: str) -> Any:
-    """The operated graph of a variant."""
+    """The operated graph of a variant: traced, and the passes run as a build runs them.
+
+    Without the comparisons of a build, which run the model a dozen times on the CPU.
+    """
     import surgeon
+    from surgeon.data import load_data
+    from surgeon.progress import Progress
+    from surgeon.registry import make_pass
+    from surgeon.rewrite import Editor
+    from surgeon.sweep import run_pass
 
     module = model_of(shape, shape.layers, shape.experts, "cpu")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocabulary, (2, 16), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    passes = [
-        {"quantize": {**step["quantize"], "group": shape.group}} if "quantize" in step else step for step in VARIANTS[variant]
-    ]
-    compiled = surgeon.compile(
-        module, passes, calibration=[batch, batch], backend=None, task="text-generation", progress=False
-    )
-    assert compiled.graph is not None
-    return compiled.graph
+    graph = surgeon.trace(module, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, task="text-generation")
+    data = load_data([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 2, graph)
+    for step in VARIANTS[variant]:
+        grouped = {"quantize": {**step["quantize"], "group": shape.group}} if "quantize" in step else step
+        structure = surgeon.discover(graph)
+        chosen = make_pass(grouped)
+        editor = Editor(graph)
+        run_pass(chosen, editor, structure.select(chosen.selection(structure)), lambda: data.calibration, None, Progress(False))
+        graph = editor.finish()
+    return graph
+
+
+def probes(ports: Any, shape: Shape) -> list[dict[str, torch.Tensor]]:
+    """Inputs that go through every branch of an artefact: one new token behind a past, and many without one."""
+    from surgeon.bench import Case, inputs_for
+
+    cases = (Case("decode", 2, shape.group + 1), Case("prefill", 1, 80))
+    made = [inputs_for(ports, case, {"input_ids": [0, shape.vocabulary - 1]}) for case in cases]
+    return [{name: value.to(shape.device) for name, value in inputs.items()} for inputs in made]
+
+
+def reference(graph: Any, shape: Shape) -> list[torch.Tensor]:
+    """What the graph itself gives for the probes, on the device."""
+    from surgeon.backends._aot_lowering import placed
+
+    here = placed(graph, shape.device)
+    return [here.module(*here.bind(inputs))[0].float().cpu() for inputs in probes(graph.inputs, shape)]
 
 
 def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
@@ -212,6 +242,8 @@ def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, A
     start = time.perf_counter()
     graph = prepared(shape, variant)
     ready = time.perf_counter()
+    print(f"{variant} on {runtime}: prepared in {ready - start:.0f} s", file=sys.stderr, flush=True)
+    wanted = reference(graph, shape)
     key = {"aotinductor": "device", "onnxruntime": "provider"}[runtime]
     folder.mkdir(parents=True, exist_ok=True)
     artifact = make_backend({runtime: {key: shape.device}}).lower(graph, folder)
@@ -220,10 +252,14 @@ def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, A
         "inputs": [_port(port) for port in artifact.inputs], "outputs": [_port(port) for port in artifact.outputs],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, default=str))
+    if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        shutil.rmtree(cache, ignore_errors=True)  # it holds a second copy of the weights
+    print(f"{variant} on {runtime}: lowered in {time.perf_counter() - ready:.0f} s", file=sys.stderr, flush=True)
     return {
         "prepare_seconds": ready - start,
         "lower_seconds": time.perf_counter() - ready,
         "details": {name: artifact.details.get(name) for name in ("nodes", "fused", "experts")},
+        "wanted": wanted,
     }
 
 
@@ -247,7 +283,7 @@ def synchronised(function: Any, device: str) -> Any:
     return run
 
 
-def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, Any], int]:
+def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, Any], int, Any]:
     from surgeon.bench import Case, inputs_for
     from surgeon.registry import backend_class
 
@@ -258,7 +294,7 @@ def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, 
         case = Case("decode" if cell.phase == "decode" else "prefill", cell.batch, cell.length)
         inputs = inputs_for(artifact.inputs, case, {"input_ids": [0, shape.vocabulary - 1]})
         runs[cell] = partial(artifact.run, {name: value.to(shape.device) for name, value in inputs.items()})
-    return runs, artifact.nbytes
+    return runs, artifact.nbytes, artifact
 
 
 def module_runs(shape: Shape, variant: str, compiled: bool) -> tuple[dict[Cell, Any], int]:
@@ -321,8 +357,15 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
     start = time.perf_counter()
     with torch.no_grad():
         if runtime in ("aotinductor", "onnxruntime"):
-            facts = build(shape, variant, runtime, folder)
-            runs, size = artifact_runs(shape, runtime, folder)
+            facts = build(shape, variant, runtime, folder / "artifact")
+            gc.collect()
+            if shape.device == "cuda":
+                torch.cuda.empty_cache()
+            runs, size, artifact = artifact_runs(shape, runtime, folder / "artifact")
+            found = [next(iter(artifact.run(inputs).values())).float().cpu() for inputs in probes(artifact.inputs, shape)]
+            pairs = list(zip(found, facts.pop("wanted"), strict=True))
+            facts["relative_errors"] = [float((a - b).norm() / b.norm()) for a, b in pairs]
+            facts["same_tokens"] = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
         else:
             runs, size = module_runs(shape, variant, compiled=runtime == "torch.compile")
         problems: dict[Cell, str] = {}
@@ -353,8 +396,9 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
 def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, keep: Callable[[dict[str, Any]], None]) -> None:
     """Run every variant on every runtime, each in a process of its own; ``keep`` gets the results so far after each variant.
 
-    The processes of a variant build side by side and are timed one after the other, when all have built.  Eager and
-    torch.compile do not know quantization: what they do for ``int4`` is what they do for ``whole``.
+    The processes of a variant build side by side, and those of the next variant with them; they are timed one after the
+    other, when all of the variant have built, while those of the next one stand still.  Eager and torch.compile do not know
+    quantization: what they do for ``int4`` is what they do for ``whole``.
     """
     rate, known = (0.0, "none: a rehearsal") if rehearse else bandwidth()
     if not rehearse:
@@ -364,23 +408,38 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
         "versions": {name: _version(name) for name in ("transformers", "onnxruntime-gpu", "onnxruntime", "triton")},
         "bandwidth": rate, "bandwidth_known_from": known, "shape": asdict(shape), "cells": {},
     }  # fmt: skip
-    for variant in variants:
-        found = results["cells"].setdefault(variant, {})
-        same = variant.replace("int4", "").strip() or "whole"
-        if same != variant and same in results["cells"]:
-            found.update({peer: results["cells"][same][peer] for peer in PEERS})
-        with tempfile.TemporaryDirectory(prefix="surgeon-gpu-") as scratch:
-            workers = [
-                Worker(shape, variant, runtime, Path(scratch) / runtime, rehearse, seconds)
-                for runtime in RUNTIMES
-                if runtime not in found
-            ]
+    cells = results["cells"]
+    with tempfile.TemporaryDirectory(prefix="surgeon-gpu-") as scratch:
+
+        def started(variant: str) -> list[Worker]:
+            shared = _stored(variant) != variant and _stored(variant) in variants
+            wanted = [name for name in RUNTIMES if name not in PEERS or not shared]
+            home = Path(scratch) / variant.replace(" ", "-")
+            return [Worker(shape, variant, name, home / name, rehearse, seconds) for name in wanted]
+
+        ahead = started(variants[0])
+        for number, variant in enumerate(variants):
+            workers, ahead = ahead, started(variants[number + 1]) if number + 1 < len(variants) else []
             for worker in workers:
                 worker.wait_ready()
+            for worker in ahead:
+                worker.signal(signal.SIGSTOP)
+            found = cells.setdefault(variant, {})
             for worker in workers:
                 found[worker.runtime] = worker.finish()
                 print(line(variant, worker.runtime, found[worker.runtime]), file=sys.stderr, flush=True)
-        keep(results)
+            for worker in ahead:
+                worker.signal(signal.SIGCONT)
+            shutil.rmtree(Path(scratch) / variant.replace(" ", "-"), ignore_errors=True)
+            for listed in cells:  # in whatever order the variants came
+                if _stored(listed) != listed and _stored(listed) in cells:
+                    cells[listed] = {**{peer: cells[_stored(listed)][peer] for peer in PEERS}, **cells[listed]}
+            keep(results)
+
+
+def _stored(variant: str) -> str:
+    """The variant whose model the peers run."""
+    return variant.replace("int4", "").strip() or "whole"
 
 
 def _version(name: str) -> str | None:
@@ -400,12 +459,19 @@ class Worker:
         command = [sys.executable, __file__, "--cell", variant, runtime, "--folder", str(folder), "--answer", str(self.answer)]
         command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}  # several build at a time
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **caches}
-            )
-        self.alarm = threading.Timer(seconds, self.process.kill)
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                env={**os.environ, **caches, **threads},
+            )  # fmt: skip
+        self.alarm = threading.Timer(seconds, self.signal, [signal.SIGKILL])
         self.alarm.start()
+
+    def signal(self, number: int) -> None:
+        """Signal it and the compilers that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def wait_ready(self) -> None:
         """Return when it has built, or ended."""
@@ -442,7 +508,7 @@ def add_floors(shape: Shape, results: dict[str, Any]) -> None:
     rate = results["bandwidth"]
     for variant, runtimes in results["cells"].items():
         for runtime, found in runtimes.items():
-            stored = variant.replace("int4", "").strip() or "whole" if runtime in PEERS else variant
+            stored = _stored(variant) if runtime in PEERS else variant
             for cell in found["cells"]:
                 if "problem" not in cell and cell["phase"] == "decode" and rate:
                     floor = 1e3 * floor_bytes(shape, stored, Cell("decode", cell["batch"], cell["length"])) / rate
@@ -458,6 +524,9 @@ def print_table(shape: Shape, results: dict[str, Any]) -> None:
     for variant, runtimes in results["cells"].items():
         for runtime, found in runtimes.items():
             print(line(variant, runtime, found))
+            if errors := found.get("relative_errors"):
+                listed = ", ".join(f"{error:.1e}" for error in errors)
+                print(f"{'':30}logits against the graph (decode, prefill): relative errors {listed}")
             for cell in found["cells"]:
                 if "problem" in cell:
                     print(f"{'':30}{cell['phase']} b{cell['batch']}: {cell['problem']}")
@@ -541,7 +610,7 @@ def main() -> int:
         if not options.rehearse:
             options.into.parent.mkdir(exist_ok=True)
             options.into.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        if list(results["cells"]) == variants:
+        if len(results["cells"]) == len(variants):
             print_table(shape, results)
 
     collect(shape, variants, options.rehearse, options.timeout, keep)

@@ -16,7 +16,8 @@ import typer
 from surgeon.errors import RecipeError
 from surgeon.listings import list_backends, list_passes, list_refusals, show_options
 from surgeon.output import check_writable, write_file
-from surgeon.process import Guarded, Screen, installed_version, run, say
+from surgeon.process import Guarded, Screen, run, say
+from surgeon.report import installed_version
 
 app = typer.Typer(
     cls=Guarded,

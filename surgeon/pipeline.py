@@ -32,7 +32,7 @@ from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify, load_recipe
 from surgeon.registry import make_backend, make_pass, versions
-from surgeon.report import Comparison, PassReport, Report
+from surgeon.report import Comparison, PassReport, Report, installed_version
 from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Structure
@@ -269,7 +269,7 @@ def _replay(recorded: Sequence[Outputs]) -> Any:
 
 def _new_report(request: Request, graph: Graph, structure: Structure, data: Data, notes: Sequence[str]) -> Report:
     return Report(
-        surgeon=importlib.metadata.version("surgeon"),
+        surgeon=installed_version(),
         versions=_versions(),
         model={
             "description": graph.source.description,

@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 the user's or the model's doing (one message, no traceback
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from surgeon.errors import SurgeonError
+from surgeon.report import installed_version
 
 _THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """System errors that say something about the user's disk, not about a bug."""
@@ -145,11 +145,3 @@ def say(what: str, message: str) -> None:
     if message:
         line.append(": ").append(Text(message, style="default not bold"))
     Console(stderr=True, soft_wrap=True, highlight=False).print(line)
-
-
-def installed_version() -> str:
-    """Version of surgeon."""
-    try:
-        return importlib.metadata.version("surgeon")
-    except importlib.metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
