@@ -53,7 +53,7 @@ def callable_grouped() -> Iterator[None]:
         yield
         return
     before = lowering.lowerings[operator]
-    lowering.lowerings[operator] = lowering.fallback_handler(operator, add_to_fallback_set=False)
+    lowering.lowerings[operator] = lowering.fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def linear(x: Tensor, weight: LowBit, bias: Tensor | None = None) -> Tensor:
 
     def few(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, added: Tensor | None) -> Tensor:
         args = (packed.unsqueeze(0), scale.unsqueeze(0), None if zero is None else zero.unsqueeze(0))
-        out = few_rows(rows, None, *args, weight.bits, weight.group, 1, 1).sum(0)
+        out: Tensor = few_rows(rows, None, *args, weight.bits, weight.group, 1, 1).sum(0)
         return (out if added is None else out + added).to(rows.dtype)
 
     def many(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, added: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ def experts(
         if a_bias is not None:
             pre = pre + a_bias[flat]
         hidden = inner_activation(pre, inner, activation).to(rows.dtype)
-        each = few_rows(hidden, flat, b, b_scale, b_zero, out_bits, out_group, 1, k).sum(0)
+        each: Tensor = few_rows(hidden, flat, b, b_scale, b_zero, out_bits, out_group, 1, k).sum(0)
         if b_bias is not None:
             each = each + b_bias[flat]
         return (each.reshape(-1, k, rows_out) * share.unsqueeze(-1)).sum(1).to(rows.dtype)
@@ -209,7 +209,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
                 solid = seen.sum(-1) == last - first
             else:  # where anything but 0 is added the mask has to be read
                 solid = (mask == 0)[:, 0].expand(seen.shape).sum(-1) == last - first
-        return attend_whole(q, k, v, mask, first, last, solid, scale)
+        out: Tensor = attend_whole(q, k, v, mask, first, last, solid, scale)
+        return out
 
     members = int(q.shape[1]) // int(k.shape[1])
     return either(q.shape[2] * members <= _FEW_QUERIES, few, many, [q, k, v, mask, positions]).transpose(1, 2)

@@ -213,7 +213,7 @@ class _Interpreter(fx.Interpreter):
         if target is torch.ops.surgeon.moe.default:
             if self.owner.kernels and self.owner.experts == "auto":
                 return on_cuda.experts(self.owner.used, *args, **kwargs)
-            unpacked = tuple(arg.unpacked() if isinstance(arg, on_cuda.LowBit) else arg for arg in args)
+            unpacked: Any = tuple(arg.unpacked() if isinstance(arg, on_cuda.LowBit) else arg for arg in args)
             return _experts(self.owner, *unpacked, **kwargs)
         if target is aten.linear.default and isinstance(args[1], on_cuda.LowBit):
             return on_cuda.linear(*args, **kwargs)

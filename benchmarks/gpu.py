@@ -12,6 +12,7 @@ Targets: decode within 1.3x of the floor in bfloat16; faster than torch.compile 
 as fast as eager ``whole`` with less than 23 % of its memory.
 
     python benchmarks/gpu.py                 one command: table, and benchmarks/results/gpu.json
+    python benchmarks/gpu.py --show          the table of benchmarks/results/gpu.json
     python benchmarks/gpu.py --rehearse      the same flow with tiny shapes on the CPU, nothing written
 
 Without a GPU it says so and exits with 3.
@@ -456,7 +457,8 @@ class Worker:
         self.runtime, self.deadline = runtime, time.monotonic() + seconds
         folder.mkdir(parents=True)
         self.answer, self.log = folder / "answer.json", folder / "log"
-        command = [sys.executable, __file__, "--cell", variant, runtime, "--folder", str(folder), "--answer", str(self.answer)]
+        command = [sys.executable, "-X", "faulthandler", __file__, "--cell", variant, runtime]
+        command += ["--folder", str(folder), "--answer", str(self.answer)]
         command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}  # several build at a time
@@ -491,8 +493,11 @@ class Worker:
             found: dict[str, Any] = json.loads(self.answer.read_text())
             return found
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        late = time.monotonic() > self.deadline
-        last = "not done in time" if late else next(reversed(lines), f"exit code {self.process.returncode}")
+        code, last = self.process.returncode, next(reversed(lines), "none")
+        if time.monotonic() > self.deadline:
+            last = f"not done in time; its last line: {last}"
+        elif code < 0:
+            last = f"ended by {signal.Signals(-code).name}; its last line: {last}"
         return {"problem": last[:500], "log": lines[-40:], "cells": []}
 
 
@@ -588,10 +593,15 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one variant on one runtime")
     parser.add_argument("--into", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, nothing written")
+    parser.add_argument("--show", action="store_true", help="print the table of the results, measure nothing")
     parser.add_argument("--cell", nargs=2, metavar=("VARIANT", "RUNTIME"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.show:
+        held = json.loads(options.into.read_text(encoding="utf-8"))
+        print_table(Shape(**{**held["shape"], "batches": tuple(held["shape"]["batches"])}), held)
+        return 0
     if not options.rehearse and not torch.cuda.is_available():
         print("benchmarks/gpu.py: no CUDA device is here; nothing was measured (--rehearse tries the flow on the CPU)")
         return NO_GPU

@@ -222,7 +222,7 @@ def refuse_states(module: nn.Module) -> None:
     """
     from transformers import DynamicCache, cache_utils
 
-    plain = [cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer]
+    plain: list[Any] = [cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer]
     plain += [cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []  # newer than the oldest version supported
     config: Any = getattr(module, "config", None)
     try:

@@ -204,7 +204,8 @@ def _library_patches() -> Iterator[None]:
 
     del exporter_dynamo  # imported for the patches it registers
     found: list[tuple[Any, str, Callable[..., Any]]] = []
-    for owner, attribute, factory in utils._PATCHES.get("dynamo", []):
+    registered: list[tuple[Any, str, Callable[..., Any]]] = list(utils._PATCHES.get("dynamo", []))
+    for owner, attribute, factory in registered:
         if not isinstance(owner, str):  # older versions of the library import all of them
             found.append((owner, attribute, factory))
             continue

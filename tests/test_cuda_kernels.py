@@ -1,0 +1,225 @@
+"""Kernels for CUDA under Triton's interpreter, and graphs that are spelt with them, on the CPU.
+
+The interpreter has no bfloat16 products, so types here are float16 and float32; ``benchmarks/gpu.py`` compares bfloat16 with
+the graph on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from surgeon.backends import _aot_cuda as on_cuda
+from surgeon.backends._aot_joined import joined_linears
+from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+from surgeon.discovery import discover
+from surgeon.graph import Graph
+from surgeon.numerics.quantization import QuantizedTensor, quantize_groupwise
+from surgeon.ops.attention import attend
+from surgeon.progress import Progress
+from surgeon.registry import make_pass
+from surgeon.rewrite import Editor
+from surgeon.sweep import run_pass
+
+kernels = pytest.importorskip("surgeon.backends._cuda_kernels", reason="Triton is for Linux")
+
+aten = torch.ops.aten
+BOUND = {torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_few_rows_are_products_with_the_matrices_of_their_experts(dtype: torch.dtype, rows: int) -> None:
+    experts, width, k = 5, 192, 3
+    x, w = randn(rows, width, dtype=dtype), randn(experts, 72, width, dtype=dtype, seed=1)
+    index = torch.randint(0, experts, (rows * k,), generator=torch.Generator().manual_seed(2))
+    wanted = torch.einsum("sk,snk->sn", x.double().repeat_interleave(k, 0), w.double()[index])
+    found = kernels.few_rows(x, index, w, None, None, 0, 1, k, 2).sum(0)
+    assert relative(found, wanted) < BOUND[dtype]
+    alone = kernels.few_rows(x, None, w[:1], None, None, 0, 1, 1, 1).sum(0)
+    assert relative(alone, x.double() @ w[0].double().T) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (4, 32), (4, 128), (4, 256), (8, 32)])
+def test_few_rows_read_codes(dtype: torch.dtype, symmetric: bool, bits: int, group: int) -> None:
+    width = 512
+    assert kernels.takes_codes(bits, group, width)
+    x, w = randn(3, width, dtype=dtype), randn(4, 40, width, dtype=dtype, seed=1)
+    codes = quantize_groupwise(w, bits=bits, group=group, symmetric=symmetric)
+    exact = QuantizedTensor(codes.packed, codes.scale.double(), codes.zero_point, bits, group, width).dequantize()
+    index = torch.tensor([3, 0, 3, 1, 3, 3])
+    wanted = torch.einsum("sk,snk->sn", x.double().repeat_interleave(2, 0), exact[index])
+    found = kernels.few_rows(x, index, codes.packed, codes.scale, codes.zero_point, bits, group, 2, 2).sum(0)
+    assert relative(found, wanted) < BOUND[dtype]
+
+
+def test_codes_that_the_kernel_does_not_take() -> None:
+    assert not kernels.takes_codes(4, 16, 512)  # too few of each position in a byte
+    assert not kernels.takes_codes(4, 96, 480)  # not a power of two
+    assert not kernels.takes_codes(4, 128, 200)  # a group that is not whole
+
+
+def masks(kind: str, queries: int, keys: int) -> Tensor | None:
+    """[2, 1, Q, T]: none, causal with padding, windows, at random, or added to the scores."""
+    place, own = torch.arange(keys), torch.arange(queries)[:, None] + keys - queries
+    causal = (place <= own).expand(2, 1, queries, keys).clone()
+    if kind == "causal":
+        causal[0, :, :, :3] = keys <= 3
+        return causal
+    if kind == "window":
+        return causal & (place > own - 9)
+    if kind == "random":
+        return torch.rand(2, 1, queries, keys, generator=torch.Generator().manual_seed(3)) > 0.4
+    if kind == "added":
+        return torch.where(causal, randn(2, 1, queries, keys), -torch.inf).half()
+    return None
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "random", "added"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 150), (5, 70), (90, 90), (40, 200)])
+def test_attention_equals_its_reference(kind: str, queries: int, keys: int) -> None:
+    heads, members, size = 2, 3, 40
+    q = randn(2, queries, heads * members, size, dtype=torch.float16).transpose(1, 2)
+    k, v = (randn(2, heads, keys, width, dtype=torch.float16, seed=width) for width in (size, 48))
+    mask = masks(kind, queries, keys)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    wanted = attend(q.double(), k.double(), v.double(), wide, False, 0.2).nan_to_num(0.0)
+    found = on_cuda.attention(q, k, v, mask, False, 0.2)  # in parts for few queries, with bounds for many
+    assert relative(found, wanted) < BOUND[torch.float16]
+    unbounded = kernels.attend_whole(q, k, v, mask, None, None, None, 0.2).transpose(1, 2)
+    assert relative(unbounded, wanted) < BOUND[torch.float16]
+
+
+def test_attention_without_a_mask_can_be_causal() -> None:
+    q, k, v = (randn(1, heads, 50, 32, dtype=torch.float16, seed=heads) for heads in (4, 2, 2))
+    assert relative(on_cuda.attention(q, k, v, None, True, 0.3), attend(q, k, v, None, True, 0.3)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_the_largest_of_a_row_are_those_of_topk(k: int) -> None:
+    values = randn(5, 64)
+    assert on_cuda.few_of_row(values, k)
+    found, wanted = on_cuda.top_k(values, k), torch.topk(values, k)
+    assert torch.equal(found[0], wanted.values)
+    assert torch.equal(found[1], wanted.indices)
+    assert not on_cuda.few_of_row(values, 9)
+    assert not on_cuda.few_of_row(values, 2, 0)
+    assert not on_cuda.few_of_row(values, 2, -1, False)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Graph:
+    return traced(torch.float16)
+
+
+def traced(dtype: torch.dtype) -> Graph:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=160, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=256,
+    )  # fmt: skip
+    from surgeon.tracing import trace
+
+    return trace(transformers.MixtralForCausalLM(config).to(dtype).eval(), task="text-generation")
+
+
+def quantized(graph: Graph) -> Graph:
+    clone = graph.clone()
+    editor, structure = Editor(clone), discover(clone)
+    run_pass(make_pass({"quantize": {"scheme": "int4", "group": 32}}), editor, structure, list, None, Progress(False))
+    return editor.finish()
+
+
+def inputs_of(graph: Graph, rows: int, new: int, past: int) -> list[Tensor]:
+    sizes = {"batch": rows, "sequence": new, "past": past}
+    made: dict[str, Any] = {}
+    for port in graph.inputs:
+        shape = [sizes.get(s, past + new) if isinstance(s, str) else s for s in port.shape]
+        if port.dtype.is_floating_point:
+            made[port.name] = randn(*shape, dtype=port.dtype)
+        elif "mask" in port.name:
+            made[port.name] = torch.ones(shape, dtype=port.dtype)
+            made[port.name][0, : past // 2] = 0
+        elif "position" in port.name:
+            made[port.name] = torch.arange(past, past + new).expand(rows, -1).contiguous()
+        else:
+            made[port.name] = torch.randint(0, 160, shape, generator=torch.Generator().manual_seed(4))
+    return graph.bind(made)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("sizes", [(2, 1, 9), (1, 3, 0), (1, 70, 5)])
+def test_the_spelling_for_cuda_equals_the_graph(mixture: Graph, bits: int, sizes: tuple[int, int, int]) -> None:
+    graph = mixture if bits == 16 else quantized(traced(torch.float32))  # exact: no token changes its expert for rounding
+    lowered = low_bit_kernels(graph, "cuda", convert=True)
+    assert lowered.left == {}
+    assert lowered.kernels["few_rows"] == (0 if bits == 16 else 13)  # four of attention and two of experts a layer, the head
+    spelt = Decomposed(joined_linears(lowered.graph), "auto", device="cuda").eval()
+    inputs = inputs_of(graph, *sizes)
+    with torch.no_grad():
+        pairs = list(zip(spelt(*inputs), graph.module(*inputs), strict=True))
+    assert max(relative(found, wanted) for found, wanted in pairs) < (4e-3 if bits == 16 else 1e-5)
+    assert dict(spelt.used) == {"experts few rows": 2, "experts dense": 2}  # no grouped product of halves
+
+
+def test_linears_of_one_input_are_joined(mixture: Graph) -> None:
+    joined = joined_linears(mixture)
+    before, after = (sum(n.target is aten.linear.default for n in g.module.graph.nodes) for g in (mixture, joined))
+    assert (before, after) == (11, 7)  # queries, keys and values become one in each layer
+    inputs = inputs_of(mixture, 2, 3, 4)
+    for found, wanted in zip(joined.module(*inputs), mixture.module(*inputs), strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own parts
+def test_a_package_holds_both_forms_and_nothing_of_ours(mixture: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch exports: branches that sizes decide, with the kernels' operators in one and torch's in the other."""
+    spelt = Decomposed(joined_linears(mixture), "auto", device="cuda").eval()
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
+        for port in mixture.inputs
+    )
+    example = tuple(mixture.example[port.name] for port in mixture.inputs)
+
+    def rows(x: Tensor, index: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty((1, x.shape[0] * rest[4], weight.shape[1]), dtype=torch.float32)
+
+    def parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (16, q.shape[0], q.shape[2], q.shape[1])
+        return tuple(q.new_empty(size, dtype=torch.float32) for size in ((*shape, v.shape[3]), shape, shape))  # type: ignore[return-value]
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+    # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
+    monkeypatch.setattr(kernels, "few_rows", rows)
+    monkeypatch.setattr(kernels, "attend_in_parts", parts)
+    monkeypatch.setattr(kernels, "attend_whole", whole)
+    with torch.no_grad():
+        program = torch.export.export(spelt, example, dynamic_shapes=(shapes,), strict=False)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("cond") == 4  # attention and experts of two layers
+    assert not any("surgeon" in target for target in targets)
+
+
+def test_a_copy_for_a_device_leaves_the_graph_alone(mixture: Graph) -> None:
+    copy = placed(mixture, "meta")
+    assert {tensor.device.type for tensor in copy.module.state_dict().values()} == {"meta"}
+    assert {tensor.device.type for tensor in mixture.module.state_dict().values()} == {"cpu"}
+    made = [node for node in copy.module.graph.nodes if "device" in node.kwargs]
+    assert made
+    assert all(node.kwargs["device"] == torch.device("meta") for node in made)
