@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ class Part:
         activations: names of the library's activations.
         experts, top_k: of mixtures.
         normalised, scale, groups, shared: of their routing, and whether there are shared experts.
+        limits: where networks clamp their neurons.
         certain: whether the model is known to hold it; others may lie idle for the inputs that were given.
+        modules: paths of the modules that are the layers, where modules say it.
     """
 
     name: str
@@ -43,7 +45,9 @@ class Part:
     scale: set[float] = field(default_factory=set)
     groups: set[int] = field(default_factory=set)
     shared: set[bool] = field(default_factory=set)
+    limits: set[float] = field(default_factory=set)
     certain: bool = True
+    modules: tuple[str, ...] = ()
 
 
 # -- what was found -----------------------------------------------------------------------------------------------
@@ -193,18 +197,22 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
         {v for k, v in values.items() if _NORMALISED.fullmatch(k) and isinstance(v, bool)},
         {float(v) for k, v in values.items() if _SCALE.fullmatch(k) and isinstance(v, int | float)},
         every(_GROUPS.pattern), {bool(v) for k, v in values.items() if _SHARED.fullmatch(k)},
+        {float(v) for k, v in values.items() if re.fullmatch(r"\w*limit\w*", k) and isinstance(v, int | float)},
     )  # fmt: skip
 
 
 # -- comparison ---------------------------------------------------------------------------------------------------
 
 
-def differences(found: list[dict[str, Any]], parts: list[Part], module: nn.Module, graph: Graph) -> list[str]:
+def differences(structure: Structure, parts: list[Part], module: nn.Module, graph: Graph) -> list[str]:
     """What was found otherwise than it is said; empty where everything that is said is right."""
+    named = [part for part in parts if part.modules]
+    parts = _by_stream(structure, parts)
     open_ = list(parts)
     differing = []
-    for stream in sorted(found, key=lambda s: -s["blocks"]):
-        judged = [(_unlike(stream, part), part) for part in open_]
+    found = [(_stream(stream), stream) for stream in structure.streams]
+    for stream, blocks in sorted(found, key=lambda s: -s[0]["blocks"]):
+        judged = [(_unlike(stream, part, blocks), part) for part in open_]
         if not judged:
             if parts:
                 differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
@@ -212,8 +220,17 @@ def differences(found: list[dict[str, Any]], parts: list[Part], module: nn.Modul
         reasons, part = min(judged, key=lambda pair: (len(pair[0]), pair[1].name))
         open_.remove(part)
         differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
+    in_blocks = {name for stream in structure.streams for block in stream.blocks for name in block.weights}
+    read = set(graph.parameters())
+    for part in named:
+        prefixes = [f"{path}." for path in part.modules]
+        missed = [p for p in prefixes if _holds(p, read) and not _holds(p, in_blocks)]
+        if missed:
+            differing.append(f"{len(missed)} of {len(prefixes)} {part.name} are in no block")
     reached = _reached(module, graph)
     for part in open_:
+        if part.modules:
+            continue
         count = sum(length in part.layers for length in reached)
         matched = sum(bool(other.layers & part.layers) for other in parts if other not in open_)
         if part.certain and count > matched:
@@ -221,9 +238,47 @@ def differences(found: list[dict[str, Any]], parts: list[Part], module: nn.Modul
     return differing
 
 
-def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
+def _holds(prefix: str, names: set[str]) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _by_stream(structure: Structure, parts: list[Part]) -> list[Part]:
+    """The parts that modules name, joined or divided as the streams hold them: stages have a list each, branches share one."""
+    named = [part for part in parts if part.modules]
+    if not named or len(structure.streams) == len(named) == len(parts):
+        return parts
+    if len(structure.streams) == 1:  # the stages of one stream
+        every = {key: set().union(*(getattr(part, key) for part in named)) for key in ("heads", "widths")}
+        modules = tuple(path for part in named for path in part.modules)
+        return [Part(" and ".join(part.name for part in named), {len(modules)}, **every, modules=modules)]
     found = []
-    if stream["blocks"] not in part.layers:
+    for stream in structure.streams:
+        read = {name for block in stream.blocks for name in block.weights}
+        for part in named:
+            own = tuple(path for path in part.modules if _holds(f"{path}.", read))
+            if own:
+                found.append(replace(part, name=part.name, layers={len(own)}, modules=own))
+    return found
+
+
+def _aligned(stream: Stream, part: Part) -> bool:
+    """Whether every block found lies within one of the modules, or in none, and every module holds a block.
+
+    A module with two sublayers that mix positions is two blocks by the definition of a block; what changes the resolution
+    between stages, with a residual of its own, is a block in no module.
+    """
+    held = set()
+    for block in stream.blocks:
+        own = {path for name in block.weights for path in part.modules if name.startswith(f"{path}.")}
+        if len(own) > 1:
+            return False
+        held |= own
+    return held == set(part.modules)
+
+
+def _unlike(stream: dict[str, Any], part: Part, found_in: Stream) -> list[str]:
+    found = []
+    if stream["blocks"] not in part.layers and not (part.modules and _aligned(found_in, part)):
         found.append(f"{stream['blocks']} blocks, said {_text(part.layers)} layers")
     for key, wanted in (("heads", part.heads), ("kv", part.kv), ("widths", part.widths)):
         wrong = [v for v in stream[key] if wanted and v not in wanted]
@@ -247,7 +302,9 @@ def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
     if part.experts and not stream["moes"]:
         found.append(f"no mixture, said {_text(part.experts)} experts")
     names = [name for name in stream["activations"] if name != "None"]
-    if part.activations and names and not any(_same(name, said_) for name in names for said_ in part.activations):
+    if part.activations and names and not any(
+        _same(name, said_, part.limits) for name in names for said_ in part.activations
+    ):
         found.append(f"activations {', '.join(names)}, said {', '.join(part.activations)}")
     return found
 
@@ -256,8 +313,8 @@ def _text(values: Iterable[Any]) -> str:
     return "/".join(str(v) for v in sorted(values))
 
 
-def _same(name: str, library: str) -> bool:
-    """Whether an activation of surgeon is the one of transformers with that name, by values."""
+def _same(name: str, library: str, limits: set[float]) -> bool:
+    """Whether an activation of surgeon is the one of transformers with that name, by values, at these limits or none."""
     from transformers.activations import ACT2FN
 
     label = re.sub(r"^gated-", "", library)
@@ -265,7 +322,10 @@ def _same(name: str, library: str) -> bool:
         return True
     grid = probe_grid().float()
     wanted = ACT2FN[label](grid)
-    value = gate(name).alone(grid)
+    own = gate(name)
+    if limits and {limit for limit in (own.gate_max, own.cap, own.up_limit) if limit is not None} <= limits:
+        own = replace(own, gate_max=None, cap=None, up_limit=None)
+    value = own.alone(grid)
     return bool(torch.allclose(value, wanted, atol=2e-3))
 
 

@@ -189,7 +189,12 @@ def by_modules(module: nn.Module) -> list[Part]:
             known = {id(m) for blocks in lists.values() for block in blocks for m in block.modules()}
             lists.setdefault(name, []).extend(block for block in _entries(part) if id(block) not in known)
     lists = lists or {"blocks": _alike(module)}
-    return [Part(name, {len(blocks)}, *_sizes(blocks)) for name, blocks in lists.items() if blocks]
+    paths = {part: path for path, part in module.named_modules()}
+    return [
+        Part(name, {len(blocks)}, *_sizes(blocks), modules=tuple(paths[block] for block in blocks))
+        for name, blocks in lists.items()
+        if blocks
+    ]
 
 
 def _entries(part: nn.Module) -> list[nn.Module]:

@@ -62,7 +62,7 @@ def survey(name: str, passes: bool) -> dict[str, Any]:
     except DiscoverError as error:
         return {**row, "status": "refused", "reason": _line(error), "seconds": _since(clock)}
     row["found"] = describe(structure)
-    row["differs"] = differences(row["found"], built.parts, built.module, graph)
+    row["differs"] = differences(structure, built.parts, built.module, graph)
     row["opaque"] = opaque(structure)
     row["without_role"] = len(structure.unrecognised)
     row["status"] = "differs" if row["differs"] else "opaque" if row["opaque"] else "right"
@@ -83,7 +83,7 @@ def _traced(built: _survey_models.Built) -> tuple[surgeon.Graph, bool]:
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    said = {key: value for key, value in vars(part).items() if value not in (set(), True)}
+    said = {key: value for key, value in vars(part).items() if key != "modules" and value not in (set(), True)}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
 
 
