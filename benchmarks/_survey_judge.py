@@ -30,6 +30,7 @@ class Part:
         normalised, scale, groups, shared: of their routing, and whether there are shared experts.
         limits: where networks clamp their neurons.
         certain: whether the model is known to hold it; others may lie idle for the inputs that were given.
+        attends: whether attention is computed where the model runs; some have it in a kernel of a device only.
         modules: paths of the modules that are the layers, where modules say it.
     """
 
@@ -47,6 +48,7 @@ class Part:
     shared: set[bool] = field(default_factory=set)
     limits: set[float] = field(default_factory=set)
     certain: bool = True
+    attends: bool = True
     modules: tuple[str, ...] = ()
 
 
@@ -133,6 +135,7 @@ _TOP_K = re.compile(
 )
 _NORMALISED = re.compile(r"norm_topk_prob|moe_renormalize|route_norm")
 _SCALE = re.compile(r"(routed|router|moe_router|moe_routed)_scaling_factor|route_scale")
+_MIXED = re.compile(r"is_moe|enable_moe_block")
 _GROUPS = re.compile(r"n_group|num_expert_group|moe_n_group")
 _SHARED = re.compile(r"(n|num|moe_num)_shared_experts?|(moe_)?shared_(expert_)?intermediate_size")
 
@@ -162,6 +165,10 @@ def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     if isinstance(depths, list | tuple) and _numbers(depths):
         yield _part(config, values, name or "stages", {sum(depths)}, "")
         return
+    latents = _numbers(values.get("num_global_tokens"))
+    if latents and "encoder" in sides:  # a stream of their own; that of the last layer is not read
+        count = max(_numbers(_first(config, _LAYER_FIELDS["encoder"])))
+        yield replace(_part(config, values, f"{name}.global tokens".strip("."), {count, count - 1}, "encoder"), certain=False)
     for side in sides:
         yield _part(config, values, f"{name}.{side}".strip("."), _numbers(_first(config, _LAYER_FIELDS[side])), side)
     alone = _numbers(_first(config, _LAYER_FIELDS[""]))
@@ -190,7 +197,8 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
     widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
     act = own(_ACTIVATIONS)
-    experts, top_k = every(_EXPERTS.pattern), every(_TOP_K.pattern)
+    switched_off = any(v is False for k, v in values.items() if _MIXED.fullmatch(k))
+    experts, top_k = (set(), set()) if switched_off else (every(_EXPERTS.pattern), every(_TOP_K.pattern))
     return Part(
         name, count, heads | (others if heads else set()), kv or heads | others, widths,
         {act} if isinstance(act, str) else set(), {e for e in experts if e > 1}, top_k,
@@ -207,7 +215,7 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
 def differences(structure: Structure, parts: list[Part], module: nn.Module, graph: Graph) -> list[str]:
     """What was found otherwise than it is said; empty where everything that is said is right."""
     named = [part for part in parts if part.modules]
-    parts = _by_stream(structure, parts)
+    parts = _by_stream(structure, [replace(part, attends=_attends(module, graph)) for part in parts])
     open_ = list(parts)
     differing = []
     found = [(_stream(stream), stream) for stream in structure.streams]
@@ -294,7 +302,7 @@ def _unlike(stream: dict[str, Any], part: Part, found_in: Stream) -> list[str]:
         wrong = [v for v in stream[key] if wanted and not any(abs(v - w) <= 1e-3 * abs(w) for w in wanted)]
         if wrong:
             found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
-    if part.heads and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):
+    if part.heads and part.attends and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):
         found.append(f"no attention, said {_text(part.heads)} heads")
     # A network with a convolution or a normalisation over positions in it is a mixer.
     if part.widths and not stream["ffns"] and not stream["moes"] and not any("mixer" in kind for kind in stream["kinds"]):
@@ -307,6 +315,13 @@ def _unlike(stream: dict[str, Any], part: Part, found_in: Stream) -> list[str]:
     ):
         found.append(f"activations {', '.join(names)}, said {', '.join(part.activations)}")
     return found
+
+
+def _attends(module: nn.Module, graph: Graph) -> bool:
+    """Whether the graph reads a weight of a module that has heads, or there is no such module."""
+    heads = {path for path, part in module.named_modules() if _first(part, _HEADS) and any(True for _ in part.parameters())}
+    read = graph.parameters()
+    return not heads or any(name.startswith(f"{path}.") for path in heads for name in read)
 
 
 def _text(values: Iterable[Any]) -> str:

@@ -61,6 +61,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"first_k_dense_replace|moe_layer_start_index|num_kv_shared_layers|num_dense_layers|num_first_dense_layers", _at_most(1)),
     (r"num_queries|num_query_tokens|resampler_n_latents|num_latents|query_length", _at_most(10)),
     (r"codebook_size|num_embeddings", _at_most(VOCABULARY)),
+    (r"attention_window", _at_most(8)),
 )  # fmt: skip
 
 _LAYERS = re.compile(
@@ -172,6 +173,8 @@ def _pyramid(fields: dict[str, Any]) -> Any:
 
 def _sequence(name: str, value: list[Any], fields: dict[str, Any], depth: int | None, level: int) -> list[Any]:
     count = layers(fields)
+    if name == "attention_window" and _integers(value):
+        return [min(v, 8) for v in value[:count]]
     if depth is not None and depth > count and len(value) == depth and level < 3:
         if level > 0 or not isinstance(value[0], str):
             return value[:count]
