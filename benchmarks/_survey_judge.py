@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgeon.activations import probe_grid
+from surgeon.discovery.operators import is_reshape, kind
 from surgeon.gates import gate
 from surgeon.graph import Graph
 from surgeon.structure import Region, Stream, Structure
@@ -81,10 +82,21 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "top_k": _set(m.top_k for m in moes),
         "scoring": _set(m.scoring for m in moes),
         "normalised": _set(m.normalised for m in moes),
-        "scale": _set(m.scale for m in moes),
+        "scale": _set(m.scale * _behind(m.node) for m in moes),
         "groups": _set(m.groups for m in moes),
         "shared": _set(bool(m.shared) for m in moes),
     }
+
+
+def _behind(node: fx.Node) -> float:
+    """The number that the output of a mixture is multiplied by, which is a factor of every weight too."""
+    readers = list(node.users)
+    while len(readers) == 1 and is_reshape(readers[0]):
+        readers = list(readers[0].users)
+    if len(readers) != 1 or kind(readers[0]) != "aten::mul":
+        return 1.0
+    factor = readers[0].args[1]
+    return float(factor) if isinstance(factor, int | float) else 1.0
 
 
 def _set(values: Iterable[Any]) -> list[Any]:
@@ -197,6 +209,8 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
     widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
     act = own(_ACTIVATIONS)
+    if values.get("swiglu_alpha") == 1.702:  # x sigmoid(1.702 x), whatever the field says that the library reads elsewhere
+        act = "quick_gelu"
     switched_off = any(v is False for k, v in values.items() if _MIXED.fullmatch(k))
     experts, top_k = (set(), set()) if switched_off else (every(_EXPERTS.pattern), every(_TOP_K.pattern))
     return Part(

@@ -193,3 +193,29 @@ def test_heads_of_projections_that_are_scaled_together(norm: bool) -> None:
         parts = [part for part in (site.part.q, site.part.k, site.part.v) if part is not None]
         assert [part.out_features for part in parts] == [16, 16, 32]
         assert parts[0].index == tuple(16 * head + i for head in range(4) for i in range(4))
+
+
+# -- learned scales and shifts ------------------------------------------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """y = scale (x + shift) + f(norm x), with a scale and a shift of the shortcut that every sublayer learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.parts = nn.ModuleList(make() for _ in range(3) for make in (Attend, ffn))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(6))
+        self.scale, self.shift = (nn.ParameterList(nn.Parameter(torch.randn(16)) for _ in range(6)) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for part, norm, scale, shift in zip(self.parts, self.norms, self.scale, self.shift, strict=True):
+            x = part(norm(x)) + scale * (x + shift)
+        return self.head(x)
+
+
+def test_a_shortcut_with_a_learned_scale_and_shift() -> None:
+    structure = found(Affine(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
+    assert not structure.unrecognised

@@ -1,7 +1,7 @@
 """Residual sublayers: additions ``y = x + f(x)``.
 
 1. The terms of a sum are the leaves of its tree of additions; additions in between have no other reader.
-2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled by constants) that every other term is computed
+2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled and shifted by constants) that every other term is computed
    from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
    x may be several streams [batch, positions, streams, features] that a small matrix mixes position by position,
    ``y = M x + b f(x)`` (hyper-connections); M is constant or computed from the position alone.
@@ -185,14 +185,15 @@ def _unary(flow: Flow, node: fx.Node) -> list[fx.Node]:
 
 
 def _origins(flow: Flow, term: fx.Node) -> list[fx.Node]:
-    """The term, and what it is apart from reshapes, casts, multiplication by constants and mixed streams, nearest first."""
+    """The term, and what it is apart from reshapes, casts, scales and shifts by constants and mixed streams, nearest first."""
+    affine = ("aten::mul", "aten::div", operators.ADD, "aten::sub")
     found = [term]
     while True:
         mixed = mixed_streams(flow, found[-1])
         if mixed is not None:
             found.append(mixed)
             continue
-        if not operators.is_reshape(found[-1]) and operators.kind(found[-1]) not in ("aten::mul", "aten::div"):
+        if not operators.is_reshape(found[-1]) and operators.kind(found[-1]) not in affine:
             return found
         sources = [n for n in flow.inputs(found[-1]) if n not in flow.constant]
         if len(sources) != 1:
