@@ -162,6 +162,12 @@ def said(config: Any, name: str = "") -> list[Part]:
     return found
 
 
+def with_tables(parts: list[Part], module: nn.Module) -> list[Part]:
+    """The parts, with a width of 1 where a table has a row for each expert: then an expert is one neuron."""
+    rows = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
+    return [replace(part, widths=part.widths | {1}) if part.experts & rows else part for part in parts]
+
+
 def _first(config: Any, names: Iterable[str]) -> Any:
     return next((v for n in names if (v := getattr(config, n, None)) is not None and not isinstance(v, bool)), None)
 
@@ -184,6 +190,10 @@ def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     for side in sides:
         yield _part(config, values, f"{name}.{side}".strip("."), _numbers(_first(config, _LAYER_FIELDS[side])), side)
     alone = _numbers(_first(config, _LAYER_FIELDS[""]))
+    kinds = next((v for k in ("layers_block_type", "layer_types") if isinstance(v := values.get(k), list | tuple)), ())
+    networks = sum(kind in ("mlp", "moe") for kind in kinds)
+    if networks:  # layers of one sublayer each: a network belongs to the block of the mixer before it
+        alone = {len(kinds) - networks}
     if alone and "encoder" in sides:
         return
     if alone and sides == ["decoder"]:

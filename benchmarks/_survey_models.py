@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _survey_inputs import find_inputs
-from _survey_judge import Part, said
+from _survey_judge import Part, said, with_tables
 from _survey_shrink import small
 from torch import Tensor, nn
 
@@ -107,6 +107,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "doge": {"is_moe": True, "num_experts": 16},
 }
 
@@ -121,9 +122,11 @@ def build_transformers(kind: str) -> Built:
     for level in (0, 1, 2):
         try:
             base = CONFIG_MAPPING[kind]
+            if cls.config_class is not None and not issubclass(base, cls.config_class):
+                base = cls.config_class  # that of the text model in a model of images and text
             config = base(**{**small(base(), level), **_FIELDS.get(kind, {})})
             module = _made(cls, config)
-            return Built(module, find_inputs(module), said(module.config), level)
+            return Built(module, find_inputs(module), with_tables(said(module.config), module), level)
         except Exception as error:  # a class may raise anything on sizes that it was not made for
             failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
     raise NotBuilt(" || ".join(failures))
