@@ -249,7 +249,7 @@ def differences(structure: Structure, parts: list[Part], module: nn.Module, grap
             if parts:
                 differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
             continue
-        reasons, part = min(judged, key=lambda pair: (len(pair[0]), pair[1].name))
+        reasons, part = min(judged, key=lambda pair: (stream["blocks"] not in pair[1].layers, len(pair[0]), pair[1].name))
         open_.remove(part)
         differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
     in_blocks = {name for stream in structure.streams for block in stream.blocks for name in block.weights}

@@ -107,7 +107,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
-    "qwen3_omni_moe": {"enable_audio_output": False},
     "doge": {"is_moe": True, "num_experts": 16},
 }
 
