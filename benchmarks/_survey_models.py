@@ -7,7 +7,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+# What a model makes of its fields in its own code, where that is not what their names say.
+_MADE: dict[str, dict[str, set[int]]] = {
+    "mimo_v2_flash": {"kv": {2, 4}},  # layers with a window have twice as many heads of keys
+    "recurrent_gemma": {"widths": {56}},  # intermediate_size is that of gate and up together
+    "swiftformer": {"layers": {12}},  # the last layer of each of the four stages has a second mixer, with a residual of its own
+}
+
+
 def build_transformers(kind: str) -> Built:
     """A small model of this type."""
     import transformers
@@ -125,7 +133,8 @@ def build_transformers(kind: str) -> Built:
                 base = cls.config_class  # that of the text model in a model of images and text
             config = base(**{**small(base(), level), **_FIELDS.get(kind, {})})
             module = _made(cls, config)
-            return Built(module, find_inputs(module), with_tables(said(module.config), module), level)
+            parts = [replace(part, **_MADE.get(kind, {})) for part in with_tables(said(module.config), module)]
+            return Built(module, find_inputs(module), parts, level)
         except Exception as error:  # a class may raise anything on sizes that it was not made for
             failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
     raise NotBuilt(" || ".join(failures))

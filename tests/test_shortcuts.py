@@ -219,3 +219,19 @@ def test_a_shortcut_with_a_learned_scale_and_shift() -> None:
     structure = found(Affine(), ids=IDS)
     assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
     assert not structure.unrecognised
+
+
+class Unnormalised(Affine):
+    """A learned scale and shift where others have a norm behind every sublayer: y = scale (x + f(x)) + shift."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for part, scale, shift in zip(self.parts, self.scale, self.shift, strict=True):
+            x = scale * (x + part(x)) + shift
+        return self.head(x)
+
+
+def test_a_scale_and_a_shift_in_place_of_a_norm() -> None:
+    structure = found(Unnormalised(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+norm+ffn+norm"] * 3
+    assert not structure.unrecognised

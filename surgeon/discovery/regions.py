@@ -16,7 +16,7 @@ from surgeon.discovery.ffn import find_ffns
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
-from surgeon.discovery.norms import is_normalisation
+from surgeon.discovery.norms import is_affine, is_normalisation
 from surgeon.discovery.residuals import mixed_streams, reads_weights, works
 from surgeon.structure import FFN, Attention, Region, RegionKind
 
@@ -92,12 +92,17 @@ class Classifier:
         )
 
     def on_stream(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> Region:
-        """A part of the stream itself, without a residual around it: a norm, or something else."""
+        """A part of the stream itself, without a residual around it: a norm, what is left of one, or something else."""
         if any(is_normalisation(self.flow, node) for node in path) and not any(reads_weights(self.flow, n) for n in path):
             return Region("norm", entry, exit, self._nodes(entry, path))
+        if all(is_affine(node) and len(self._computed(node)) == 1 for node in path):
+            return Region("norm", entry, exit, self._nodes(entry, path), reason="a scale or a shift, without statistics")
         names = ", ".join(dict.fromkeys(operators.kind(node) for node in self.flow.ordered(path)))
         reason = f"stands on the stream without a residual around it: {names}"
         return Region("other", entry, exit, self._nodes(entry, path), reason=reason)
+
+    def _computed(self, node: fx.Node) -> list[fx.Node]:
+        return [source for source in self.flow.inputs(node) if source not in self.flow.constant]
 
     def only_convolves(self, region: Region) -> bool:
         """Whether convolutions are all that mixes positions: nothing multiplies activations with each other, or scans."""
