@@ -513,7 +513,8 @@ def test_heads_of_keys_from_two_projections_are_counted_without_repetitions() ->
     assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 2
     (attention,) = structure.blocks[0].regions[0].attention
     assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 2, 8)
-    assert attention.k is None and "2 linears" in str(structure.blocks[0].regions[0].reason)
+    assert attention.k is None
+    assert "2 linears" in str(structure.blocks[0].regions[0].reason)
 
 
 def test_interleaved_gate_and_up_in_plain_products() -> None:

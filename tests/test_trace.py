@@ -685,8 +685,8 @@ def test_overlapping_chunks_of_a_tensor_that_lies_in_memory_otherwise() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.up(x).transpose(0, 1)  # [positions, batch, features], in memory [batch, positions, features]
-            positions, batch, features = y.shape
-            return y.as_strided((batch, (positions - 4) // 2 + 1, 4, features), (positions * features, 2 * features, features, 1))
+            positions, batch, size = y.shape
+            return y.as_strided((batch, (positions - 4) // 2 + 1, 4, size), (positions * size, 2 * size, size, 1))
 
     torch.manual_seed(0)
     module = Overlapping().eval()

@@ -1,8 +1,8 @@
 """Residual sublayers: additions ``y = x + f(x)``.
 
 1. The terms of a sum are the leaves of its tree of additions; additions in between have no other reader.
-2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled and shifted by constants) that every other term is computed
-   from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
+2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled and shifted by constants) that every other term
+   is computed from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
    x may be several streams [batch, positions, streams, features] that a small matrix mixes position by position,
    ``y = M x + b f(x)`` (hyper-connections); M is constant or computed from the position alone.
    So is a sum of two products k x + t f(x) with k + t = 1, whatever k is computed from (highway and recurrent gates); that
