@@ -17,7 +17,7 @@ from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
 from surgeon.discovery.norms import is_affine, is_normalisation
-from surgeon.discovery.residuals import mixed_streams, reads_weights, works
+from surgeon.discovery.residuals import mixed_streams, reads_weights, works, writes_streams
 from surgeon.structure import FFN, Attention, Region, RegionKind
 
 
@@ -177,8 +177,8 @@ class Classifier:
         return self._measured[key]
 
     def _holds_streams(self, entry: fx.Node, path: frozenset[fx.Node]) -> bool:
-        """Whether the hidden state is several streams, which the shortcut mixes."""
-        return any(mixed_streams(self.flow, node) is entry for node in path)
+        """Whether the hidden state is several streams, mixed by the shortcut, or written to by one number each."""
+        return any(mixed_streams(self.flow, node) is entry or writes_streams(self.flow, node, entry) for node in path)
 
     def _without_routing(self, exit: fx.Node, path: frozenset[fx.Node]) -> set[fx.Node]:
         """The nodes of a path that lead to its exit otherwise than through the routing of a mixture."""
