@@ -249,7 +249,7 @@ def differences(structure: Structure, parts: list[Part], module: nn.Module, grap
             if parts:
                 differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
             continue
-        reasons, part = min(judged, key=lambda pair: (stream["blocks"] not in pair[1].layers, len(pair[0]), pair[1].name))
+        reasons, part = min(judged, key=lambda pair: _distance(stream, *pair))
         open_.remove(part)
         differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
     in_blocks = {name for stream in structure.streams for block in stream.blocks for name in block.weights}
@@ -291,6 +291,12 @@ def _by_stream(structure: Structure, parts: list[Part]) -> list[Part]:
             if own:
                 found.append(replace(part, name=part.name, layers={len(own)}, modules=own))
     return found
+
+
+def _distance(stream: dict[str, Any], reasons: list[str], part: Part) -> tuple[bool, int, bool, str]:
+    """How far a part is from being what a stream is: of as many layers, alike in most, and of the same side."""
+    side = stream["label"].partition(".")[0]
+    return stream["blocks"] not in part.layers, len(reasons), not part.name.endswith(side), part.name
 
 
 def _aligned(stream: Stream, part: Part) -> bool:

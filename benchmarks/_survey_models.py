@@ -105,6 +105,7 @@ def is_mixture(kind: str) -> bool:
 _FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "doge": {"is_moe": True, "num_experts": 16},
