@@ -214,6 +214,9 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
     kv = _numbers(own(_KV)) | every(r"\w+_num_key_value_heads")
     widths = every(_WIDTH.pattern)
     hidden = _numbers(_first(config, ("hidden_size", "d_model", "n_embd"))) | _numbers(values.get("hidden_sizes"))
+    stages, first = values.get("depths"), values.get("embed_dim")
+    if isinstance(stages, list | tuple) and isinstance(first, int):  # every stage is twice as wide as the one before
+        hidden |= {first * 2**stage for stage in range(len(stages))}
     ratio = _first(config, ("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
     for factor in ratio if isinstance(ratio, list | tuple) else [ratio] if ratio is not None else []:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}

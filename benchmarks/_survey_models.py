@@ -55,7 +55,7 @@ class Built:
 # -- transformers -------------------------------------------------------------------------------------------------
 
 _TASK = re.compile(r"MODEL_(FOR_\w+_)?MAPPING_NAMES")
-_HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
+_HEADS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
 
 
 @cache

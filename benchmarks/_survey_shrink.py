@@ -60,7 +60,8 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", _few),
     (r"first_k_dense_replace|moe_layer_start_index|num_kv_shared_layers|num_dense_layers|num_first_dense_layers", _at_most(1)),
     (r"num_queries|num_query_tokens|resampler_n_latents|num_latents|query_length", _at_most(10)),
-    (r"codebook_size|num_embeddings", _at_most(VOCABULARY)),
+    (r"codebook_size", _at_most(128)),
+    (r"num_embeddings", _at_most(VOCABULARY)),
     (r"attention_window", _at_most(8)),
 )  # fmt: skip
 
@@ -70,6 +71,8 @@ _OPEN: dict[str, Callable[[int], Any]] = {
     "mlp_layer_types": lambda count: ["dense"] + ["sparse"] * (count - 1),
     "num_experts": lambda _: EXPERTS,
     "top_k_experts": lambda _: 2,
+    "num_experts_per_tok": lambda _: 2,
+    "prediction_length": lambda _: 8,
     "moe_intermediate_size": lambda _: 48,
 }
 
