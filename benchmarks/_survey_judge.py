@@ -177,6 +177,11 @@ def _numbers(value: Any) -> set[int]:
     return {v for v in items if isinstance(v, int) and not isinstance(v, bool) and v > 0}
 
 
+def _by_stage(value: Any) -> list[int]:
+    """The layers of each stage, where a field lists them."""
+    return [v for v in value if isinstance(v, int)] if isinstance(value, list | tuple) else []
+
+
 def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     depths = values.get("depths")
     sides = [side for side in ("encoder", "decoder") if _numbers(_first(config, _LAYER_FIELDS[side]))]
@@ -190,6 +195,8 @@ def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     for side in sides:
         yield _part(config, values, f"{name}.{side}".strip("."), _numbers(_first(config, _LAYER_FIELDS[side])), side)
     alone = _numbers(_first(config, _LAYER_FIELDS[""]))
+    stages = _by_stage(_first(config, _LAYER_FIELDS[""]))
+    alone = {sum(stages)} if len(stages) > 1 else alone
     kinds = next((v for k in ("layers_block_type", "layer_types") if isinstance(v := values.get(k), list | tuple)), ())
     networks = sum(kind in ("mlp", "moe") for kind in kinds)
     if networks:  # layers of one sublayer each: a network belongs to the block of the mixer before it
