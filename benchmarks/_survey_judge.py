@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgeon.activations import probe_grid
+from surgeon.discovery.operators import is_reshape, kind
 from surgeon.gates import gate
 from surgeon.graph import Graph
 from surgeon.structure import Region, Stream, Structure
@@ -28,7 +29,10 @@ class Part:
         activations: names of the library's activations.
         experts, top_k: of mixtures.
         normalised, scale, groups, shared: of their routing, and whether there are shared experts.
+        limits: where networks clamp their neurons.
         certain: whether the model is known to hold it; others may lie idle for the inputs that were given.
+        attends: whether attention is computed where the model runs; some have it in a kernel of a device only.
+        modules: paths of the modules that are the layers, where modules say it.
     """
 
     name: str
@@ -43,7 +47,10 @@ class Part:
     scale: set[float] = field(default_factory=set)
     groups: set[int] = field(default_factory=set)
     shared: set[bool] = field(default_factory=set)
+    limits: set[float] = field(default_factory=set)
     certain: bool = True
+    attends: bool = True
+    modules: tuple[str, ...] = ()
 
 
 # -- what was found -----------------------------------------------------------------------------------------------
@@ -75,10 +82,21 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "top_k": _set(m.top_k for m in moes),
         "scoring": _set(m.scoring for m in moes),
         "normalised": _set(m.normalised for m in moes),
-        "scale": _set(m.scale for m in moes),
+        "scale": _set(m.scale * _behind(m.node) for m in moes),
         "groups": _set(m.groups for m in moes),
         "shared": _set(bool(m.shared) for m in moes),
     }
+
+
+def _behind(node: fx.Node) -> float:
+    """The number that the output of a mixture is multiplied by, which is a factor of every weight too."""
+    readers = list(node.users)
+    while len(readers) == 1 and is_reshape(readers[0]):
+        readers = list(readers[0].users)
+    if len(readers) != 1 or kind(readers[0]) != "aten::mul":
+        return 1.0
+    factor = readers[0].args[1]
+    return float(factor) if isinstance(factor, int | float) else 1.0
 
 
 def _set(values: Iterable[Any]) -> list[Any]:
@@ -129,6 +147,7 @@ _TOP_K = re.compile(
 )
 _NORMALISED = re.compile(r"norm_topk_prob|moe_renormalize|route_norm")
 _SCALE = re.compile(r"(routed|router|moe_router|moe_routed)_scaling_factor|route_scale")
+_MIXED = re.compile(r"is_moe|enable_moe_block")
 _GROUPS = re.compile(r"n_group|num_expert_group|moe_n_group")
 _SHARED = re.compile(r"(n|num|moe_num)_shared_experts?|(moe_)?shared_(expert_)?intermediate_size")
 
@@ -143,6 +162,12 @@ def said(config: Any, name: str = "") -> list[Part]:
     return found
 
 
+def with_tables(parts: list[Part], module: nn.Module) -> list[Part]:
+    """The parts, with a width of 1 where a table has a row for each expert: then an expert is one neuron."""
+    rows = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
+    return [replace(part, widths=part.widths | {1}) if part.experts & rows else part for part in parts]
+
+
 def _first(config: Any, names: Iterable[str]) -> Any:
     return next((v for n in names if (v := getattr(config, n, None)) is not None and not isinstance(v, bool)), None)
 
@@ -152,15 +177,30 @@ def _numbers(value: Any) -> set[int]:
     return {v for v in items if isinstance(v, int) and not isinstance(v, bool) and v > 0}
 
 
+def _by_stage(value: Any) -> list[int]:
+    """The layers of each stage, where a field lists them."""
+    return [v for v in value if isinstance(v, int)] if isinstance(value, list | tuple) else []
+
+
 def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     depths = values.get("depths")
     sides = [side for side in ("encoder", "decoder") if _numbers(_first(config, _LAYER_FIELDS[side]))]
     if isinstance(depths, list | tuple) and _numbers(depths):
         yield _part(config, values, name or "stages", {sum(depths)}, "")
         return
+    latents = _numbers(values.get("num_global_tokens"))
+    if latents and "encoder" in sides:  # a stream of their own; that of the last layer is not read
+        count = max(_numbers(_first(config, _LAYER_FIELDS["encoder"])))
+        yield replace(_part(config, values, f"{name}.global tokens".strip("."), {count, count - 1}, "encoder"), certain=False)
     for side in sides:
         yield _part(config, values, f"{name}.{side}".strip("."), _numbers(_first(config, _LAYER_FIELDS[side])), side)
     alone = _numbers(_first(config, _LAYER_FIELDS[""]))
+    stages = _by_stage(_first(config, _LAYER_FIELDS[""]))
+    alone = {sum(stages)} if len(stages) > 1 else alone
+    kinds = next((v for k in ("layers_block_type", "layer_types") if isinstance(v := values.get(k), list | tuple)), ())
+    networks = sum(kind in ("mlp", "moe") for kind in kinds)
+    if networks:  # layers of one sublayer each: a network belongs to the block of the mixer before it
+        alone = {len(kinds) - networks}
     if alone and "encoder" in sides:
         return
     if alone and sides == ["decoder"]:
@@ -181,39 +221,58 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
     kv = _numbers(own(_KV)) | every(r"\w+_num_key_value_heads")
     widths = every(_WIDTH.pattern)
     hidden = _numbers(_first(config, ("hidden_size", "d_model", "n_embd"))) | _numbers(values.get("hidden_sizes"))
+    stages, first = values.get("depths"), values.get("embed_dim")
+    if isinstance(stages, list | tuple) and isinstance(first, int):  # every stage is twice as wide as the one before
+        hidden |= {first * 2**stage for stage in range(len(stages))}
     ratio = _first(config, ("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
     for factor in ratio if isinstance(ratio, list | tuple) else [ratio] if ratio is not None else []:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
     widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
     act = own(_ACTIVATIONS)
-    experts, top_k = every(_EXPERTS.pattern), every(_TOP_K.pattern)
+    if values.get("swiglu_alpha") == 1.702:  # x sigmoid(1.702 x), whatever the field says that the library reads elsewhere
+        act = "quick_gelu"
+    switched_off = any(v is False for k, v in values.items() if _MIXED.fullmatch(k))
+    experts, top_k = (set(), set()) if switched_off else (every(_EXPERTS.pattern), every(_TOP_K.pattern))
     return Part(
         name, count, heads | (others if heads else set()), kv or heads | others, widths,
         {act} if isinstance(act, str) else set(), {e for e in experts if e > 1}, top_k,
         {v for k, v in values.items() if _NORMALISED.fullmatch(k) and isinstance(v, bool)},
         {float(v) for k, v in values.items() if _SCALE.fullmatch(k) and isinstance(v, int | float)},
         every(_GROUPS.pattern), {bool(v) for k, v in values.items() if _SHARED.fullmatch(k)},
+        {float(v) for k, v in values.items() if re.fullmatch(r"\w*limit\w*", k) and isinstance(v, int | float)},
     )  # fmt: skip
 
 
 # -- comparison ---------------------------------------------------------------------------------------------------
 
 
-def differences(found: list[dict[str, Any]], parts: list[Part], module: nn.Module, graph: Graph) -> list[str]:
+def differences(structure: Structure, parts: list[Part], module: nn.Module, graph: Graph) -> list[str]:
     """What was found otherwise than it is said; empty where everything that is said is right."""
+    named = [part for part in parts if part.modules]
+    parts = _by_stream(structure, [replace(part, attends=_attends(module, graph)) for part in parts])
     open_ = list(parts)
     differing = []
-    for stream in sorted(found, key=lambda s: -s["blocks"]):
-        judged = [(_unlike(stream, part), part) for part in open_]
+    found = [(_stream(stream), stream) for stream in structure.streams]
+    for stream, blocks in sorted(found, key=lambda s: -s[0]["blocks"]):
+        judged = [(_unlike(stream, part, blocks), part) for part in open_]
         if not judged:
             if parts:
                 differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
             continue
-        reasons, part = min(judged, key=lambda pair: (len(pair[0]), pair[1].name))
+        reasons, part = min(judged, key=lambda pair: _distance(stream, *pair))
         open_.remove(part)
         differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
+    in_blocks = {name for stream in structure.streams for block in stream.blocks for name in block.weights}
+    read = set(graph.parameters())
+    for part in named:
+        prefixes = [f"{path}." for path in part.modules]
+        missed = [p for p in prefixes if _holds(p, read) and not _holds(p, in_blocks)]
+        if missed:
+            differing.append(f"{len(missed)} of {len(prefixes)} {part.name} are in no block")
     reached = _reached(module, graph)
     for part in open_:
+        if part.modules:
+            continue
         count = sum(length in part.layers for length in reached)
         matched = sum(bool(other.layers & part.layers) for other in parts if other not in open_)
         if part.certain and count > matched:
@@ -221,9 +280,53 @@ def differences(found: list[dict[str, Any]], parts: list[Part], module: nn.Modul
     return differing
 
 
-def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
+def _holds(prefix: str, names: set[str]) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _by_stream(structure: Structure, parts: list[Part]) -> list[Part]:
+    """The parts that modules name, joined or divided as the streams hold them: stages have a list each, branches share one."""
+    named = [part for part in parts if part.modules]
+    if not named or len(structure.streams) == len(named) == len(parts):
+        return parts
+    if len(structure.streams) == 1:  # the stages of one stream
+        every = {key: set().union(*(getattr(part, key) for part in named)) for key in ("heads", "widths")}
+        modules = tuple(path for part in named for path in part.modules)
+        return [Part(" and ".join(part.name for part in named), {len(modules)}, **every, modules=modules)]
     found = []
-    if stream["blocks"] not in part.layers:
+    for stream in structure.streams:
+        read = {name for block in stream.blocks for name in block.weights}
+        for part in named:
+            own = tuple(path for path in part.modules if _holds(f"{path}.", read))
+            if own:
+                found.append(replace(part, name=part.name, layers={len(own)}, modules=own))
+    return found
+
+
+def _distance(stream: dict[str, Any], reasons: list[str], part: Part) -> tuple[bool, int, bool, str]:
+    """How far a part is from being what a stream is: of as many layers, alike in most, and of the same side."""
+    side = stream["label"].partition(".")[0]
+    return stream["blocks"] not in part.layers, len(reasons), not part.name.endswith(side), part.name
+
+
+def _aligned(stream: Stream, part: Part) -> bool:
+    """Whether every block found lies within one of the modules, or in none, and every module holds a block.
+
+    A module with two sublayers that mix positions is two blocks by the definition of a block; what changes the resolution
+    between stages, with a residual of its own, is a block in no module.
+    """
+    held = set()
+    for block in stream.blocks:
+        own = {path for name in block.weights for path in part.modules if name.startswith(f"{path}.")}
+        if len(own) > 1:
+            return False
+        held |= own
+    return held == set(part.modules)
+
+
+def _unlike(stream: dict[str, Any], part: Part, found_in: Stream) -> list[str]:
+    found = []
+    if stream["blocks"] not in part.layers and not (part.modules and _aligned(found_in, part)):
         found.append(f"{stream['blocks']} blocks, said {_text(part.layers)} layers")
     for key, wanted in (("heads", part.heads), ("kv", part.kv), ("widths", part.widths)):
         wrong = [v for v in stream[key] if wanted and v not in wanted]
@@ -239,7 +342,7 @@ def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
         wrong = [v for v in stream[key] if wanted and not any(abs(v - w) <= 1e-3 * abs(w) for w in wanted)]
         if wrong:
             found.append(f"{key} {_text(wrong)}, said {_text(wanted)}")
-    if part.heads and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):
+    if part.heads and part.attends and not stream["attentions"] and not any("mixer" in kind for kind in stream["kinds"]):
         found.append(f"no attention, said {_text(part.heads)} heads")
     # A network with a convolution or a normalisation over positions in it is a mixer.
     if part.widths and not stream["ffns"] and not stream["moes"] and not any("mixer" in kind for kind in stream["kinds"]):
@@ -247,17 +350,26 @@ def _unlike(stream: dict[str, Any], part: Part) -> list[str]:
     if part.experts and not stream["moes"]:
         found.append(f"no mixture, said {_text(part.experts)} experts")
     names = [name for name in stream["activations"] if name != "None"]
-    if part.activations and names and not any(_same(name, said_) for name in names for said_ in part.activations):
+    if part.activations and names and not any(
+        _same(name, said_, part.limits) for name in names for said_ in part.activations
+    ):
         found.append(f"activations {', '.join(names)}, said {', '.join(part.activations)}")
     return found
+
+
+def _attends(module: nn.Module, graph: Graph) -> bool:
+    """Whether the graph reads a weight of a module that has heads, or there is no such module."""
+    heads = {path for path, part in module.named_modules() if _first(part, _HEADS) and any(True for _ in part.parameters())}
+    read = graph.parameters()
+    return not heads or any(name.startswith(f"{path}.") for path in heads for name in read)
 
 
 def _text(values: Iterable[Any]) -> str:
     return "/".join(str(v) for v in sorted(values))
 
 
-def _same(name: str, library: str) -> bool:
-    """Whether an activation of surgeon is the one of transformers with that name, by values."""
+def _same(name: str, library: str, limits: set[float]) -> bool:
+    """Whether an activation of surgeon is the one of transformers with that name, by values, at these limits or none."""
     from transformers.activations import ACT2FN
 
     label = re.sub(r"^gated-", "", library)
@@ -265,7 +377,10 @@ def _same(name: str, library: str) -> bool:
         return True
     grid = probe_grid().float()
     wanted = ACT2FN[label](grid)
-    value = gate(name).alone(grid)
+    own = gate(name)
+    if limits and {limit for limit in (own.gate_max, own.cap, own.up_limit) if limit is not None} <= limits:
+        own = replace(own, gate_max=None, cap=None, up_limit=None)
+    value = own.alone(grid)
     return bool(torch.allclose(value, wanted, atol=2e-3))
 
 

@@ -7,14 +7,14 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from _survey_inputs import find_inputs
-from _survey_judge import Part, said
+from _survey_judge import Part, said, with_tables
 from _survey_shrink import small
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ class Built:
 # -- transformers -------------------------------------------------------------------------------------------------
 
 _TASK = re.compile(r"MODEL_(FOR_\w+_)?MAPPING_NAMES")
-_HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
+_HEADS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
 
 
 @cache
@@ -105,8 +105,18 @@ def is_mixture(kind: str) -> bool:
 _FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
+    "doge": {"is_moe": True, "num_experts": 16},
+}
+
+
+# What a model makes of its fields in its own code, where that is not what their names say.
+_MADE: dict[str, dict[str, set[int]]] = {
+    "mimo_v2_flash": {"kv": {2, 4}},  # layers with a window have twice as many heads of keys
+    "recurrent_gemma": {"widths": {56}},  # intermediate_size is that of gate and up together
+    "swiftformer": {"layers": {12}},  # the last layer of each of the four stages has a second mixer, with a residual of its own
 }
 
 
@@ -120,9 +130,12 @@ def build_transformers(kind: str) -> Built:
     for level in (0, 1, 2):
         try:
             base = CONFIG_MAPPING[kind]
+            if cls.config_class is not None and not issubclass(base, cls.config_class):
+                base = cls.config_class  # that of the text model in a model of images and text
             config = base(**{**small(base(), level), **_FIELDS.get(kind, {})})
             module = _made(cls, config)
-            return Built(module, find_inputs(module), said(module.config), level)
+            parts = [replace(part, **_MADE.get(kind, {})) for part in with_tables(said(module.config), module)]
+            return Built(module, find_inputs(module), parts, level)
         except Exception as error:  # a class may raise anything on sizes that it was not made for
             failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
     raise NotBuilt(" || ".join(failures))
@@ -189,7 +202,12 @@ def by_modules(module: nn.Module) -> list[Part]:
             known = {id(m) for blocks in lists.values() for block in blocks for m in block.modules()}
             lists.setdefault(name, []).extend(block for block in _entries(part) if id(block) not in known)
     lists = lists or {"blocks": _alike(module)}
-    return [Part(name, {len(blocks)}, *_sizes(blocks)) for name, blocks in lists.items() if blocks]
+    paths = {part: path for path, part in module.named_modules()}
+    return [
+        Part(name, {len(blocks)}, *_sizes(blocks), modules=tuple(paths[block] for block in blocks))
+        for name, blocks in lists.items()
+        if blocks
+    ]
 
 
 def _entries(part: nn.Module) -> list[nn.Module]:

@@ -38,7 +38,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_(hidden_size|dim)|d_ff|n_inner|mlp_dim|d_inner|dim_feedforward"
      r"|\w*feedforward_dim|linear_units|(encoder|decoder)_linear_units", _exactly(FFN)),
     (r"moe_intermediate_size|expert_ffn_hidden_size|moe_ffn_hidden_size", _exactly(48)),
-    (r"(\w+_)?attention_heads|num_heads|n_heads?|num_attn_heads|(\w+_)?num_heads", _exactly(HEADS)),
+    (r"(\w+_)?attention_heads(_per_layer)?|num_heads|n_heads?|num_attn_heads|(\w+_)?num_heads", _exactly(HEADS)),
     (r"linear_num_value_heads", _exactly(HEADS)),
     (r"linear_num_key_heads", _exactly(2)),
     (r"mamba_n(um)?_heads|mamba_heads", _exactly(8)),
@@ -60,8 +60,21 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", _few),
     (r"first_k_dense_replace|moe_layer_start_index|num_kv_shared_layers|num_dense_layers|num_first_dense_layers", _at_most(1)),
     (r"num_queries|num_query_tokens|resampler_n_latents|num_latents|query_length", _at_most(10)),
-    (r"codebook_size|num_embeddings", _at_most(VOCABULARY)),
+    (r"codebook_size", _at_most(128)),
+    (r"num_embeddings", _at_most(VOCABULARY)),
+    (r"attention_window", _at_most(8)),
 )  # fmt: skip
+
+# What some configurations leave open and their models need; tried where a model could not be built without.
+_OPEN: dict[str, Callable[[int], Any]] = {
+    "layer_types": lambda count: ["full_attention"] * count,
+    "mlp_layer_types": lambda count: ["dense"] + ["sparse"] * (count - 1),
+    "num_experts": lambda _: EXPERTS,
+    "top_k_experts": lambda _: 2,
+    "num_experts_per_tok": lambda _: 2,
+    "prediction_length": lambda _: 8,
+    "moe_intermediate_size": lambda _: 48,
+}
 
 _LAYERS = re.compile(
     r"num_(hidden_|encoder_|decoder_)?layers|n_layers?|(\w+_)?(encoder|decoder|entity|text|speech)_layers|depth|layers"
@@ -78,7 +91,8 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
 
     Args:
         config: the class's default configuration.
-        level: 0 for the smallest; 1 leaves images, pyramids, kinds of layers and the size of a head; 2 shrinks only depth,
+        level: 0 for the smallest; 1 leaves images, pyramids, kinds of layers and the size of a head,
+            and fills in what is left open; 2 shrinks only depth,
             vocabularies, positions and experts, and leaves the widths.
     """
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
@@ -90,6 +104,8 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
             found[name] = type(value)(**small(value, level))
         elif name == "head_dim" and value is None and level == 0 and "qk_rope_head_dim" not in fields:
             found[name] = HEAD  # some models do not derive it
+        elif value is None and level == 1 and name in _OPEN:
+            found[name] = _OPEN[name](layers(fields))
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, int):
@@ -172,6 +188,10 @@ def _pyramid(fields: dict[str, Any]) -> Any:
 
 def _sequence(name: str, value: list[Any], fields: dict[str, Any], depth: int | None, level: int) -> list[Any]:
     count = layers(fields)
+    if name == "attention_window" and _integers(value):
+        return [min(v, 8) for v in value[:count]]
+    if name == "num_attention_heads_per_layer" and _integers(value) and level < 2:
+        return [HEADS for _ in value[:count]]
     if depth is not None and depth > count and len(value) == depth and level < 3:
         if level > 0 or not isinstance(value[0], str):
             return value[:count]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import sympy  # type: ignore[import-untyped]  # ships no stubs
 import torch
 from torch import Tensor, fx
+from torch._prims_common import compute_elementwise_output_logical_to_physical_perm
 
 from surgeon.errors import TraceError
 
@@ -250,8 +251,12 @@ def _fill(number: float | None) -> Rule:
 
 def _strided(build: Build, given: dict[str, Any], old: fx.Node) -> Any:
     """``as_strided`` counts elements in memory: make the memory what it was (an exception from rule 2)."""
-    if not old.all_input_nodes[0].meta["val"].is_contiguous():
-        raise TraceError("the model reads a tensor that is not contiguous by as_strided; call contiguous() on it before")
+    value = old.all_input_nodes[0].meta["val"]
+    if not value.is_contiguous():
+        order, _ = compute_elementwise_output_logical_to_physical_perm(value)
+        if not value.permute(order).is_contiguous():
+            raise TraceError("the model reads a part of a tensor's memory by as_strided; call contiguous() on it before")
+        given["self"] = build.emit(aten.permute.default, (given["self"], list(order)), {})
     given["self"] = build.emit(aten.clone.default, (given["self"],), {"memory_format": torch.contiguous_format})
     return None
 

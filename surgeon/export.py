@@ -28,7 +28,7 @@ from surgeon.experts import use_semantic_experts
 from surgeon.functional import is_functional
 from surgeon.source import LoadedSource, size_of
 from surgeon.symbolic_sizes import symbolic_sizes
-from surgeon.unrolling import overrun, unrolled
+from surgeon.unrolling import Site, decisions, overrun, unrolled
 
 Dims = Mapping[str, Mapping[int, str]]
 """For each input, its dimensions that vary and their names."""
@@ -76,8 +76,25 @@ def _export_unrolled(
         lengths = overrun(error) or {}
         if not lengths:
             raise
+    except Exception:  # what the model does where every condition holds may fail in any way
+        taken = _decisions(loaded, example)
+        if not taken:
+            raise
+        with unrolled(taken=taken) as decided:
+            program = _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
+        loaded.notes += tuple(f"{text}, as on the example" for text in dict.fromkeys(decided))
+        return program
     with unrolled(lengths):
         return _export_with(loaded, example, dims, ExportDim.DYNAMIC, returned)
+
+
+def _decisions(loaded: LoadedSource, example: Mapping[str, Tensor]) -> Mapping[Site, list[bool]]:
+    """What the model decides on data on the example; nothing where its weights have no values."""
+    if loaded.source.weights == "fake":
+        return {}
+    with torch.no_grad(), decisions() as taken:
+        loaded.call(loaded.module, example)
+    return taken
 
 
 def _export_with(

@@ -187,7 +187,7 @@ class Region:
 
     Attributes:
         kind: what the region is; ``parallel`` holds attention and FFN side by side; ``mixer`` mixes positions without
-            softmax attention; ``other`` is opaque.
+            softmax attention; ``norm`` is one on the stream, or a scale and shift; ``other`` is opaque.
         entry: the cut the region starts from.
         exit: the cut the region ends in (the residual addition).
         nodes: nodes between the two, without entry, with exit, in graph order.

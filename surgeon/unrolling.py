@@ -10,13 +10,19 @@ inputs, as every trace is.
 
 Conditions may be counted for more experts than there are, the last of them for tokens without one.  Where a loop fails
 because it visits such a place (:func:`overrun`), it is traced again without.
+
+Other code cannot be run with every condition true, such as a second kind of attention for tokens that the inputs may mark.
+Then a condition on a tensor is taken as it is on the example (:func:`decisions`), and that is noted.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,12 +69,50 @@ def overrun(error: IndexError) -> dict[int, int] | None:
     return {int(match[1]) + 1: int(match[2])}
 
 
+Site = tuple[str, int]
+"""File and line of the model's code."""
+
+
 @contextmanager
-def unrolled(lengths: Mapping[int, int] | None = None) -> Iterator[list[str]]:
+def decisions() -> Iterator[dict[Site, list[bool]]]:
+    """Inside, what a model that is run decides on the values of tensors is written down.
+
+    Yields:
+        For each place in the model's code the truth values that Python asked for there, in order.
+    """
+    found: dict[Site, list[bool]] = {}
+
+    def written(original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def patched(value: Tensor) -> Any:
+            result = original(value)
+            if isinstance(result, bool):
+                found.setdefault(_site(), []).append(result)
+            return result
+
+        return patched
+
+    with _patched(torch.Tensor, "__bool__", written), _patched(torch.Tensor, "item", written):
+        yield found
+
+
+def _site() -> Site:
+    """The innermost place outside of torch and of this file."""
+    frame = sys._getframe(1)
+    own = (__file__, torch.__path__[0])
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+@contextmanager
+def unrolled(
+    lengths: Mapping[int, int] | None = None, taken: Mapping[Site, list[bool]] | None = None
+) -> Iterator[list[str]]:
     """Trace decisions on data as the module's docstring says.
 
     Args:
         lengths: how many places are visited of a vector of that length, where that is not all of them.
+        taken: what :func:`decisions` found, where conditions on tensors are taken so.
 
     Yields:
         What was decided so, in words, as it happens.
@@ -76,6 +120,22 @@ def unrolled(lengths: Mapping[int, int] | None = None) -> Iterator[list[str]]:
     decided: list[str] = []
     places: dict[int, tuple[Tensor, int]] = {}
     visited = dict(lengths or {})
+    # an export runs the model more than once, each time from the start
+    known = {site: cycle(values) for site, values in (taken or {}).items()}
+
+    def as_taken(otherwise: bool) -> bool:
+        site = _site()
+        holds = next(known[site]) if site in known else otherwise
+        where = f" at {Path(site[0]).name}:{site[1]}"
+        decided.append(f"a condition on data{where if site in known else ''} is taken to be {holds}")
+        return holds
+
+    def item(original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def patched(value: Tensor) -> Any:
+            result = original(value)
+            return as_taken(True) if isinstance(result, torch.SymBool) and _site() in known else result
+
+        return patched
 
     def nonzero(original: Callable[..., Any]) -> Callable[..., Any]:
         def patched(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,9 +171,7 @@ def unrolled(lengths: Mapping[int, int] | None = None) -> Iterator[list[str]]:
             try:
                 return original(value)
             except GuardOnDataDependentSymNode:
-                holds = True if isinstance(value, Tensor) else _usual(value)
-                decided.append(f"a condition on data is taken to be {holds}")
-                return holds
+                return as_taken(True if isinstance(value, Tensor) else _usual(value))
 
         return patched
 
@@ -133,6 +191,7 @@ def unrolled(lengths: Mapping[int, int] | None = None) -> Iterator[list[str]]:
             (torch.Tensor, "__iter__", iterate),
             (torch.Tensor, "tolist", to_list),
             (torch.Tensor, "__bool__", truth),
+            (torch.Tensor, "item", item),
             (torch.SymBool, "__bool__", truth),
             (torch, "bincount", bincount),
             (torch.Tensor, "bincount", bincount),

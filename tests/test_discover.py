@@ -397,6 +397,21 @@ class Matmul(nn.Module):
         return self.d((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class Repeated(Matmul):
+    """Keys of two heads that are computed from two projections, and repeated for the four heads of queries."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__(width, heads)
+        self.b, self.c, self.e = (nn.Linear(width, width // 2, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = (self.b(x) + self.e(x).tanh()).unflatten(-1, (2, self.size)).transpose(1, 2)
+        values = self.c(x).unflatten(-1, (2, self.size)).transpose(1, 2)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (keys, values))
+        y = F.scaled_dot_product_attention(self.split(self.a(x)), k, v, is_causal=True)
+        return self.d(y.transpose(1, 2).flatten(2))
+
+
 class Einsum(Matmul):
     """The same with einsum, heads in the third place, no mask."""
 
@@ -491,6 +506,15 @@ def test_three_spellings_of_attention(kind: type[nn.Module], causal: bool | None
     assert structure.roles["table"] == "embedding.0.weight"
     assert structure.linears[-1].name == "head"
     assert structure.linears[-1].part.weight == "table"
+
+
+def test_heads_of_keys_from_two_projections_are_counted_without_repetitions() -> None:
+    _, structure = handmade(Stack(Repeated, Squared))
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 2
+    (attention,) = structure.blocks[0].regions[0].attention
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 2, 8)
+    assert attention.k is None
+    assert "2 linears" in str(structure.blocks[0].regions[0].reason)
 
 
 def test_interleaved_gate_and_up_in_plain_products() -> None:

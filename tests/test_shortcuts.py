@@ -76,10 +76,11 @@ def test_a_mask_that_every_layer_adds_is_no_shortcut() -> None:
 class Connected(nn.Module):
     """Hyper-connections over streams [batch, positions, streams, width]: ``M x + b f(a x)``.
 
-    a, b and M are computed from the position; M is a parameter where it is ``constant``.
+    a, b and M are computed from the position; M is a parameter where it is ``constant``, and the
+    identity where that is None.
     """
 
-    def __init__(self, inner: nn.Module, constant: bool, streams: int = 4, width: int = 16) -> None:
+    def __init__(self, inner: nn.Module, constant: bool | None, streams: int = 4, width: int = 16) -> None:
         super().__init__()
         self.inner, self.streams, self.constant = inner, streams, constant
         self.norm = nn.RMSNorm(width)
@@ -91,14 +92,14 @@ class Connected(nn.Module):
         a, b, m = self.maps(x.flatten(2)).split([n, n, n * n], -1)
         m = self.start if self.constant else (m.unflatten(-1, (n, n)) + self.start).softmax(-1)
         y = self.inner(self.norm((a.sigmoid()[..., None] * x).sum(2)))
-        mixed: Tensor = m @ x + b.sigmoid()[..., None] * y[:, :, None]
+        mixed: Tensor = (x if self.constant is None else m @ x) + b.sigmoid()[..., None] * y[:, :, None]
         return mixed
 
 
 class Streams(nn.Module):
     """Layers over four streams that start alike and are averaged in the end."""
 
-    def __init__(self, constant: bool, skip: int | None = None) -> None:
+    def __init__(self, constant: bool | None, skip: int | None = None) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
         self.layers = nn.ModuleList(
@@ -114,8 +115,8 @@ class Streams(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("constant", [False, True])
-def test_streams_that_a_matrix_mixes_are_one_stream(constant: bool) -> None:
+@pytest.mark.parametrize("constant", [False, True, None])
+def test_streams_that_a_matrix_mixes_are_one_stream(constant: bool | None) -> None:
     torch.manual_seed(0)
     module = Streams(constant)
     structure = found(module, ids=IDS)
@@ -193,3 +194,72 @@ def test_heads_of_projections_that_are_scaled_together(norm: bool) -> None:
         parts = [part for part in (site.part.q, site.part.k, site.part.v) if part is not None]
         assert [part.out_features for part in parts] == [16, 16, 32]
         assert parts[0].index == tuple(16 * head + i for head in range(4) for i in range(4))
+
+
+# -- learned scales and shifts ------------------------------------------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """y = scale (x + shift) + f(norm x), with a scale and a shift of the shortcut that every sublayer learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.parts = nn.ModuleList(make() for _ in range(3) for make in (Attend, ffn))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(6))
+        self.scale, self.shift = (nn.ParameterList(nn.Parameter(torch.randn(16)) for _ in range(6)) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for part, norm, scale, shift in zip(self.parts, self.norms, self.scale, self.shift, strict=True):
+            x = part(norm(x)) + scale * (x + shift)
+        return self.head(x)
+
+
+def test_a_shortcut_with_a_learned_scale_and_shift() -> None:
+    structure = found(Affine(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
+    assert not structure.unrecognised
+
+
+class Unnormalised(Affine):
+    """A learned scale and shift where others have a norm behind every sublayer: y = scale (x + f(x)) + shift."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for part, scale, shift in zip(self.parts, self.scale, self.shift, strict=True):
+            x = scale * (x + part(x)) + shift
+        return self.head(x)
+
+
+def test_a_scale_and_a_shift_in_place_of_a_norm() -> None:
+    structure = found(Unnormalised(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+norm+ffn+norm"] * 3
+    assert not structure.unrecognised
+
+
+# -- sublayers of several sizes -----------------------------------------------------------------------------------------
+
+
+class Divided(nn.Module):
+    """Layers of two attentions and a network; the first attention is without the class token, as in video models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.layers = nn.ModuleList(nn.ModuleList([Attend(), Attend(), ffn()]) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for one, two, network in self.layers:  # type: ignore[misc]  # lists of modules
+            rest = x[:, 1:]
+            rest = rest + one(rest)
+            token = x[:, :1]
+            x = torch.cat([token, rest], 1) + torch.cat([token, two(rest)], 1)
+            x = x + network(x)
+        return self.head(x)
+
+
+def test_a_layer_goes_on_where_a_token_is_put_aside() -> None:
+    structure = found(Divided(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+attention+ffn"] * 3

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from surgeon.errors import TraceError
 from surgeon.graph import Graph
 from surgeon.rewrite import Editor
-from surgeon.source import flatten_outputs
-from surgeon.tracing import relative_error, trace
+from surgeon.source import flatten_outputs, load_source
+from surgeon.tracing import relative_error, trace, trace_source
 from tests.models import NAMES, inputs_for, layer_list, minilm_path, tiny, with_layer_deleted
 
 ROOT = Path(__file__).parent.parent
@@ -673,3 +673,57 @@ def test_sizes_that_torch_divides_stay_sizes() -> None:
         with torch.no_grad():
             assert relative_error(graph(ids=ids)["output"], module(ids)) < 1e-6
     assert torch.div(torch.tensor(7), 2, rounding_mode="trunc") == 3
+
+
+def test_overlapping_chunks_of_a_tensor_that_lies_in_memory_otherwise() -> None:
+    """``as_strided`` on a transposed tensor reads its memory: chunks of 4 positions that overlap by 2."""
+
+    class Overlapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x).transpose(0, 1)  # [positions, batch, features], in memory [batch, positions, features]
+            positions, batch, size = y.shape
+            return y.as_strided((batch, (positions - 4) // 2 + 1, 4, size), (positions * size, 2 * size, size, 1))
+
+    torch.manual_seed(0)
+    module = Overlapping().eval()
+    graph = trace(module, {"x": torch.randn(2, 8, 8)})
+    x = torch.randn(3, 8, 8)
+    with torch.no_grad():
+        assert relative_error(graph(x=x)["output"], module(x)) < 1e-6
+        assert relative_error(graph(x=x)["output"], module.up(x).unfold(1, 4, 2).transpose(2, 3)) < 1e-6
+
+
+def test_a_condition_that_cannot_hold_at_these_sizes_is_taken_as_on_the_example() -> None:
+    """Marked tokens have a branch that the example does not take, and that fails at its sizes; the graph says so."""
+
+    class Marks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.extra = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(6, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            marked = (ids > 29).flatten().any().item()
+            for _ in range(2):
+                x = x + self.up(x)
+                if (ids >= 0).all():
+                    x = x * 2
+                if marked:
+                    x = x + self.extra(x)
+            return x
+
+    torch.manual_seed(0)
+    module = Marks().eval()
+    loaded = load_source(module, {"ids": torch.randint(0, 30, (2, 7))})
+    graph = trace_source(loaded)
+    ids = torch.randint(0, 30, (3, 9))
+    with torch.no_grad():
+        assert relative_error(graph(ids=ids)["output"], module(ids)) < 1e-6
+    assert sorted(note.rpartition(" is taken to be ")[2] for note in loaded.notes) == [
+        "False, as on the example", "True, as on the example",
+    ]  # fmt: skip
+    assert all("test_trace.py:" in note for note in loaded.notes)

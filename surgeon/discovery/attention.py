@@ -82,7 +82,7 @@ def _attention(
     if o is not None:
         reasons.extend(_routed_heads(flow, entry, core, o))
     queries = heads[0] or core.heads
-    keys = heads[1] or (queries if operators.kind(core.node) == "aten::einsum" else min(queries, _leading(core.k)))
+    keys = heads[1] or (queries if operators.kind(core.node) == "aten::einsum" else min(queries, _leading(flow, core.k)))
     cross = not flow.depends(core.k, entry) and flow.depends(core.q, entry)
     return Attention(core.node, q, k, v, o, queries, min(queries, keys), core.head_dim, core.causal, cross), reasons
 
@@ -94,10 +94,17 @@ def _own(flow: Flow, linears: Linears, attention: Attention) -> Linear | None:
     return own[0] if len(own) == 1 < len(sections) else attention.o
 
 
-def _leading(argument: fx.Node) -> int:
-    """Heads as the size of the dimension in front of positions and features; 1 where there is none."""
+def _leading(flow: Flow, argument: fx.Node) -> int:
+    """Heads as the size of the dimension in front of positions and features, without repetitions; 1 where there is none."""
     sizes = operators.shape(argument)
-    return math.prod(sizes[1:-2]) if len(sizes) > 3 else 1
+    heads = math.prod(sizes[1:-2]) if len(sizes) > 3 else 1
+    node = argument
+    while operators.is_movement(node) and len(sources := flow.inputs(node)) == 1:
+        if operators.kind(node) in operators.REPETITIONS:
+            times = math.prod(operators.shape(node)) // max(1, math.prod(operators.shape(sources[0])))
+            heads = heads // times if times and heads % times == 0 else heads
+        node = sources[0]
+    return heads
 
 
 def _are_heads(flow: Flow, parts: Sequence[Attention]) -> bool:

@@ -6,7 +6,8 @@
 2. Sublayers are M (mix positions), X (read from outside of the stream) or F (position by position, or by convolution right
    behind an attention).  Where they repeat with a period, a block is one period; it ends earlier where an F is followed by
    an M or X, unless it starts with an F.  Where nothing repeats, a block starts at each M (but not right behind an X that
-   starts one), and at an X behind an F.  A block never crosses a change of the hidden state's size.
+   starts one), and at an X behind an F.  A block never crosses a change of the hidden state's size, unless the sizes repeat
+   with the sublayers (a class token that some of them are without).
 3. A single convolution before blocks that have attention, and an F behind repeated blocks, stand outside of the blocks;
    so do Fs after a change of size at the end.
 4. What stands between the last sublayer of one block and the first of the next belongs to the block before, as far as it is
@@ -135,7 +136,8 @@ def _letters(classifier: Classifier, sublayers: list[Sublayer]) -> list[str]:
 
 def group(sublayers: list[Sublayer], letters: list[str]) -> list[Group]:
     """The sublayers of each block."""
-    edges = [0, *(i for i in range(1, len(sublayers)) if _resized(sublayers[i - 1], sublayers[i])), len(sublayers)]
+    changes = [i for i in range(1, len(sublayers)) if _resized(sublayers[i - 1], sublayers[i])]
+    edges = [0, *([] if _recurs(sublayers, letters) else changes), len(sublayers)]
     stages = list(zip(edges, edges[1:], strict=False))
     if len(stages) > 1 and letters[stages[-1][0] :].count("F") == len(letters) - stages[-1][0] != len(letters):
         stages.pop()
@@ -156,6 +158,15 @@ def _resized(before: Sublayer, after: Sublayer) -> bool:
     sizes = {prod(operators.shape(n)) for n in (before.region.exit, after.region.entry, after.region.exit)}
     kinds = {operators.kind(node) for span in before.gap for node in span.path}
     return len(sizes) > 1 or bool(kinds & (operators.ATTENTIONS | operators.SOFTMAXES))
+
+
+def _recurs(sublayers: list[Sublayer], letters: list[str]) -> bool:
+    """Whether the sizes of the hidden state repeat with the sublayers, where values are only moved in between."""
+    period = _period(letters)
+    sizes = [prod(operators.shape(sublayer.region.entry)) for sublayer in sublayers]
+    between = {node for sublayer in sublayers[:-1] for span in sublayer.gap for node in span.path}
+    moved = all(operators.is_movement(node) for node in between)
+    return 0 < period < len(sizes) and len(set(sizes)) > 1 and moved and sizes[period:] == sizes[:-period]
 
 
 def _irregular(sublayers: list[Sublayer], letters: list[str]) -> tuple[int, int]:

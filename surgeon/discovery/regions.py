@@ -16,8 +16,8 @@ from surgeon.discovery.ffn import find_ffns
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
 from surgeon.discovery.mixture import find_mixtures
-from surgeon.discovery.norms import is_normalisation
-from surgeon.discovery.residuals import mixed_streams, reads_weights, works
+from surgeon.discovery.norms import is_affine, is_normalisation
+from surgeon.discovery.residuals import mixed_streams, reads_weights, works, writes_streams
 from surgeon.structure import FFN, Attention, Region, RegionKind
 
 
@@ -92,12 +92,17 @@ class Classifier:
         )
 
     def on_stream(self, entry: fx.Node, exit: fx.Node, path: frozenset[fx.Node]) -> Region:
-        """A part of the stream itself, without a residual around it: a norm, or something else."""
+        """A part of the stream itself, without a residual around it: a norm, what is left of one, or something else."""
         if any(is_normalisation(self.flow, node) for node in path) and not any(reads_weights(self.flow, n) for n in path):
             return Region("norm", entry, exit, self._nodes(entry, path))
+        if all(is_affine(node) and len(self._computed(node)) == 1 for node in path):
+            return Region("norm", entry, exit, self._nodes(entry, path), reason="a scale or a shift, without statistics")
         names = ", ".join(dict.fromkeys(operators.kind(node) for node in self.flow.ordered(path)))
         reason = f"stands on the stream without a residual around it: {names}"
         return Region("other", entry, exit, self._nodes(entry, path), reason=reason)
+
+    def _computed(self, node: fx.Node) -> list[fx.Node]:
+        return [source for source in self.flow.inputs(node) if source not in self.flow.constant]
 
     def only_convolves(self, region: Region) -> bool:
         """Whether convolutions are all that mixes positions: nothing multiplies activations with each other, or scans."""
@@ -172,8 +177,8 @@ class Classifier:
         return self._measured[key]
 
     def _holds_streams(self, entry: fx.Node, path: frozenset[fx.Node]) -> bool:
-        """Whether the hidden state is several streams, which the shortcut mixes."""
-        return any(mixed_streams(self.flow, node) is entry for node in path)
+        """Whether the hidden state is several streams, mixed by the shortcut, or written to by one number each."""
+        return any(mixed_streams(self.flow, node) is entry or writes_streams(self.flow, node, entry) for node in path)
 
     def _without_routing(self, exit: fx.Node, path: frozenset[fx.Node]) -> set[fx.Node]:
         """The nodes of a path that lead to its exit otherwise than through the routing of a mixture."""

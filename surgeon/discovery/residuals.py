@@ -1,10 +1,10 @@
 """Residual sublayers: additions ``y = x + f(x)``.
 
 1. The terms of a sum are the leaves of its tree of additions; additions in between have no other reader.
-2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled by constants) that every other term is computed
-   from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
+2. A sum is residual when one term is a tensor x (perhaps reshaped, or scaled and shifted by constants) that every other term
+   is computed from, and something on the way from x reads a weight matrix or mixes positions.  x is the *entry*, y the *exit*.
    x may be several streams [batch, positions, streams, features] that a small matrix mixes position by position,
-   ``y = M x + b f(x)`` (hyper-connections); M is constant or computed from the position alone.
+   ``y = M x + b f(x)`` (hyper-connections); M is constant or computed from the position alone, or it is the identity.
    So is a sum of two products k x + t f(x) with k + t = 1, whatever k is computed from (highway and recurrent gates); that
    the two add up to 1 is measured.
 3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
@@ -185,14 +185,15 @@ def _unary(flow: Flow, node: fx.Node) -> list[fx.Node]:
 
 
 def _origins(flow: Flow, term: fx.Node) -> list[fx.Node]:
-    """The term, and what it is apart from reshapes, casts, multiplication by constants and mixed streams, nearest first."""
+    """The term, and what it is apart from reshapes, casts, scales and shifts by constants and mixed streams, nearest first."""
+    affine = ("aten::mul", "aten::div", operators.ADD, "aten::sub")
     found = [term]
     while True:
         mixed = mixed_streams(flow, found[-1])
         if mixed is not None:
             found.append(mixed)
             continue
-        if not operators.is_reshape(found[-1]) and operators.kind(found[-1]) not in ("aten::mul", "aten::div"):
+        if not operators.is_reshape(found[-1]) and operators.kind(found[-1]) not in affine:
             return found
         sources = [n for n in flow.inputs(found[-1]) if n not in flow.constant]
         if len(sources) != 1:
@@ -214,6 +215,15 @@ def mixed_streams(flow: Flow, node: fx.Node) -> fx.Node | None:
         return x
     alone = flow.depends(matrix, x) and size[:-2] == shape[:-2]
     return x if alone and not any(product(flow, n) for n in flow.between(x, matrix)) else None
+
+
+def writes_streams(flow: Flow, node: fx.Node, x: fx.Node) -> bool:
+    """Whether a node is ``b f`` with b [..., streams, 1] and f [..., 1, features], for x [..., streams, features]."""
+    size, factors = operators.shape(x)[-2:], flow.inputs(node)
+    if operators.kind(node) != "aten::mul" or len(factors) != 2 or not operators.same_shape(node, x) or 1 in size:
+        return False
+    outer = {operators.shape(factor)[-2:] for factor in factors} == {(size[0], 1), (1, size[1])}
+    return outer and len(operators.shape(x)) > 3 and all(flow.depends(factor, x) for factor in factors)
 
 
 def _works(flow: Flow, node: fx.Node) -> bool:
