@@ -92,6 +92,7 @@ class AotInductor(Backend):
         from surgeon.backends._aot_cuda import callable_grouped
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+        from surgeon.backends._aot_repairs import compilable
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
@@ -102,7 +103,7 @@ class AotInductor(Backend):
             for port in graph.inputs
         )
         try:
-            with torch.no_grad(), callable_grouped(), warnings.catch_warnings():
+            with torch.no_grad(), callable_grouped(), compilable(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})

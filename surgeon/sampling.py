@@ -85,7 +85,8 @@ class Settings:
         found = tf.LogitsProcessorList()
         ends: Any = list(self.eos_token_id)
         if (penalty := value("repetition_penalty")) not in (None, 1.0):
-            found.append(tf.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding))
+            repeated = tf.RepetitionPenaltyLogitsProcessor(penalty)
+            found.append(repeated if padding is None else _behind_padding(repeated, padding))
         if value("no_repeat_ngram_size"):
             found.append(tf.NoRepeatNGramLogitsProcessor(value("no_repeat_ngram_size")))
         if value("bad_words_ids"):
@@ -104,6 +105,20 @@ class Settings:
             begin = length if length > 1 or first is None else length + 1
             found.append(tf.SuppressTokensAtBeginLogitsProcessor(value("begin_suppress_tokens"), begin))
         return found if found else None  # type: ignore[return-value]  # any integer tensor will do
+
+
+def _behind_padding(rule: Processor, padding: Tensor) -> Processor:
+    """A rule that asks only which tokens a row holds, made blind to the padding on the left of every row, [batch].
+
+    The library's own rule takes the number of such tokens since transformers 5.23 and penalised them as text before.  Seeing
+    the last token of the row in their place is the same in every version: it is text, and no token counts twice.
+    """
+
+    def apply(tokens: Tensor, scores: Tensor) -> Tensor:
+        before = torch.arange(tokens.shape[1], device=tokens.device) < padding.unsqueeze(1)
+        return rule(torch.where(before, tokens[:, -1:], tokens), scores)
+
+    return apply
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Line:
         cls: its name.
         config: settings of the tiny configuration beside the sizes.
         kind: what each block is.
-        layout: how gate and up are stored.
+        layout: how gate and up are stored, or a function of the model where that changed between versions of the library.
         kv, head_dim, width, activation: where the configuration says it: the name of an attribute, or a function of the
             configuration.
         unread, shared: as in :class:`Family`.
@@ -123,7 +123,7 @@ class Line:
     cls: str
     config: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "attention+ffn"
-    layout: str = "plain"
+    layout: str | Callable[[Any], str] = "plain"
     kv: Any = "num_attention_heads"
     head_dim: Any = lambda c: c.hidden_size // c.num_attention_heads  # a default that is a function
     width: Any = "intermediate_size"
@@ -232,7 +232,7 @@ LIBRARY: dict[str, Line] = {
     "dinov2-gated": Line(
         "Dinov2Model",
         {"use_swiglu_ffn": True},
-        layout="separate",
+        layout=lambda module: "separate" if hasattr(module.encoder.layer[0].mlp, "gate_proj") else "concatenated",
         width=lambda c: (wide(c) * 2 // 3 + 7) // 8 * 8,
         activation=lambda c: "silu",
         unread=("mask_token",),
@@ -255,7 +255,7 @@ def _said(line: Line, module: nn.Module) -> Said:
         heads=config.num_attention_heads,
         kv_heads=_read(config, line.kv),
         head_dim=_read(config, line.head_dim),
-        layout=line.layout,
+        layout=line.layout(module) if callable(line.layout) else line.layout,
         width=_read(config, line.width),
         activation=ACTIVATIONS.get(activation, activation),
     )
