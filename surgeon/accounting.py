@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.errors import DiscoverError, RecipeError, nearest
@@ -356,6 +355,8 @@ def _node_flops(node: fx.Node, size: _Sizes) -> int:
         tokens, k = size.of(_operand(node, 1))
         return 2 * tokens * k * sum(math.prod(size.of(_operand(node, position))[1:]) for position in (3, 4))
     if packet is _aten.einsum:
+        from torch.utils.flop_counter import FlopCounterMode  # brings Triton, which takes long
+
         with FlopCounterMode(display=False) as counter:
             torch.einsum(_operand(node, 0), *(torch.empty(size.of(x), device="meta") for x in _operand(node, 1)))
         return int(counter.get_total_flops())

@@ -111,8 +111,15 @@ def _run(app: typer.Typer, arguments: Sequence[str] | None) -> Any:
     return code
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-    """A polite kill cleans up as Ctrl-C does; repeating it does not cut the cleaning short."""
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A polite kill cleans up as Ctrl-C does; repeating it does not cut the cleaning short.
+
+    While a module is imported it waits: compiled modules turn what is raised in their start into errors of their own, or
+    end the process.
+    """
+    if _importing(frame):
+        _again(number)
+        return
     for other in _STOPPING:
         signal.signal(other, signal.SIG_IGN)
     _signals.append(number)
@@ -123,9 +130,23 @@ def _unraisable(lost: Any) -> None:
     """A request to stop that arrives in a finaliser, where Python drops what is raised, is made again."""
     if isinstance(lost.exc_value, _Stop):
         signal.signal(_signals[-1], _interrupt)
-        Timer(0.05, os.kill, (os.getpid(), _signals[-1])).start()  # when this function, which drops it too, has returned
+        _again(_signals[-1])  # when this function, which drops it too, has returned
     else:
         sys.__unraisablehook__(lost)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether the import of a module is among the calls."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _again(number: int) -> None:
+    """Ask a moment later."""
+    timer = Timer(0.05, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def _interrupted() -> typer.Exit:
