@@ -7,9 +7,7 @@ torch's matrix multiplications, grouped by expert.  The package holds both and d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,47 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from surgeon.numerics.quantization import FLOAT8, dequantize
+from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, dequantize
 from surgeon.ops import attend, moe_dense, moe_grouped
-from surgeon.ops.mixture import inner_activation
+from surgeon.ops.attention import with_causal
+from surgeon.ops.mixture import has_grouped_kernel, inner_activation
 
 aten = torch.ops.aten
 _FEW_QUERIES = 16
 """Largest number of queries times query heads per key head that one tile of the kernel takes."""
-
-
-@dataclass(frozen=True, eq=False)
-class LowBit:
-    """A weight that stays packed: what ``surgeon::dequantize`` was asked to unpack."""
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bits: int
-    group: int
-    width: int
-
-    def unpacked(self) -> Tensor:
-        """The weight [..., N, K]."""
-        return dequantize(self.packed, self.scale, self.zero, self.bits, self.group, self.width)
-
-
-@contextmanager
-def callable_grouped() -> Iterator[None]:
-    """Let a package call ``torch._grouped_mm``: before version 2.12 torch compiles it to a C function that it does not have."""
-    from torch._inductor import lowering
-    from torchgen.aoti.fallback_ops import inductor_fallback_ops
-
-    operator = aten._grouped_mm.default
-    if str(operator) in inductor_fallback_ops or operator not in lowering.lowerings:
-        yield
-        return
-    before = lowering.lowerings[operator]
-    lowering.lowerings[operator] = lowering.fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        lowering.lowerings[operator] = before
 
 
 def has_kernels() -> bool:
@@ -100,34 +65,38 @@ def either(condition: Any, first: Callable[..., Tensor], second: Callable[..., T
     return result
 
 
-def _parts(weight: Tensor | LowBit) -> tuple[list[Tensor | None], tuple[int, int]]:
+def _parts(weight: Tensor | QuantizedTensor) -> tuple[list[Tensor | None], tuple[int, int]]:
     """Tensors of a weight (itself, or codes, scales and zero points), and bits and group (0 and 1 for none)."""
-    if isinstance(weight, LowBit):
-        return [weight.packed, weight.scale, weight.zero], (weight.bits, weight.group)
+    if isinstance(weight, QuantizedTensor):
+        return [weight.packed, weight.scale, weight.zero_point], (weight.bits, weight.group)
     return [weight, None, None], (0, 1)
 
 
-def _whole(weight: Tensor, scale: Tensor | None, zero: Tensor | None, like: Tensor | LowBit) -> Tensor:
-    if isinstance(like, LowBit):
-        assert scale is not None
-        return dequantize(weight, scale, zero, like.bits, like.group, like.width)
+def _whole(parts: tuple[Any, ...], like: Tensor | QuantizedTensor) -> Tensor:
+    """The weight of which these are the tensors, in the form of ``like``."""
+    if isinstance(like, QuantizedTensor):
+        packed, scale, zero = parts
+        return dequantize(packed, scale, zero, like.bits, like.group, like.in_features)
+    weight: Tensor = parts[0]
     return weight
 
 
-def linear(x: Tensor, weight: LowBit, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` over a packed weight: x [..., K], weight [N, K] -> [..., N]."""
     from surgeon.backends._cuda_kernels import PAIRS, few_rows
 
-    def few(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, added: Tensor | None) -> Tensor:
-        args = (packed.unsqueeze(0), scale.unsqueeze(0), None if zero is None else zero.unsqueeze(0))
-        out: Tensor = few_rows(rows, None, *args, weight.bits, weight.group, 1, 1).sum(0)
+    tensors, form = _parts(weight)
+
+    def few(rows: Tensor, added: Tensor | None, *parts: Tensor | None) -> Tensor:
+        stacks = (None if part is None else part.unsqueeze(0) for part in parts)
+        out: Tensor = few_rows(rows, None, *stacks, *form, 1, 1).sum(0)
         return (out if added is None else out + added).to(rows.dtype)
 
-    def many(rows: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, added: Tensor | None) -> Tensor:
-        return F.linear(rows, _whole(packed, scale, zero, weight), added)
+    def many(rows: Tensor, added: Tensor | None, *parts: Tensor | None) -> Tensor:
+        return F.linear(rows, _whole(parts, weight), added)
 
-    rows = x.reshape(-1, weight.width).contiguous()
-    out = either(rows.shape[0] <= PAIRS, few, many, [rows, weight.packed, weight.scale, weight.zero, bias])
+    rows = x.reshape(-1, weight.in_features).contiguous()
+    out = either(rows.shape[0] <= PAIRS, few, many, [rows, bias, *tensors])
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -136,8 +105,8 @@ def experts(
     x: Tensor,
     index: Tensor,
     weight: Tensor,
-    w_in: Tensor | LowBit,
-    w_out: Tensor | LowBit,
+    w_in: Tensor | QuantizedTensor,
+    w_out: Tensor | QuantizedTensor,
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     activation: str = "identity",
@@ -145,38 +114,32 @@ def experts(
     """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
     from surgeon.backends._cuda_kernels import PAIRS, few_rows
 
-    (first, (in_bits, in_group)), (second, (out_bits, out_group)) = _parts(w_in), _parts(w_out)
-    inner = w_out.width if isinstance(w_out, LowBit) else w_out.shape[2]
-    rows_in = (w_in.packed if isinstance(w_in, LowBit) else w_in).shape[1]
-    rows_out = (w_out.packed if isinstance(w_out, LowBit) else w_out).shape[1]
+    (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
+    inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]
+    assert first[0] is not None
+    assert second[0] is not None
+    rows_in, rows_out = first[0].shape[1], second[0].shape[1]
     k = int(index.shape[1])
-    grouped = x.dtype == torch.bfloat16 and all(int(size) % 8 == 0 for size in (x.shape[1], inner, rows_in, rows_out))
+    grouped = has_grouped_kernel(x, x.shape[1], inner, rows_in, rows_out)
     used["experts few rows"] += 1
     used["experts grouped" if grouped else "experts dense"] += 1
 
-    def few(
-        rows: Tensor, chosen: Tensor, share: Tensor, a: Tensor, a_scale: Tensor | None, a_zero: Tensor | None, b: Tensor,
-        b_scale: Tensor | None, b_zero: Tensor | None, a_bias: Tensor | None, b_bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def few(rows: Tensor, chosen: Tensor, share: Tensor, bias_in: Any, bias_out: Any, *parts: Tensor | None) -> Tensor:
         flat = chosen.reshape(-1)
-        pre = few_rows(rows, flat, a, a_scale, a_zero, in_bits, in_group, k, k).sum(0)
-        if a_bias is not None:
-            pre = pre + a_bias[flat]
+        pre = few_rows(rows, flat, *parts[:3], *form_in, k, k).sum(0)
+        if bias_in is not None:
+            pre = pre + bias_in[flat]
         hidden = inner_activation(pre, inner, activation).to(rows.dtype)
-        each: Tensor = few_rows(hidden, flat, b, b_scale, b_zero, out_bits, out_group, 1, k).sum(0)
-        if b_bias is not None:
-            each = each + b_bias[flat]
+        each: Tensor = few_rows(hidden, flat, *parts[3:], *form_out, 1, k).sum(0)
+        if bias_out is not None:
+            each = each + bias_out[flat]
         return (each.reshape(-1, k, rows_out) * share.unsqueeze(-1)).sum(1).to(rows.dtype)
 
-    def many(
-        rows: Tensor, chosen: Tensor, share: Tensor, a: Tensor, a_scale: Tensor | None, a_zero: Tensor | None, b: Tensor,
-        b_scale: Tensor | None, b_zero: Tensor | None, a_bias: Tensor | None, b_bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def many(rows: Tensor, chosen: Tensor, share: Tensor, bias_in: Any, bias_out: Any, *parts: Tensor | None) -> Tensor:
         form = moe_grouped if grouped else moe_dense
-        wide_in, wide_out = _whole(a, a_scale, a_zero, w_in), _whole(b, b_scale, b_zero, w_out)
-        return form(rows, chosen, share, wide_in, wide_out, a_bias, b_bias, activation)
+        return form(rows, chosen, share, _whole(parts[:3], w_in), _whole(parts[3:], w_out), bias_in, bias_out, activation)
 
-    operands = [x.contiguous(), index.contiguous(), weight, *first, *second, b_in, b_out]
+    operands = [x.contiguous(), index.contiguous(), weight, b_in, b_out, *first, *second]
     return either(index.shape[0] * k <= PAIRS, few, many, operands)
 
 
@@ -187,12 +150,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     if q.dtype not in (torch.bfloat16, torch.float16) or max(int(q.shape[3]), int(v.shape[3])) > 128:
         return attend(q, k, v, mask, is_causal, scale)
     if is_causal:
-        rows, columns = q.shape[-2], k.shape[-2]
-        behind = torch.arange(columns, device=q.device) <= torch.arange(rows, device=q.device)[:, None] + (columns - rows)
-        if mask is None:
-            mask = behind[None, None]
-        else:
-            mask = mask & behind if mask.dtype == torch.bool else mask.masked_fill(~behind, -torch.inf)
+        mask = with_causal(mask, q, k)
+        mask = mask[None, None] if mask.dim() == 2 else mask
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     positions = torch.arange(k.shape[2], device=q.device)
 

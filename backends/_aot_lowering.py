@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.graph import Graph, assign_tensor
-from surgeon.numerics.quantization import FLOAT8, unpack_codes
+from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, unpack_codes
 from surgeon.ops import DECOMPOSITIONS, moe_dense, moe_gathered, moe_grouped
 from surgeon.rewrite import Editor
 
@@ -205,7 +205,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """As it is, but low-bit weights that only kernels read stay packed."""
         if self.owner.packed and n.target is torch.ops.surgeon.dequantize.default and on_cuda.why_unpacked(n) is None:
-            return on_cuda.LowBit(*self.fetch_args_kwargs_from_env(n)[0])
+            return QuantizedTensor(*self.fetch_args_kwargs_from_env(n)[0])
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -213,9 +213,9 @@ class _Interpreter(fx.Interpreter):
         if target is torch.ops.surgeon.moe.default:
             if self.owner.kernels and self.owner.experts == "auto":
                 return on_cuda.experts(self.owner.used, *args, **kwargs)
-            unpacked: Any = tuple(arg.unpacked() if isinstance(arg, on_cuda.LowBit) else arg for arg in args)
+            unpacked: Any = tuple(arg.dequantize() if isinstance(arg, QuantizedTensor) else arg for arg in args)
             return _experts(self.owner, *unpacked, **kwargs)
-        if target is aten.linear.default and isinstance(args[1], on_cuda.LowBit):
+        if target is aten.linear.default and isinstance(args[1], QuantizedTensor):
             return on_cuda.linear(*args, **kwargs)
         if target is aten.topk.default and self.owner.kernels and on_cuda.few_of_row(*args[:4], **kwargs):
             return on_cuda.top_k(args[0], args[1])

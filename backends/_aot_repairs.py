@@ -11,11 +11,11 @@ import torch
 
 @contextmanager
 def compilable() -> Iterator[None]:
-    """Let torch before 2.13 compile packages for the CPU; later ones are left as they are."""
+    """Let torch before 2.13 compile packages; later ones are left as they are."""
     if torch.__version__ >= "2.13":  # compared as versions are
         yield
         return
-    with _bounds_behind_indices(), _eight_bit_floats_declared():
+    with _bounds_behind_indices(), _eight_bit_floats_declared(), _grouped_products_called():
         yield
 
 
@@ -59,6 +59,24 @@ def _eight_bit_floats_declared() -> Iterator[None]:
 
     with _replaced(CppWrapperCpu, "write_header", repaired):
         yield
+
+
+@contextmanager
+def _grouped_products_called() -> Iterator[None]:
+    """Call the operator of grouped products: before 2.12 torch writes a call of a C function that it does not have."""
+    from torch._inductor import lowering
+    from torchgen.aoti.fallback_ops import inductor_fallback_ops
+
+    operator = torch.ops.aten._grouped_mm.default
+    if str(operator) in inductor_fallback_ops or operator not in lowering.lowerings:
+        yield
+        return
+    before = lowering.lowerings[operator]
+    lowering.lowerings[operator] = lowering.fallback_handler(operator, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        lowering.lowerings[operator] = before
 
 
 @contextmanager

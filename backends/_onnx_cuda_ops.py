@@ -58,15 +58,7 @@ def cuda_experts(
         k: experts of a token.
         attributes: of the node.
     """
-    y = onnx_ops.symbolic(
-        "com.microsoft::MoE",
-        (x, logits, w_in, b_in, w_out, b_out),
-        {"k": k, "normalize_routing_weights": 1, **dict(attributes)},
-        dtype=x.dtype,
-        shape=x.shape,
-        version=1,
-    )
-    return y if weight is None else y * weight.sum(1, keepdim=True).to(x.dtype)
+    return _mixed("MoE", x, (logits, w_in, b_in, w_out, b_out), weight, k, attributes)
 
 
 def cuda_quantized_experts(
@@ -93,9 +85,18 @@ def cuda_quantized_experts(
     packed_in, scale_in, zero_in, b_in = first
     packed_out, scale_out, zero_out, b_out = second
     gap = (None, None, None)  # a third matrix, which the fused gate does not have
+    inputs = (logits, packed_in, scale_in, b_in, packed_out, scale_out, b_out, *gap, zero_in, zero_out)
+    return _mixed("QMoE", x, inputs, weight, k, attributes)
+
+
+def _mixed(
+    kind: str, x: Tensor, inputs: tuple[Tensor | None, ...], weight: Tensor | None, k: int,
+    attributes: tuple[tuple[str, Any], ...],
+) -> Tensor:  # fmt: skip
+    """A kernel of experts, which mixes by weights that sum to 1, times the sum of the given ones."""
     y = onnx_ops.symbolic(
-        "com.microsoft::QMoE",
-        (x, logits, packed_in, scale_in, b_in, packed_out, scale_out, b_out, *gap, zero_in, zero_out),
+        f"com.microsoft::{kind}",
+        (x, *inputs),
         {"k": k, "normalize_routing_weights": 1, **dict(attributes)},
         dtype=x.dtype,
         shape=x.shape,

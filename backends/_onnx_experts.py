@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,23 +98,19 @@ class Experts(Constants):
     def _float_moe(self, node: fx.Node, attributes: dict[str, Any]) -> bool:
         """Lower to MoE; False where a weight is low-bit, or of a type that the provider's kernel does not take."""
         args: tuple[Any, ...] = node.args
-        x, index, weight, w_in, w_out, b_in, b_out, _ = args
+        _, _, _, w_in, w_out, b_in, b_out, _ = args
         if node.meta["val"].dtype not in FLOAT_EXPERTS[self.provider] or DEQUANTIZE in (w_in.target, w_out.target):
             return False
         gated = attributes["activation_type"] == "swiglu"
         matrices = (self._rows(w_in, gated), self._rows(b_in, gated), w_out, b_out)
-        if self.provider == "cuda":
-            routes = self._routing(x, index, weight, w_in.meta["val"].shape[0])
-            k = index.meta["val"].shape[1]
-            self._replace(node, cuda.cuda_experts, (x, *routes, *matrices, k, tuple(sorted(attributes.items()))))
-            return True
-        self._replace(node, emit.fused_experts, (x, index, weight, *matrices, tuple(sorted(attributes.items()))))
+        operators: Mapping[str, Any] = {"cpu": emit.fused_experts, "cuda": cuda.cuda_experts}
+        self._fuse(node, operators, matrices, attributes)
         return True
 
     def _quantized_moe(self, node: fx.Node, attributes: dict[str, Any]) -> bool:
         """Lower to QMoE; False where its layout does not fit: equal bits, one block size that divides both widths."""
         args: tuple[Any, ...] = node.args
-        x, index, weight, w_in, w_out, b_in, b_out, _ = args
+        x, _, _, w_in, w_out, b_in, b_out, _ = args
         first, second = self._low_bit(w_in), self._low_bit(w_out)
         on_cuda = self.provider == "cuda"
         if first is None or second is None or first.bits != second.bits or first.bits not in ((4, 8) if on_cuda else (2, 4, 8)):
@@ -144,13 +141,22 @@ class Experts(Constants):
         # The CPU kernel wants weights as they are; the CUDA one would otherwise take them as packed for CUTLASS.
         more = {"expert_weight_bits": first.bits, "block_size": block, "accuracy_level": self.level}
         every = {**attributes, **more, "weights_prepacked": 0}
-        if on_cuda:
-            routes = self._routing(x, index, weight, w_in.meta["val"].shape[0])
-            k = index.meta["val"].shape[1]
-            self._replace(node, cuda.cuda_quantized_experts, (x, *routes, *parts, k, tuple(sorted(every.items()))))
-            return True
-        self._replace(node, emit.fused_quantized_experts, (x, index, weight, *parts, tuple(sorted(every.items()))))
+        operators: Mapping[str, Any] = {"cpu": emit.fused_quantized_experts, "cuda": cuda.cuda_quantized_experts}
+        self._fuse(node, operators, parts, every)
         return True
+
+    def _fuse(
+        self, node: fx.Node, operators: Mapping[str, Any], parts: Sequence[Any], attributes: Mapping[str, Any]
+    ) -> None:
+        """Replace a mixture by the provider's operator over these matrices and biases."""
+        args: tuple[Any, ...] = node.args
+        x, index, weight, w_in = args[:4]
+        fixed = tuple(sorted(attributes.items()))
+        if self.provider == "cuda":
+            routes = self._routing(x, index, weight, w_in.meta["val"].shape[0])
+            self._replace(node, operators["cuda"], (x, *routes, *parts, index.meta["val"].shape[1], fixed))
+        else:
+            self._replace(node, operators["cpu"], (x, index, weight, *parts, fixed))
 
     def _rows(self, source: fx.Node | None, gated: bool) -> fx.Node | None:
         """A stack of matrices or biases in the kernel's row order: gate and up rows alternating."""

@@ -89,7 +89,6 @@ class AotInductor(Backend):
         if refusals:
             listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
             raise LowerError(f"aotinductor cannot express this graph:\n{listed}")
-        from surgeon.backends._aot_cuda import callable_grouped
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
@@ -103,7 +102,7 @@ class AotInductor(Backend):
             for port in graph.inputs
         )
         try:
-            with torch.no_grad(), callable_grouped(), compilable(), warnings.catch_warnings():
+            with torch.no_grad(), compilable(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})

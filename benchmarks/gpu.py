@@ -199,23 +199,19 @@ def prepared(shape: Shape, variant: str) -> Any:
     """
     import surgeon
     from surgeon.data import load_data
+    from surgeon.pipeline import _operate
     from surgeon.progress import Progress
     from surgeon.registry import make_pass
-    from surgeon.rewrite import Editor
-    from surgeon.sweep import run_pass
 
     module = model_of(shape, shape.layers, shape.experts, "cpu")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocabulary, (2, 16), generator=generator)
     graph = surgeon.trace(module, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, task="text-generation")
     data = load_data([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 2, graph)
+    structure = surgeon.discover(graph)
     for step in VARIANTS[variant]:
         grouped = {"quantize": {**step["quantize"], "group": shape.group}} if "quantize" in step else step
-        structure = surgeon.discover(graph)
-        chosen = make_pass(grouped)
-        editor = Editor(graph)
-        run_pass(chosen, editor, structure.select(chosen.selection(structure)), lambda: data.calibration, None, Progress(False))
-        graph = editor.finish()
+        graph, structure, *_ = _operate(make_pass(grouped), graph, structure, data, None, Progress(False))
     return graph
 
 

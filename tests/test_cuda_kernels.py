@@ -16,14 +16,14 @@ from torch import Tensor
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.backends._aot_joined import joined_linears
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.graph import Graph
 from surgeon.numerics.quantization import QuantizedTensor, quantize_groupwise
 from surgeon.ops.attention import attend
+from surgeon.pipeline import _operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
-from surgeon.rewrite import Editor
-from surgeon.sweep import run_pass
 
 kernels = pytest.importorskip("surgeon.backends._cuda_kernels", reason="Triton is for Linux")
 
@@ -138,10 +138,8 @@ def traced(dtype: torch.dtype) -> Graph:
 
 
 def quantized(graph: Graph) -> Graph:
-    clone = graph.clone()
-    editor, structure = Editor(clone), discover(clone)
-    run_pass(make_pass({"quantize": {"scheme": "int4", "group": 32}}), editor, structure, list, None, Progress(False))
-    return editor.finish()
+    step = make_pass({"quantize": {"scheme": "int4", "group": 32}})
+    return _operate(step, graph, discover(graph), load_data(None, graph), None, Progress(False))[0]
 
 
 def inputs_of(graph: Graph, rows: int, new: int, past: int) -> list[Tensor]:

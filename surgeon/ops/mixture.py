@@ -39,8 +39,8 @@ class _Groups(NamedTuple):
     bounds: list[tuple[int, int, int]] | None
 
 
-def has_grouped_kernel(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
-    """Whether one fused grouped matmul exists for these tensors.
+def has_grouped_kernel(x: Tensor, *widths: int) -> bool:
+    """Whether one fused grouped matmul exists for tensors like x, whose matrices have these ``widths`` of rows and columns.
 
     On the CPU ``torch._grouped_mm`` exists but is itself a loop over the experts (measured no faster than ours at T = 1
     to 2048), and on CUDA only bfloat16 has a kernel; other types would synchronise and loop inside.  The kernel wants
@@ -48,7 +48,6 @@ def has_grouped_kernel(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
     """
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
-    widths = (*w_in.shape[1:], *w_out.shape[1:])
     return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(width % 8 == 0 for width in widths)
 
 
@@ -202,7 +201,7 @@ def moe(
         RegistryError: unknown activation.
     """
     _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
-    groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, w_in, w_out), weight)
+    groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, *w_in.shape[1:], *w_out.shape[1:]), weight)
     hidden = inner_activation(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
     each = _unsort(_grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
     # multiply and sum, rather than index_add_: deterministic on CUDA, and the sum of halves is accumulated in float32
@@ -261,7 +260,7 @@ def moe_backward(
     """
     experts, (tokens, k), inner = w_in.shape[0], index.shape, w_out.shape[2]
     need_x, need_weight, need_w_in, need_w_out, need_b_in, need_b_out = needed
-    groups = _sort_by_expert(index, experts, has_grouped_kernel(x, w_in, w_out))
+    groups = _sort_by_expert(index, experts, has_grouped_kernel(x, *w_in.shape[1:], *w_out.shape[1:]))
     rows, rows_grad = x[groups.token], grad[groups.token]
     scale = weight.reshape(-1, 1)[groups.order]
     gated = w_in.shape[1] != inner
