@@ -33,13 +33,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from _gpu_floor import Cell, Shape, cells, layers_and_experts
+from _gpu_report import PEERS, add_floors, line, print_table, stored_as
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 NO_GPU = 3
@@ -53,89 +55,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "int4": [INT4],
     "merged": [MERGE],
 }
-PEERS = ("eager", "torch.compile")
 READY = "ready"
 RUNTIMES = ("eager", "torch.compile", "aotinductor", "onnxruntime")
-TARGETS = {"floor": 1.3, "compound_speed": 6.05, "compound_memory": 0.23}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the model and of the cells."""
-
-    hidden: int = 4096
-    width: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-    experts: int = 8
-    top_k: int = 2
-    layers: int = 4
-    vocabulary: int = 32000
-    prefill: int = 2048
-    batches: tuple[int, ...] = (1, 16)
-    group: int = 128
-    dtype: str = "bfloat16"
-    device: str = "cuda"
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one head."""
-        return self.hidden // self.heads
-
-
 TINY = Shape(64, 128, 4, 2, 8, 2, 4, 160, 32, (1, 2), 32, "float32", "cpu")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure."""
-
-    phase: str
-    batch: int
-    length: int
-
-
-def cells(shape: Shape) -> list[Cell]:
-    return [Cell("prefill", 1, shape.prefill), *(Cell("decode", batch, shape.prefill) for batch in shape.batches)]
-
-
-# -- the floor --------------------------------------------------------------------------------------------------------
-
-
-def layers_and_experts(shape: Shape, variant: str) -> tuple[int, int]:
-    layers = shape.layers - round(shape.layers * 0.25) if "dropped" in variant else shape.layers
-    return layers, 4 if variant == "merged" else shape.experts
-
-
-def weight_bytes(shape: Shape, variant: str, experts_read: float) -> float:
-    """Bytes of the weights of one step that reads so many experts per layer; embedding rows are not counted."""
-    layers, choices = layers_and_experts(shape, variant)[0], shape.experts
-    element = getattr(torch, shape.dtype).itemsize
-    linear = 0.5 + element / shape.group if "int4" in variant else float(element)  # bytes per weight, with its scale
-    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
-    expert = 3 * shape.hidden * shape.width
-    router = shape.hidden * choices * element
-    return layers * (linear * (attention + experts_read * expert) + router) + linear * shape.hidden * shape.vocabulary
-
-
-def experts_hit(shape: Shape, variant: str, tokens: int) -> float:
-    """Expected number of experts that some of ``tokens`` independent tokens choose, each top_k of all at random.
-
-    Merged experts stand for two choices each: one is hit unless both of its choices are missed.
-    """
-    count, k = shape.experts, shape.top_k
-    each = count // layers_and_experts(shape, variant)[1]
-    missed = 1.0
-    for drawn in range(k):  # k draws without repetition all miss these `each` choices
-        missed *= (count - each - drawn) / (count - drawn)
-    return count / each * (1 - missed**tokens)
-
-
-def floor_bytes(shape: Shape, variant: str, cell: Cell) -> float:
-    """Bytes that one decode step cannot avoid to read."""
-    layers, _ = layers_and_experts(shape, variant)
-    caches = 2 * layers * cell.batch * cell.length * shape.kv_heads * shape.head_dim * getattr(torch, shape.dtype).itemsize
-    return weight_bytes(shape, variant, experts_hit(shape, variant, cell.batch)) + caches
 
 
 def bandwidth() -> tuple[float, str]:
@@ -409,7 +331,7 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
     with tempfile.TemporaryDirectory(prefix="surgeon-gpu-") as scratch:
 
         def started(variant: str) -> list[Worker]:
-            shared = _stored(variant) != variant and _stored(variant) in variants
+            shared = stored_as(variant) != variant and stored_as(variant) in variants
             wanted = [name for name in RUNTIMES if name not in PEERS or not shared]
             home = Path(scratch) / variant.replace(" ", "-")
             return [Worker(shape, variant, name, home / name, rehearse, seconds) for name in wanted]
@@ -429,14 +351,9 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
                 worker.signal(signal.SIGCONT)
             shutil.rmtree(Path(scratch) / variant.replace(" ", "-"), ignore_errors=True)
             for listed in cells:  # in whatever order the variants came
-                if _stored(listed) != listed and _stored(listed) in cells:
-                    cells[listed] = {**{peer: cells[_stored(listed)][peer] for peer in PEERS}, **cells[listed]}
+                if stored_as(listed) != listed and stored_as(listed) in cells:
+                    cells[listed] = {**{peer: cells[stored_as(listed)][peer] for peer in PEERS}, **cells[listed]}
             keep(results)
-
-
-def _stored(variant: str) -> str:
-    """The variant whose model the peers run."""
-    return variant.replace("int4", "").strip() or "whole"
 
 
 def _version(name: str) -> str | None:
@@ -495,91 +412,6 @@ class Worker:
         elif code < 0:
             last = f"ended by {signal.Signals(-code).name}; its last line: {last}"
         return {"problem": last[:500], "log": lines[-40:], "cells": []}
-
-
-def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
-    if "problem" in found:
-        return f"{variant:14}{runtime:16}{found['problem']}"
-    figures = [f"{cell['tokens_per_second']:.4g}" if "problem" not in cell else "failed" for cell in found["cells"]]
-    return f"{variant:14}{runtime:16}" + "".join(f"{figure:>14}" for figure in figures) + f"{found['bytes'] / 1e9:>10.2f} GB"
-
-
-def add_floors(shape: Shape, results: dict[str, Any]) -> None:
-    """Beside each decoding time the least that the bytes of its own variant allow (of the whole numbers for peers of int4)."""
-    rate = results["bandwidth"]
-    for variant, runtimes in results["cells"].items():
-        for runtime, found in runtimes.items():
-            stored = _stored(variant) if runtime in PEERS else variant
-            for cell in found["cells"]:
-                if "problem" not in cell and cell["phase"] == "decode" and rate:
-                    floor = 1e3 * floor_bytes(shape, stored, Cell("decode", cell["batch"], cell["length"])) / rate
-                    cell["floor_ms"], cell["over_floor"] = floor, cell["median_ms"] / floor
-
-
-def print_table(shape: Shape, results: dict[str, Any]) -> None:
-    """Tokens per second by cell; of decode also the times over the floor."""
-    rate = results["bandwidth"]
-    print(f"\n{results['device']}, torch {results['torch']}; {rate / 1e12:.2f} TB/s ({results['bandwidth_known_from']})")
-    heads = [f"{cell.phase} b{cell.batch}" for cell in cells(shape)]
-    print(f"{'tokens/s':14}{'':16}" + "".join(f"{head:>14}" for head in heads) + f"{'bytes':>13}")
-    for variant, runtimes in results["cells"].items():
-        for runtime, found in runtimes.items():
-            print(line(variant, runtime, found))
-            if errors := found.get("relative_errors"):
-                listed = ", ".join(f"{error:.1e}" for error in errors)
-                print(f"{'':30}logits against the graph (decode, prefill): relative errors {listed}")
-            for cell in found["cells"]:
-                if "problem" in cell:
-                    print(f"{'':30}{cell['phase']} b{cell['batch']}: {cell['problem']}")
-                elif "over_floor" in cell:
-                    over = f"{cell['over_floor']:.2f}x of its floor of {cell['floor_ms']:.3f} ms"
-                    print(f"{'':30}decode b{cell['batch']}: {cell['median_ms']:.3f} ms, {over}")
-    for text in judged(results):
-        print(text)
-
-
-def judged(results: dict[str, Any]) -> list[str]:
-    """The targets, and whether they were met; a figure that is missing meets none."""
-    ours = ("aotinductor", "onnxruntime")
-    found = results["cells"]
-
-    def speed(variant: str, runtime: str, index: int) -> float | None:
-        listed = found.get(variant, {}).get(runtime, {}).get("cells", [])
-        value: float | None = listed[index].get("tokens_per_second") if index < len(listed) else None
-        return value
-
-    verdicts = []
-    for variant in found:
-        for index, name in enumerate(("prefill b1", "decode b1", "decode b16")):
-            best = max((s for runtime in ours if (s := speed(variant, runtime, index)) is not None), default=None)
-            peer = speed(variant, "torch.compile", index)
-            if best is None or peer is None:
-                verdicts.append(f"{variant}, {name}: not measured against torch.compile")
-            else:
-                verdicts.append(f"{variant}, {name}: {best / peer:.2f}x torch.compile, needed more than 1: {_met(best > peer)}")
-    over = [
-        cell["over_floor"]
-        for runtime in ours
-        for cell in found.get("whole", {}).get(runtime, {}).get("cells", [])
-        if "over_floor" in cell
-    ]
-    if over:
-        met = _met(min(over) <= TARGETS["floor"])
-        verdicts.append(f"whole, decode: {min(over):.2f}x of the floor at best, needed {TARGETS['floor']}x: {met}")
-    base, base_bytes = speed("whole", "eager", 1), found.get("whole", {}).get("eager", {}).get("bytes")
-    for runtime in ours:
-        compound, size = speed("dropped int4", runtime, 1), found.get("dropped int4", {}).get(runtime, {}).get("bytes")
-        if base and base_bytes and compound and size:
-            met = _met(compound / base > TARGETS["compound_speed"] and size / base_bytes < TARGETS["compound_memory"])
-            verdicts.append(
-                f"dropped int4 on {runtime}: {compound / base:.2f}x eager, {size / base_bytes:.1%} of its bytes, needed "
-                f"{TARGETS['compound_speed']}x and {TARGETS['compound_memory']:.0%}: {met}"
-            )
-    return verdicts
-
-
-def _met(condition: bool) -> str:
-    return "met" if condition else "missed"
 
 
 def main() -> int:

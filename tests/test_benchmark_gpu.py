@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -15,15 +15,25 @@ import torch
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
+def module(name: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        return importlib.import_module(name)
+
+
 @pytest.fixture(scope="module")
 def gpu() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return module("gpu")
+
+
+@pytest.fixture(scope="module")
+def floor() -> Any:
+    return module("_gpu_floor")
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    return module("_gpu_report")
 
 
 def test_without_a_gpu_it_says_so_and_exits_with_3() -> None:
@@ -33,44 +43,44 @@ def test_without_a_gpu_it_says_so_and_exits_with_3() -> None:
     assert "no CUDA device is here; nothing was measured" in run.stdout
 
 
-def test_all_weights_are_those_of_the_model(gpu: Any) -> None:
+def test_all_weights_are_those_of_the_model(gpu: Any, floor: Any) -> None:
     shape = gpu.TINY
     model = gpu.model_of(shape, shape.layers, shape.experts, "cpu")
     norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
     held = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes - norms
-    assert gpu.weight_bytes(shape, "whole", shape.experts) == held
+    assert floor.weight_bytes(shape, "whole", shape.experts) == held
     ids = torch.arange(6)[None]
     with torch.no_grad():
         assert bool(model(input_ids=ids).logits.isfinite().all())  # nothing of it was left uninitialised
 
 
-def test_experts_hit_agree_with_drawing(gpu: Any) -> None:
-    shape = gpu.Shape()
-    assert gpu.experts_hit(shape, "whole", 1) == pytest.approx(2)
-    assert gpu.experts_hit(shape, "whole", 16) == pytest.approx(8 * (1 - 0.75**16))
+def test_experts_hit_agree_with_drawing(floor: Any) -> None:
+    shape = floor.Shape()
+    assert floor.experts_hit(shape, "whole", 1) == pytest.approx(2)
+    assert floor.experts_hit(shape, "whole", 16) == pytest.approx(8 * (1 - 0.75**16))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(3 * 2000)]).reshape(2000, 6)
     groups = torch.stack([torch.bincount(row // 2, minlength=4) > 0 for row in drawn]).sum(1).float().mean()
-    assert gpu.experts_hit(shape, "merged", 3) == pytest.approx(float(groups), rel=0.02)
+    assert floor.experts_hit(shape, "merged", 3) == pytest.approx(float(groups), rel=0.02)
 
 
-def test_floor_of_one_layer_by_hand(gpu: Any) -> None:
-    shape = gpu.Shape(layers=1)
-    cell = gpu.Cell("decode", 1, 2048)
+def test_floor_of_one_layer_by_hand(floor: Any) -> None:
+    shape = floor.Shape(layers=1)
+    cell = floor.Cell("decode", 1, 2048)
     attention = 4096 * (4096 + 1024 + 1024 + 4096)
     weights = attention + 2 * 3 * 4096 * 14336 + 8 * 4096 + 4096 * 32000
-    assert gpu.floor_bytes(shape, "whole", cell) == 2 * weights + 2 * 2 * 2048 * 1024
-    assert gpu.layers_and_experts(gpu.Shape(), "dropped int4") == (3, 8)
-    assert gpu.layers_and_experts(gpu.Shape(), "merged") == (4, 4)
+    assert floor.floor_bytes(shape, "whole", cell) == 2 * weights + 2 * 2 * 2048 * 1024
+    assert floor.layers_and_experts(floor.Shape(), "dropped int4") == (3, 8)
+    assert floor.layers_and_experts(floor.Shape(), "merged") == (4, 4)
 
 
-def test_a_figure_that_is_missing_meets_no_target(gpu: Any) -> None:
+def test_a_figure_that_is_missing_meets_no_target(report: Any) -> None:
     fast, slow = [{"tokens_per_second": 9.0}] * 3, [{"tokens_per_second": 1.0}] * 3
     cells = {
         "whole": {"eager": {"cells": slow, "bytes": 100}, "torch.compile": {"cells": slow}, "aotinductor": {"cells": fast}},
         "dropped int4": {"onnxruntime": {"cells": fast, "bytes": 22}, "torch.compile": {"cells": []}},
     }
-    text = "\n".join(gpu.judged({"cells": cells}))
+    text = "\n".join(report.judged({"cells": cells}))
     assert "whole, decode b1: 9.00x torch.compile, needed more than 1: met" in text
     assert "dropped int4, decode b1: not measured against torch.compile" in text
     assert "dropped int4 on onnxruntime: 9.00x eager, 22.0% of its bytes, needed 6.05x and 23%: met" in text
