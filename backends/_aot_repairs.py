@@ -1,22 +1,63 @@
-"""What torch before 2.13 writes in C++ that does not compile, put right while a package is compiled."""
+"""What makes a package that does not compile or does not open, put right while it is compiled."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_SHARED_LIBRARY = ":libstdc++.so.6"
+"""The file of GNU's C++ library, as ``-l`` takes it."""
+
 
 @contextmanager
 def compilable() -> Iterator[None]:
-    """Let torch before 2.13 compile packages; later ones are left as they are."""
-    if torch.__version__ >= "2.13":  # compared as versions are
+    """Let a package be compiled that opens: by what torch before 2.13 writes, and by compilers that link statically."""
+    with ExitStack() as stack:
+        stack.enter_context(_one_standard_library())
+        if torch.__version__ < "2.13":  # compared as versions are
+            for repair in (_bounds_behind_indices, _eight_bit_floats_declared, _grouped_products_called):
+                stack.enter_context(repair())
+        yield
+
+
+@contextmanager
+def _one_standard_library() -> Iterator[None]:
+    """Link the shared C++ library that torch has loaded, where the compiler would put a copy of its own into the package.
+
+    Two copies in one process take each other's locales: the package ends the process (or fails without a reason) where it
+    is opened, in the regular expression that reads the name of its device.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    compiler = get_cpp_compiler()
+    if not sys.platform.startswith("linux") or _links_shared(compiler) or not _links_shared(compiler, _SHARED_LIBRARY):
         yield
         return
-    with _bounds_behind_indices(), _eight_bit_floats_declared(), _grouped_products_called():
+    libraries = [*(config.aot_inductor.custom_op_libs or ()), _SHARED_LIBRARY]
+    with config.patch({"aot_inductor.custom_op_libs": libraries}):
         yield
+
+
+@lru_cache
+def _links_shared(compiler: str, *libraries: str) -> bool:
+    """Whether what this compiler links uses a shared C++ library; False too where it links nothing."""
+    source = "#include <locale>\nstd::locale made() { return std::locale(); }\n"
+    with tempfile.TemporaryDirectory(prefix="surgeon-link-") as folder:
+        target = Path(folder) / "linked.so"
+        command = [compiler, "-shared", "-fPIC", "-o", str(target), "-x", "c++", "-", *(f"-l{name}" for name in libraries)]
+        if subprocess.run(command, input=source, capture_output=True, text=True, check=False).returncode != 0:
+            return False
+        linked = target.read_bytes()
+    return any(name in linked for name in (b"libstdc++.so", b"libc++.so"))
 
 
 @contextmanager

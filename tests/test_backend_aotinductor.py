@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import surgeon
+from surgeon.backends import _aot_repairs
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
 from surgeon.errors import LowerError, RecipeError
 from surgeon.ops import moe_dense, moe_grouped
@@ -123,6 +126,34 @@ def test_grouped_experts_equal_dense_ones() -> None:
     index, weight = torch.randint(0, 4, (9, 2), generator=generator), torch.rand(9, 2, generator=generator).bfloat16()
     found, expected = (f(x, index, weight, w_in, w_out, None, None, "silu").float() for f in (moe_grouped, moe_dense))
     assert relative(found, expected) < 2e-2  # bfloat16 has 8 bits
+
+
+STATIC = """
+import pathlib, sys
+import torch
+import surgeon
+from surgeon.registry import make_backend
+module, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).eval(), torch.randn(2, 4)
+artifact = make_backend("aotinductor").lower(surgeon.trace(module, {"input": x}), pathlib.Path(sys.argv[1]))
+(found,) = artifact.run({artifact.inputs[0].name: x}).values()
+assert torch.allclose(found, module(x), atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_compiler_that_links_its_library_statically_makes_packages_that_open(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    static = tmp_path / "g++"
+    linking = f'case " $* " in *" -shared "*) exec {compiler} -static-libstdc++ "$@";; esac'
+    static.write_text(f'#!/bin/sh\n{linking}\nexec {compiler} "$@"\n')
+    static.chmod(0o755)
+    environment = {**os.environ, "CXX": str(static), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", STATIC, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert not _aot_repairs._links_shared(str(static))  # so the repair was needed
 
 
 def test_refusals_are_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
