@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,21 +48,20 @@ def why_unpacked(node: fx.Node) -> str | None:
     return None
 
 
-def either(condition: Any, first: Callable[..., Tensor], second: Callable[..., Tensor], tensors: list[Tensor | None]) -> Tensor:
+def either(condition: Any, first: Callable[..., Any], second: Callable[..., Any], tensors: list[Tensor | None]) -> Any:
     """``first`` of the tensors or ``second`` of them, decided now where the sizes are known and at run time where not."""
     if condition is True or condition is False:
         return (first if condition else second)(*tensors)
     present = tuple(tensor for tensor in tensors if tensor is not None)
 
-    def spelt(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def branch(*values: Tensor) -> Tensor:
+    def spelt(function: Callable[..., Any]) -> Callable[..., Any]:
+        def branch(*values: Tensor) -> Any:
             given = iter(values)
             return function(*(None if tensor is None else next(given) for tensor in tensors))
 
         return branch
 
-    result: Tensor = torch.cond(condition, spelt(first), spelt(second), present)
-    return result
+    return torch.cond(condition, spelt(first), spelt(second), present)
 
 
 def _parts(weight: Tensor | QuantizedTensor) -> tuple[list[Tensor | None], tuple[int, int]]:
@@ -96,7 +95,7 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
         return F.linear(rows, _whole(parts, weight), added)
 
     rows = x.reshape(-1, weight.in_features).contiguous()
-    out = either(rows.shape[0] <= PAIRS, few, many, [rows, bias, *tensors])
+    out: Tensor = either(rows.shape[0] <= PAIRS, few, many, [rows, bias, *tensors])
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -140,39 +139,105 @@ def experts(
         return form(rows, chosen, share, _whole(parts[:3], w_in), _whole(parts[3:], w_out), bias_in, bias_out, activation)
 
     operands = [x.contiguous(), index.contiguous(), weight, b_in, b_out, *first, *second]
-    return either(index.shape[0] * k <= PAIRS, few, many, operands)
+    result: Tensor = either(index.shape[0] * k <= PAIRS, few, many, operands)
+    return result
+
+
+class Appended(NamedTuple):
+    """Cached keys or values [B, H, T, D] and the new ones [B, H, N, D] behind them, not yet put together."""
+
+    past: Tensor
+    new: Tensor
+
+    @classmethod
+    def of(cls, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The two parts of a concatenation along positions that one attention reads, and nothing else computes with."""
+        parts: Any = node.args[0] if node.target is aten.cat.default else ()
+        if len(parts) != 2 or node.meta["val"].dim() != 4 or (*node.args[1:], 0)[0] not in (2, -2):
+            return None
+        readers = [user for user in node.users if user.op != "output"]
+        alone = len(readers) == 1 and readers[0].target is torch.ops.surgeon.attention.default
+        return tuple(parts) if alone and node in readers[0].args[1:3] else None
+
+    def whole(self) -> Tensor:
+        """Both in one tensor [B, H, T + N, D]."""
+        return torch.cat([self.past, self.new], 2)
+
+
+def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take such queries, keys and values."""
+    return q.dtype in (torch.bfloat16, torch.float16) and max(int(q.shape[3]), int(k.shape[3]), int(v.shape[3])) <= 128
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """``surgeon::attention``: keys and values are read where they lie, once for all query heads that share them."""
-    from surgeon.backends._cuda_kernels import attend_in_parts, attend_whole, joined
+    from surgeon.backends._cuda_kernels import attend_in_parts, joined
 
-    if q.dtype not in (torch.bfloat16, torch.float16) or max(int(q.shape[3]), int(v.shape[3])) > 128:
+    if not has_kernel(q, k, v):
         return attend(q, k, v, mask, is_causal, scale)
-    if is_causal:
-        mask = with_causal(mask, q, k)
-        mask = mask[None, None] if mask.dim() == 2 else mask
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    positions = torch.arange(k.shape[2], device=q.device)
+    mask = _four_axes(with_causal(mask, q, k.shape[2]) if is_causal else mask)
+    q, k, v = (_dense_last(tensor) for tensor in (q, k, v))
 
-    def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor) -> Tensor:
+    def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return joined(*attend_in_parts(q, k, v, mask, scale)).to(q.dtype)
 
-    def many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        first = last = solid = None
-        if mask is not None and mask.shape[1] == 1:
-            seen = (mask if mask.dtype == torch.bool else mask > -torch.inf)[:, 0].expand(q.shape[0], q.shape[2], k.shape[2])
-            last = torch.where(seen, positions + 1, 0).amax(-1).to(torch.int32)
-            first = torch.where(seen, positions, k.shape[2]).amin(-1).to(torch.int32)
-            if mask.dtype == torch.bool:
-                solid = seen.sum(-1) == last - first
-            else:  # where anything but 0 is added the mask has to be read
-                solid = (mask == 0)[:, 0].expand(seen.shape).sum(-1) == last - first
-        out: Tensor = attend_whole(q, k, v, mask, first, last, solid, scale)
-        return out
+    def many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return _many(q, k, v, mask, scale)
 
-    members = int(q.shape[1]) // int(k.shape[1])
-    return either(q.shape[2] * members <= _FEW_QUERIES, few, many, [q, k, v, mask, positions]).transpose(1, 2)
+    out: Tensor = either(_few_queries(q, k), few, many, [q, k, v, mask])
+    return out.transpose(1, 2)
+
+
+def attention_appending(
+    q: Tensor, k: Appended, v: Appended, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``surgeon::attention`` over a cache that grows: what it gives, and all keys and values."""
+    from surgeon.backends._cuda_kernels import attend_appending, joined
+
+    mask = _four_axes(with_causal(mask, q, k.past.shape[2] + k.new.shape[2]) if is_causal else mask)
+    tensors = [_dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
+
+    def few(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *sums, keys, values = attend_appending(q, *rest, scale)
+        return joined(*sums).to(q.dtype), keys, values
+
+    def many(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        k_new, v_new, mask = rest
+        keys, values = Appended(k, k_new).whole(), Appended(v, v_new).whole()
+        return _many(q, keys, values, mask, scale), keys, values
+
+    out, keys, values = either(_few_queries(q, k.new), few, many, [*tensors, mask])
+    return out.transpose(1, 2), keys, values
+
+
+def _few_queries(q: Tensor, k: Tensor) -> Any:
+    return q.shape[2] * (int(q.shape[1]) // int(k.shape[1])) <= _FEW_QUERIES
+
+
+def _four_axes(mask: Tensor | None) -> Tensor | None:
+    return mask[None, None] if mask is not None and mask.dim() == 2 else mask
+
+
+def _dense_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of many queries [B, Q, H G, W], which leaves out the keys before the first and behind the last seen."""
+    from surgeon.backends._cuda_kernels import attend_whole
+
+    first = last = solid = None
+    if mask is not None and mask.shape[1] == 1:
+        positions = torch.arange(k.shape[2], device=q.device)
+        seen = (mask if mask.dtype == torch.bool else mask > -torch.inf)[:, 0].expand(q.shape[0], q.shape[2], k.shape[2])
+        last = torch.where(seen, positions + 1, 0).amax(-1).to(torch.int32)
+        first = torch.where(seen, positions, k.shape[2]).amin(-1).to(torch.int32)
+        if mask.dtype == torch.bool:
+            solid = seen.sum(-1) == last - first
+        else:  # where anything but 0 is added the mask has to be read
+            solid = (mask == 0)[:, 0].expand(seen.shape).sum(-1) == last - first
+    out: Tensor = attend_whole(q, k, v, mask, first, last, solid, scale)
+    return out
 
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

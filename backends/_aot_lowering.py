@@ -203,10 +203,29 @@ class _Interpreter(fx.Interpreter):
         self.owner = owner
 
     def run_node(self, n: fx.Node) -> Any:
-        """As it is, but low-bit weights that only kernels read stay packed."""
+        """As it is, but low-bit weights that only kernels read stay packed, and caches grow where attention reads them."""
         if self.owner.packed and n.target is torch.ops.surgeon.dequantize.default and on_cuda.why_unpacked(n) is None:
             return QuantizedTensor(*self.fetch_args_kwargs_from_env(n)[0])
+        if self.owner.kernels and n.target is torch.ops.surgeon.attention.default:
+            return self._attention(n)
+        if self.owner.kernels and (parts := on_cuda.Appended.of(n)) is not None:
+            return on_cuda.Appended(*(self.env[part] for part in parts))
         return super().run_node(n)
+
+    def _attention(self, n: fx.Node) -> Any:
+        arguments: Any
+        caches: list[Any]
+        arguments, named = self.fetch_args_kwargs_from_env(n)
+        q, k, v, *rest = arguments
+        grown = isinstance(k, on_cuda.Appended) and isinstance(v, on_cuda.Appended)
+        if grown and on_cuda.has_kernel(q, k.past, v.past):
+            out, *caches = on_cuda.attention_appending(q, k, v, *rest, **named)
+        else:
+            caches = [part.whole() if isinstance(part, on_cuda.Appended) else part for part in (k, v)]
+            out = self.owner.spelt[n.target](q, *caches, *rest, **named)
+        for node, cache in zip(n.args[1:3], caches, strict=True):
+            self.env[cast("fx.Node", node)] = cache  # where it is an output, it is that
+        return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Ours in ATen, ATen as it is."""
@@ -245,7 +264,8 @@ def _experts(
     if form != "auto":
         return spelt({"grouped": moe_grouped, "gathered": moe_gathered, "dense": moe_dense}[form])(*operands)
     few: Any = index.shape[0] * index.shape[1] <= w_in.shape[0]  # a torch.SymBool where the number of tokens is dynamic
-    return on_cuda.either(few, spelt(moe_gathered), spelt(moe_dense), operands)
+    result: Tensor = on_cuda.either(few, spelt(moe_gathered), spelt(moe_dense), operands)
+    return result
 
 
 def placed(graph: Graph, device: str) -> Graph:

@@ -104,6 +104,24 @@ def test_attention_equals_its_reference(kind: str, queries: int, keys: int) -> N
     assert relative(unbounded, wanted) < BOUND[torch.float16]
 
 
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "random", "added"])
+@pytest.mark.parametrize(("queries", "past"), [(1, 0), (1, 149), (5, 64), (5, 2100), (40, 30)])
+def test_attention_that_appends_equals_the_reference_over_all_keys(kind: str, queries: int, past: int) -> None:
+    heads, members, size = 2, 3, 40
+    q = randn(2, queries, heads * members, size, dtype=torch.float16).transpose(1, 2)
+    k, v = (randn(2, heads, past + queries, width, dtype=torch.float16, seed=width) for width in (size, 48))
+    grown = [on_cuda.Appended(whole[:, :, :past].contiguous(), whole[:, :, past:]) for whole in (k, v)]
+    mask = masks(kind, queries, past + queries)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    wanted = attend(q.double(), k.double(), v.double(), wide, False, 0.2).nan_to_num(0.0)
+    found, keys, values = on_cuda.attention_appending(q, *grown, mask, False, 0.2)
+    assert relative(found, wanted) < BOUND[torch.float16]
+    assert torch.equal(keys, k)
+    assert torch.equal(values, v)
+    causal = on_cuda.attention_appending(q, *grown, mask, True, 0.2)[0]
+    assert relative(causal, attend(q.double(), k.double(), v.double(), wide, True, 0.2).nan_to_num(0.0)) < BOUND[torch.float16]
+
+
 def test_attention_without_a_mask_can_be_causal() -> None:
     q, k, v = (randn(1, heads, 50, 32, dtype=torch.float16, seed=heads) for heads in (4, 2, 2))
     assert relative(on_cuda.attention(q, k, v, None, True, 0.3), attend(q, k, v, None, True, 0.3)) < BOUND[torch.float16]
@@ -166,7 +184,9 @@ def test_the_spelling_for_cuda_equals_the_graph(mixture: Graph, bits: int, sizes
     lowered = low_bit_kernels(graph, "cuda", convert=True)
     assert lowered.left == {}
     assert lowered.kernels["few_rows"] == (0 if bits == 16 else 13)  # four of attention and two of experts a layer, the head
-    spelt = Decomposed(joined_linears(lowered.graph), "auto", device="cuda").eval()
+    joined = joined_linears(lowered.graph)
+    assert sum(on_cuda.Appended.of(node) is not None for node in joined.module.graph.nodes) == 4  # keys, values of two layers
+    spelt = Decomposed(joined, "auto", device="cuda").eval()
     inputs = inputs_of(graph, *sizes)
     with torch.no_grad():
         pairs = list(zip(spelt(*inputs), graph.module(*inputs), strict=True))
@@ -200,12 +220,16 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(mixture: Graph, monkeypa
         shape = (16, q.shape[0], q.shape[2], q.shape[1])
         return tuple(q.new_empty(size, dtype=torch.float32) for size in ((*shape, v.shape[3]), shape, shape))  # type: ignore[return-value]
 
+    def appending(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        grown = (torch.cat([old, new], 2) for old, new in ((k, k_new), (v, v_new)))
+        return *parts(q, k, v, *rest), *grown
+
     def whole(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
     # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
     monkeypatch.setattr(kernels, "few_rows", rows)
-    monkeypatch.setattr(kernels, "attend_in_parts", parts)
+    monkeypatch.setattr(kernels, "attend_appending", appending)
     monkeypatch.setattr(kernels, "attend_whole", whole)
     with torch.no_grad():
         program = torch.export.export(spelt, example, dynamic_shapes=(shapes,), strict=False)

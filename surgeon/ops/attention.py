@@ -15,9 +15,9 @@ from torch import Tensor
 from surgeon.errors import RewriteError
 
 
-def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+def with_causal(mask: Tensor | None, q: Tensor, columns: int) -> Tensor:
     """A mask of the kind of ``mask`` that also hides from query s of S the keys behind T - S + s; booleans [S, T] for none."""
-    rows, columns = q.shape[-2], k.shape[-2]
+    rows = q.shape[-2]
     seen = torch.arange(columns, device=q.device) <= torch.arange(rows, device=q.device)[:, None] + (columns - rows)
     if mask is None:
         return seen
@@ -27,7 +27,7 @@ def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """The operator in ATen; arguments as those of :func:`attention`."""
     if is_causal:
-        mask = with_causal(mask, q, k)
+        mask = with_causal(mask, q, k.shape[-2])
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
@@ -89,7 +89,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = ctx.scale * q @ keys.mT
     if ctx.is_causal:
-        mask = with_causal(mask, q, k)
+        mask = with_causal(mask, q, k.shape[-2])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, -1).nan_to_num(0.0)  # a row that sees nothing gives zeros
