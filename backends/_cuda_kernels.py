@@ -302,10 +302,10 @@ def _attention_kernel(
     )  # fmt: skip
     if APPEND:
         if part == PARTS - 1:
-            k_new += batch * kn_b + head * kn_h + size[:, None] - past * kn_t
-            v_new += batch * vn_b + head * vn_h + value_size[None, :] - past * vn_t
+            k_more = k_new + batch * kn_b + head * kn_h + size[:, None] - past * kn_t
+            v_more = v_new + batch * vn_b + head * vn_h + value_size[None, :] - past * vn_t
             peak, total, mixed = _keys_and_values(
-                asked, peak, total, mixed, k_new, v_new, k_out, v_out, mask, low, high, past, keys, kn_t, vn_t, m_t, inside,
+                asked, peak, total, mixed, k_more, v_more, k_out, v_out, mask, low, high, past, keys, kn_t, vn_t, m_t, inside,
                 wide, D, W, True, SCALE, MASK + 1, BLOCK_T,
             )  # fmt: skip
     lines = valid[:, None] & wide[None, :]
