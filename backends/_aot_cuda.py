@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, dequantize
+from surgeon.backends._aot_tiles import TiledTensor
+from surgeon.numerics.quantization import QuantizedTensor, dequantize
 from surgeon.ops import attend, moe_dense, moe_grouped
 from surgeon.ops.attention import with_causal
 from surgeon.ops.mixture import has_grouped_kernel, inner_activation
@@ -28,24 +29,6 @@ _FEW_QUERIES = 16
 def has_kernels() -> bool:
     """Whether Triton is installed, as torch for CUDA brings it."""
     return find_spec("triton") is not None
-
-
-def why_unpacked(node: fx.Node) -> str | None:
-    """Why the weight that ``node`` (``surgeon::dequantize``) unpacks cannot stay packed up to the kernels; None if it can."""
-    from surgeon.backends._cuda_kernels import takes_codes
-
-    packed, _, _, bits, group, width = node.args
-    assert isinstance(packed, fx.Node)
-    if packed.meta["val"].dtype == FLOAT8:
-        return "no kernel of 8-bit float weights and wider inputs"
-    if not takes_codes(bits, group, width):  # type: ignore[arg-type]
-        return f"{bits} bits in groups of {group} over {width} columns; the kernel takes whole groups of 2^n from 32"
-    for user in node.users:
-        linear = user.target is aten.linear.default and user.args[1] is node and packed.meta["val"].dim() == 3
-        experts = user.target is torch.ops.surgeon.moe.default and node in user.args[3:5] and user.args[0] is not node
-        if not (linear or experts):
-            return f"it is read by {user.target}, and the kernels are of linears and experts"
-    return None
 
 
 def either(condition: Any, first: Callable[..., Any], second: Callable[..., Any], tensors: list[Tensor | None]) -> Any:
@@ -72,12 +55,26 @@ def _parts(weight: Tensor | QuantizedTensor) -> tuple[list[Tensor | None], tuple
 
 
 def _whole(parts: tuple[Any, ...], like: Tensor | QuantizedTensor) -> Tensor:
-    """The weight of which these are the tensors, in the form of ``like``."""
+    """The weight of which these are the tensors, in the form of ``like``: [E, N, K], or [N, K] where there is one."""
+    from surgeon.backends._cuda_kernels import unpack_tiles
+
+    if isinstance(like, TiledTensor):
+        alone = parts[1].dim() == 3
+        stacks = [part.unsqueeze(0) if alone and part is not None else part for part in parts]
+        whole: Tensor = unpack_tiles(*stacks, like.bits, like.group)
+        return whole[0] if alone else whole
     if isinstance(like, QuantizedTensor):
         packed, scale, zero = parts
         return dequantize(packed, scale, zero, like.bits, like.group, like.in_features)
     weight: Tensor = parts[0]
     return weight
+
+
+def _rows(weight: Tensor | QuantizedTensor) -> int:
+    """N of a weight [..., N, K]."""
+    if isinstance(weight, TiledTensor):
+        return int(weight.scale.shape[-3] * weight.scale.shape[-1])
+    return int(weight.scale.shape[-2] if isinstance(weight, QuantizedTensor) else weight.shape[-2])
 
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -115,9 +112,7 @@ def experts(
 
     (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
     inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]
-    assert first[0] is not None
-    assert second[0] is not None
-    rows_in, rows_out = first[0].shape[1], second[0].shape[1]
+    rows_in, rows_out = _rows(w_in), _rows(w_out)
     k = int(index.shape[1])
     grouped = has_grouped_kernel(x, x.shape[1], inner, rows_in, rows_out)
     used["experts few rows"] += 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon.backends import _aot_cuda as on_cuda
+from surgeon.backends import _aot_tiles as tiles
 from surgeon.graph import Graph, assign_tensor
 from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, unpack_codes
 from surgeon.ops import DECOMPOSITIONS, moe_dense, moe_gathered, moe_grouped
@@ -78,7 +79,7 @@ def low_bit_kernels(graph: Graph, device: str, convert: bool) -> LowBitLinears:
                 _gather_before(editor, node, user)
                 continue
             if device == "cuda":
-                reason = on_cuda.why_unpacked(node) if on_cuda.has_kernels() else "Triton is not installed"
+                reason = tiles.why_unpacked(node) if on_cuda.has_kernels() else "Triton is not installed"
                 if reason is None:
                     result.kernels["few_rows"] += 1
                 else:
@@ -204,8 +205,8 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """As it is, but low-bit weights that only kernels read stay packed, and caches grow where attention reads them."""
-        if self.owner.packed and n.target is torch.ops.surgeon.dequantize.default and on_cuda.why_unpacked(n) is None:
-            return QuantizedTensor(*self.fetch_args_kwargs_from_env(n)[0])
+        if self.owner.packed and n.target is torch.ops.surgeon.dequantize.default and tiles.why_unpacked(n) is None:
+            return tiles.of_node(n, self.fetch_args_kwargs_from_env(n)[0])
         if self.owner.kernels and n.target is torch.ops.surgeon.attention.default:
             return self._attention(n)
         if self.owner.kernels and (parts := on_cuda.Appended.of(n)) is not None:

@@ -23,8 +23,11 @@ from torch.library import triton_op, wrap_triton
 PAIRS = 128
 """Largest number of row-expert pairs of :func:`few_rows`, which every program of its kernel reads."""
 
-_PROGRAMS = 800
-"""Programs that keep the memory of a large GPU busy: a few for each of its about 130 multiprocessors."""
+TILE = 64
+"""Rows of a matrix that one program takes: as many as a group of warps multiplies at a time."""
+
+_PROGRAMS = 256
+"""Programs that keep the memory of a large GPU busy, two for each of its about 130 multiprocessors; over codes half more."""
 
 _PARTS = 16
 """Parts into which the keys are cut where the queries are few: a batch of 1 must fill the GPU too."""
@@ -35,15 +38,15 @@ _NOTHING = tl.constexpr(-1.0e30)
 
 _NIBBLES = (
     "{ .reg .b32 a, b, c, d, one, less; mov.b32 one, ONE; mov.b32 less, LESS; "
-    "prmt.b32 a, $4, 0, 0x4140; prmt.b32 b, $4, 0, 0x4342; "
-    "shr.u32 c, a, 4; shr.u32 d, b, 4; "
-    "lop3.b32 a, a, 0x000f000f, BASE, 0xea; lop3.b32 b, b, 0x000f000f, BASE, 0xea; "
+    "shr.u32 b, $4, 4; shr.u32 c, $4, 8; shr.u32 d, $4, 12; "
+    "lop3.b32 a, $4, 0x000f000f, BASE, 0xea; lop3.b32 b, b, 0x000f000f, BASE, 0xea; "
     "lop3.b32 c, c, 0x000f000f, BASE, 0xea; lop3.b32 d, d, 0x000f000f, BASE, 0xea; "
     "fma.rn.TYPE $0, a, one, less; fma.rn.TYPE $1, b, one, less; "
     "fma.rn.TYPE $2, c, one, less; fma.rn.TYPE $3, d, one, less; "
     "}"
 )
-"""Four bytes to their low and high codes less 8: each code is put below the exponent of BASE, which makes it BASE + code."""
+"""Two units of four codes to their first, second, ... codes less 8: each is put below the exponent of BASE, which makes it
+BASE + code.  Both units stay in their halves of a register, where a matrix multiplication wants neighbours of a row."""
 
 
 def _nibbles(name: str, base: str, one: str, less: str) -> tl.constexpr:
@@ -58,18 +61,48 @@ _NIBBLES_FLOAT16 = _nibbles("f16x2", "0x64006400", "0x3c003c00", "0xe408e408")  
 
 
 @triton.jit
+def _code(packed, middle, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Code j of each unit less the middle of its row: [rows, units] of ``dtype``."""
+    codes = (packed.to(tl.uint16) >> (BITS * j)) & (2**BITS - 1)
+    if dtype == tl.bfloat16 and BITS < 8:  # the bits of 128 + code: no conversion from integers
+        values = (codes | 0x4300).to(tl.bfloat16, bitcast=True) - (middle + 128.0).to(tl.bfloat16)[:, None]
+    elif dtype == tl.float16:  # the bits of 1024 + code
+        values = (codes | 0x6400).to(tl.float16, bitcast=True) - (middle + 1024.0).to(tl.float16)[:, None]
+    else:
+        values = (codes.to(tl.float32) - middle[:, None]).to(dtype)
+    return values
+
+
+@triton.jit
+def _four_codes(packed, dtype: tl.constexpr):
+    """The four codes of each unit less 8, two units an instruction: one by one their arithmetic takes longer than reading."""
+    if dtype == tl.bfloat16:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _NIBBLES_BFLOAT16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _NIBBLES_FLOAT16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
+        )
+    return a, b, c, d
+
+
+@triton.jit
 def _few_rows_kernel(
-    x, index, weight, scale, zero, out, pairs, rows_out, width, row_bytes, groups,
-    DIVISOR: tl.constexpr, PAIRED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRWISE: tl.constexpr,
+    x, index, weight, scale, zero, out, pairs, rows_out, width, row_units, row_step, group_step, groups, scale_row, scale_group,
+    DIVISOR: tl.constexpr, PAIRED: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FOURS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the rows of one expert times BLOCK_N rows of its matrix, over one part of the columns."""
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One program: BLOCK_N rows of the matrix of one expert times the rows of x that it has, over one part of the columns.
+
+    The matrix is the left factor, as tensor cores want the larger one: its codes go from memory to their registers.
+    """
+    within = tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) * BLOCK_N + within
     expert = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    per_byte: tl.constexpr = 1 if BITS == 0 else 8 // BITS
-    dtype = x.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     every = tl.arange(0, ALL)
     if PAIRED:
         mine = tl.load(index + every, mask=every < pairs, other=-1) == expert
@@ -78,62 +111,59 @@ def _few_rows_kernel(
     count = tl.sum(mine.to(tl.int32))
     place = tl.cumsum(mine.to(tl.int32), 0) - 1
     inside = columns < rows_out
-    blocks = tl.cdiv(width, BLOCK_K)
-    steps = tl.cdiv(blocks, PARTS)
+    steps = tl.cdiv(tl.cdiv(width, BLOCK_K), PARTS)
     start = part * steps
-    stop = tl.minimum(blocks, start + steps)
-    line = expert * rows_out + columns
+    stop = tl.minimum(tl.cdiv(width, BLOCK_K), start + steps)
+    line = expert * rows_out + tl.program_id(0) * BLOCK_N
+    unit = tl.arange(0, BLOCK_K // UNIT)
+    matrix = weight + line * row_units + within[:, None] * row_step + unit[None, :]
+    scales, zeros = scale + line * groups + within * scale_row, zero + line * groups + within * scale_row
     for first in range(0, count, BLOCK_M):
         slot = first + tl.arange(0, BLOCK_M)
         pair = tl.sum(tl.where(mine[None, :] & (place[None, :] == slot[:, None]), every[None, :], 0), 1)
         valid = slot < count
-        row = x + (pair // DIVISOR)[:, None] * width
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        row = x + (pair // DIVISOR)[None, :] * width + unit[:, None]
+        total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(start, stop):
-            if BITS == 0:
-                depth = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                left = tl.load(row + depth[None, :], mask=valid[:, None] & (depth < width)[None, :], other=0.0)
-                right = tl.load(
-                    weight + line[None, :] * width + depth[:, None],
-                    mask=inside[None, :] & (depth < width)[:, None], other=0.0,
-                )  # fmt: skip
+            at = row + step * (BLOCK_K // UNIT)
+            if BITS == 0 and EVEN:
+                left = tl.load(matrix + step * BLOCK_K)
+                total = tl.dot(left, tl.load(at, mask=valid[None, :], other=0.0), total, input_precision=PRECISION)
+            elif BITS == 0:
+                depth = step * BLOCK_K + unit < width
+                left = tl.load(matrix + step * BLOCK_K, mask=inside[:, None] & depth[None, :], other=0.0)
+                right = tl.load(at, mask=valid[None, :] & depth[:, None], other=0.0)
                 total = tl.dot(left, right, total, input_precision=PRECISION)
             else:
-                depth = step * (BLOCK_K // per_byte) + tl.arange(0, BLOCK_K // per_byte)
-                packed = tl.load(weight + line[None, :] * row_bytes + depth[:, None], mask=inside[None, :], other=0)
-                group = line * groups + step // (GROUP // BLOCK_K)
-                size = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
+                group = step // (GROUP // BLOCK_K)
+                codes = matrix + group * group_step + step % (GROUP // BLOCK_K) * (BLOCK_K // UNIT)
+                if EVEN:
+                    packed = tl.load(codes)
+                    size = tl.load(scales + group * scale_group).to(tl.float32)
+                else:
+                    packed = tl.load(codes, mask=inside[:, None], other=0)
+                    size = tl.load(scales + group * scale_group, mask=inside, other=0.0).to(tl.float32)
                 if ZERO:
-                    middle = tl.load(zero + group, mask=inside, other=0).to(tl.float32)
+                    middle = tl.load(zeros + group * scale_group, mask=inside, other=0).to(tl.float32)
                 else:
                     middle = tl.full((BLOCK_N,), 2.0 ** (BITS - 1), tl.float32)
-                product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-                if PAIRWISE:  # two codes an instruction: with one, their arithmetic takes longer than reading them
-                    if dtype == tl.bfloat16:
-                        even, odd = tl.inline_asm_elementwise(
-                            _NIBBLES_BFLOAT16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), True, 4
-                        )
-                    else:
-                        even, odd = tl.inline_asm_elementwise(
-                            _NIBBLES_FLOAT16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16), True, 4
-                        )
-                    left = tl.load(row + depth[None, :], mask=valid[:, None], other=0.0)
-                    product = tl.dot(left, even, product)
-                    left = tl.load(row + row_bytes + depth[None, :], mask=valid[:, None], other=0.0)
-                    product = tl.dot(left, odd, product)
-                for j in tl.static_range(0 if PAIRWISE else per_byte):
-                    codes = (packed.to(tl.uint16) >> (BITS * j)) & (2**BITS - 1)
-                    if dtype == tl.bfloat16 and BITS < 8:  # the bits of 128 + code: no conversion from integers
-                        values = (codes | 0x4300).to(tl.bfloat16, bitcast=True) - (middle + 128.0).to(tl.bfloat16)[None, :]
-                    elif dtype == tl.float16:  # the bits of 1024 + code
-                        values = (codes | 0x6400).to(tl.float16, bitcast=True) - (middle + 1024.0).to(tl.float16)[None, :]
-                    else:
-                        values = (codes.to(tl.float32) - middle[None, :]).to(dtype)
-                    left = tl.load(row + j * row_bytes + depth[None, :], mask=valid[:, None], other=0.0)
-                    product = tl.dot(left, values, product, input_precision=PRECISION)
-                total += product * size[None, :]
-        target = out + (part.to(tl.int64) * pairs + pair.to(tl.int64)[:, None]) * rows_out + columns[None, :]
-        tl.store(target, total, mask=valid[:, None] & inside[None, :])
+                product = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                if FOURS:
+                    a, b, c, d = _four_codes(packed, dtype)
+                    if ZERO:  # small whole numbers: exact
+                        further = (middle - 8.0).to(dtype)[:, None]
+                        a, b, c, d = a - further, b - further, c - further, d - further
+                    product = tl.dot(a, tl.load(at, mask=valid[None, :], other=0.0), product)
+                    product = tl.dot(b, tl.load(at + row_units, mask=valid[None, :], other=0.0), product)
+                    product = tl.dot(c, tl.load(at + 2 * row_units, mask=valid[None, :], other=0.0), product)
+                    product = tl.dot(d, tl.load(at + 3 * row_units, mask=valid[None, :], other=0.0), product)
+                for j in tl.static_range(0 if FOURS else UNIT):
+                    left = _code(packed, middle, j, BITS, dtype)
+                    right = tl.load(at + j * row_units, mask=valid[None, :], other=0.0)
+                    product = tl.dot(left, right, product, input_precision=PRECISION)
+                total += product * size[:, None]
+        target = out + (part.to(tl.int64) * pairs + pair.to(tl.int64)[None, :]) * rows_out + columns[:, None]
+        tl.store(target, total, mask=valid[None, :] & inside[:, None])
 
 
 @triton_op("surgeon::few_rows", mutates_args={})
@@ -150,12 +180,15 @@ def few_rows(
 ) -> Tensor:
     """Product of each row with the matrix of its expert, in parts that sum to it.
 
+    Codes may lie in tiles of :data:`TILE` rows (``_aot_tiles``): a program then reads memory from one end to the other.
+
     Args:
         x: [R, K].
         index: [R divisor] expert of each pair, at most :data:`PAIRS`; None for one matrix and S = R.
-        weight: [E, N, K] of the type of x, or packed codes [E, N, K / group, group bits / 8].
-        scale: [E, N, K / group] of codes; None with ``bits`` 0.
-        zero: [E, N, K / group] zero points of codes, or None for 2^(bits - 1).
+        weight: [E, N, K] of the type of x; packed codes [E, N, K / group, group bits / 8]; or tiles
+            [E, N / TILE, K / group, TILE, group bits / 8] of them, of 4 bits also as int16, four codes each.
+        scale: [E, N, K / group] or [E, N / TILE, K / group, TILE] of codes; None with ``bits`` 0.
+        zero: zero points of codes, shaped as the scale, or None for 2^(bits - 1).
         bits: 0 (no codes), 2, 4 or 8.
         group: codes per scale, a multiple of 16 per byte's codes.
         divisor: pair s belongs to row s // divisor.
@@ -164,31 +197,92 @@ def few_rows(
     Returns:
         [P, S, N] float32; rows of experts outside 0 .. E-1 are undefined.
     """
-    experts, rows_out = weight.shape[:2]
-    width = x.shape[1]
+    tiled = weight.dim() == 5
+    experts = int(weight.shape[0])
+    rows_out = int(weight.shape[1]) * (TILE if tiled else 1)
+    width = int(x.shape[1])
     pairs = x.shape[0] * divisor
-    block_n = 64
+    unit = 1 if bits == 0 else 8 * weight.element_size() // bits
     block_k = 256 // x.element_size() if bits == 0 else min(group, 128)
-    blocks = -(-int(rows_out) // block_n) * min(active, int(experts))
-    parts = 1
-    while parts < 8 and blocks * parts < _PROGRAMS and int(width) >= 8 * parts * block_k:
+    wanted = _PROGRAMS if bits == 0 else 3 * _PROGRAMS // 2
+    blocks, parts = -(-rows_out // TILE) * min(active, experts), 1
+    while parts < 8 and blocks * parts < wanted and width >= 4 * parts * block_k:
         parts *= 2
-    if bits == 0 and parts == 1:  # smaller tiles even out the last wave
-        block_n = 32
     out = x.new_empty((parts, pairs, rows_out), dtype=torch.float32)
-    per_byte = 1 if bits == 0 else 8 // bits
-    if per_byte > 1:  # columns in the order in which a byte's positions hold them: all first ones, all second ones, ...
-        x = x.reshape(-1, width // per_byte, per_byte).transpose(1, 2).contiguous()
-    grid = (-(-int(rows_out) // block_n), int(experts), parts)
-    wrap_triton(_few_rows_kernel)[grid](
+    if unit > 1:  # columns in the order in which a unit holds them: all first ones, all second ones, ...
+        x = x.reshape(-1, width // unit, unit).transpose(1, 2).contiguous()
+    groups, units = (1, width) if bits == 0 else (width // group, width // unit)
+    row_step, group_step, scale_row, scale_group = units, group // unit, groups, 1
+    if tiled:
+        row_step, group_step, scale_row, scale_group = group // unit, TILE * (group // unit), 1, TILE
+    halves = x.element_size() == 2
+    wrap_triton(_few_rows_kernel)[(-(-rows_out // TILE), experts, parts)](
         x, weight if index is None else index, weight, weight if scale is None else scale, weight if zero is None else zero,
-        out, pairs, rows_out, width, width // per_byte, max(width // max(group, 1), 1),
-        DIVISOR=divisor, PAIRED=index is not None, BITS=bits, GROUP=max(group, 1), ZERO=zero is not None, PARTS=parts,
-        ALL=PAIRS, BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="ieee",
-        PAIRWISE=bits == 4 and zero is None and x.element_size() == 2 and isinstance(_few_rows_kernel, triton.JITFunction),
-        num_warps=4, num_stages=4,
+        out, pairs, rows_out, width, units, row_step, group_step, groups, scale_row, scale_group,
+        DIVISOR=divisor, PAIRED=index is not None, BITS=bits, UNIT=unit, GROUP=max(group, 1), ZERO=zero is not None,
+        PARTS=parts, ALL=PAIRS, BLOCK_M=8 if bits and index is not None and halves else 16, BLOCK_N=TILE, BLOCK_K=block_k,
+        EVEN=rows_out % TILE == 0 and width % block_k == 0, PRECISION="ieee",
+        FOURS=unit == 4 and bits == 4 and halves and compiles(), num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _unpack_kernel(
+    weight, scale, zero, out, groups, rows_out, BITS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, ROWS: tl.constexpr, FOURS: tl.constexpr,
+):  # fmt: skip
+    """One program: one group of columns of one tile of rows."""
+    tile, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    within, unit = tl.arange(0, ROWS), tl.arange(0, GROUP // UNIT)
+    dtype: tl.constexpr = out.dtype.element_ty
+    at = (tile * groups + group) * ROWS + within
+    packed = tl.load(weight + at[:, None] * (GROUP // UNIT) + unit[None, :])
+    size = tl.load(scale + at)
+    if ZERO:
+        middle = tl.load(zero + at).to(tl.float32)
+    else:
+        middle = tl.full((ROWS,), 2.0 ** (BITS - 1), tl.float32)
+    line = out + ((tile * ROWS + within) * groups + group)[:, None] * GROUP
+    if FOURS:
+        a, b, c, d = _four_codes(packed, dtype)
+        if ZERO:
+            further = (middle - 8.0).to(dtype)[:, None]
+            a, b, c, d = a - further, b - further, c - further, d - further
+        values = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, GROUP)
+        tl.store(line + tl.arange(0, GROUP)[None, :], values * size[:, None])
+    for j in tl.static_range(0 if FOURS else UNIT):
+        tl.store(line + unit[None, :] * UNIT + j, _code(packed, middle, j, BITS, dtype) * size[:, None])
+
+
+@triton_op("surgeon::unpack_tiles", mutates_args={})
+def unpack_tiles(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int) -> Tensor:
+    """Matrices that tiles of codes stand for.
+
+    Args:
+        weight: as in :func:`few_rows`, tiles.
+        scale: as there.
+        zero: as there.
+        bits: 2, 4 or 8.
+        group: codes per scale.
+
+    Returns:
+        [E, N, K] of the type of the scale.
+    """
+    experts, tiles, groups, rows = (int(size) for size in scale.shape)
+    unit = 8 * weight.element_size() // bits
+    out = scale.new_empty((experts, tiles * rows, groups * group))
+    wrap_triton(_unpack_kernel)[(experts * tiles * groups,)](
+        weight, scale, weight if zero is None else zero, out, groups, tiles * rows, BITS=bits, UNIT=unit, GROUP=group,
+        ZERO=zero is not None, ROWS=rows, FOURS=unit == 4 and bits == 4 and scale.element_size() == 2 and compiles(),
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def compiles() -> bool:
+    """Whether kernels are compiled; Triton's interpreter has no assembler."""
+    return isinstance(_few_rows_kernel, triton.JITFunction)
 
 
 def takes_codes(bits: int, group: int, width: int) -> bool:
@@ -335,7 +429,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
         Weighted sums of values [P, B, Q, H G, W], largest scores in base 2 and sums of weights [P, B, Q, H G], float32.
     """
     mixed, peak, total = _sums(q, v)
-    _launch(q, k, v, mask, None, None, None, mixed, peak, total, scale, _PARTS, block_m=16, warps=4, stages=3)
+    _launch(q, k, v, mask, None, None, None, mixed, peak, total, scale, _PARTS, block_m=16, block_t=32, warps=4, stages=4)
     return mixed, peak, total
 
 
@@ -363,7 +457,7 @@ def attend_appending(
     keys = k.shape[2] + k_new.shape[2]
     k_out, v_out = (old.new_empty((old.shape[0], old.shape[1], keys, old.shape[3])) for old in (k, v))
     _launch(
-        q, k, v, mask, None, None, None, mixed, peak, total, scale, _PARTS, block_m=16, warps=4, stages=3,
+        q, k, v, mask, None, None, None, mixed, peak, total, scale, _PARTS, block_m=16, block_t=32, warps=4, stages=4,
         appended=(k_new, v_new, k_out, v_out),
     )  # fmt: skip
     return mixed, peak, total, k_out, v_out
@@ -398,14 +492,14 @@ def attend_whole(
         [B, Q, H G, W] of the type of q; zeros for a query that sees nothing.
     """
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    _launch(q, k, v, mask, first, last, solid, out, out, out, scale, 1, block_m=128, warps=8, stages=3)
+    _launch(q, k, v, mask, first, last, solid, out, out, out, scale, 1, block_m=128, block_t=64, warps=8, stages=3)
     return out
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor | None, last: Tensor | None, solid: Tensor | None,
-    out: Tensor, peak: Tensor, total: Tensor, scale: float, parts: int, block_m: int, warps: int, stages: int,
-    appended: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    out: Tensor, peak: Tensor, total: Tensor, scale: float, parts: int, block_m: int, block_t: int, warps: int,
+    stages: int, appended: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     heads = k.shape[1]
     members = int(q.shape[1]) // int(heads)
@@ -425,7 +519,7 @@ def _launch(
         *(tensor.stride(axis) for tensor in (q, k, v, k_new, v_new) for axis in range(3)), *m,
         G=members, D=int(size), W=int(value_size), D_PAD=_padded(int(size)), W_PAD=_padded(int(value_size)),
         SCALE=float(scale), MASK=kind, BOUNDS=first is not None, PARTS=parts, WHOLE=parts == 1,
-        APPEND=appended is not None, BLOCK_M=block_m, BLOCK_T=64,
+        APPEND=appended is not None, BLOCK_M=block_m, BLOCK_T=block_t,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

@@ -89,12 +89,16 @@ class AotInductor(Backend):
         if refusals:
             listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
             raise LowerError(f"aotinductor cannot express this graph:\n{listed}")
+        from surgeon.backends._aot_cuda import has_kernels
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
+        from surgeon.backends._aot_tiles import tile_codes
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
+        if self.device == "cuda" and self.low_bit != "dequantize" and has_kernels():
+            tile_codes(here)
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         example = tuple(graph.example[port.name].to(self.device) for port in graph.inputs)
         shapes = tuple(

@@ -16,6 +16,7 @@ from torch import Tensor
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.backends._aot_joined import joined_linears
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+from surgeon.backends._aot_tiles import TiledTensor, tile_codes
 from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.graph import Graph
@@ -65,6 +66,26 @@ def test_few_rows_read_codes(dtype: torch.dtype, symmetric: bool, bits: int, gro
     wanted = torch.einsum("sk,snk->sn", x.double().repeat_interleave(2, 0), exact[index])
     found = kernels.few_rows(x, index, codes.packed, codes.scale, codes.zero_point, bits, group, 2, 2).sum(0)
     assert relative(found, wanted) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (4, 32), (4, 64), (4, 256), (8, 32)])
+def test_tiles_hold_the_same_codes(dtype: torch.dtype, symmetric: bool, bits: int, group: int) -> None:
+    width = 512
+    x, w = randn(3, width, dtype=dtype), randn(4, 128, width, dtype=dtype, seed=1)
+    codes = quantize_groupwise(w, bits=bits, group=group, symmetric=symmetric)
+    packed, scale, zero = codes.packed, codes.scale, codes.zero_point
+    laid = [None if t is None else t.unflatten(1, (2, 64)).transpose(2, 3).contiguous() for t in (packed, scale, zero)]
+    if bits == 4 and group >= 64:
+        laid[0] = laid[0].view(torch.int16)  # type: ignore[union-attr]
+    index = torch.tensor([3, 0, 3, 1, 3, 3])
+    found = kernels.few_rows(x, index, *laid, bits, group, 2, 2).sum(0)
+    assert relative(found, kernels.few_rows(x, index, packed, scale, zero, bits, group, 2, 2).sum(0)) < 1e-6
+    wanted = codes.dequantize()
+    tiled = TiledTensor(*laid, bits, group, width)  # type: ignore[arg-type]
+    assert torch.equal(tiled.dequantize(), wanted)
+    assert relative(kernels.unpack_tiles(*laid, bits, group), wanted) < 1e-6
 
 
 def test_codes_that_the_kernel_does_not_take() -> None:
@@ -186,7 +207,11 @@ def test_the_spelling_for_cuda_equals_the_graph(mixture: Graph, bits: int, sizes
     assert lowered.kernels["few_rows"] == (0 if bits == 16 else 13)  # four of attention and two of experts a layer, the head
     joined = joined_linears(lowered.graph)
     assert sum(on_cuda.Appended.of(node) is not None for node in joined.module.graph.nodes) == 4  # keys, values of two layers
-    spelt = Decomposed(joined, "auto", device="cuda").eval()
+    laid = placed(joined, "cpu")
+    tile_codes(laid)
+    spelt = Decomposed(laid, "auto", device="cuda").eval()
+    tiles = [tensor for tensor in laid.module.state_dict().values() if tensor.dim() >= 4 and tensor.shape[-2] == 64]
+    assert len(tiles) == (0 if bits == 16 else 8)  # two linears and two stacks of experts a layer; the head has 160 rows
     inputs = inputs_of(graph, *sizes)
     with torch.no_grad():
         pairs = list(zip(spelt(*inputs), graph.module(*inputs), strict=True))

@@ -1,0 +1,100 @@
+"""Codes of low-bit weights in tiles: what one program of a kernel for CUDA reads lies in one piece.
+
+Codes come by rows: a program that takes 64 rows of a matrix group by group would read 64 pieces of 64 bytes.  Tiles of 4 bits
+are also read as 16-bit units of four codes, which lie in registers as a matrix multiplication wants them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.graph import Graph, assign_tensor
+from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, dequantize
+
+aten = torch.ops.aten
+_MARK = "surgeon_tiled"
+
+
+@dataclass(frozen=True)
+class TiledTensor(QuantizedTensor):
+    """A low-bit weight in tiles.
+
+    Attributes:
+        packed: [..., out / 64, groups, 64, group * bits // 8] uint8, or int16 of half that.
+        scale: [..., out / 64, groups, 64].
+        zero_point: like the scale, or None.
+    """
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [..., out, in]."""
+        packed = self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8)
+        scale, zero = _by_rows(self.scale), None if self.zero_point is None else _by_rows(self.zero_point)
+        rows = packed.transpose(-2, -3).flatten(-4, -3)
+        return dequantize(rows, scale, zero, self.bits, self.group, self.in_features)
+
+
+def _by_rows(tiles: Tensor) -> Tensor:
+    """[..., out / 64, groups, 64] -> [..., out, groups]."""
+    return tiles.transpose(-1, -2).flatten(-3, -2)
+
+
+def why_unpacked(node: fx.Node) -> str | None:
+    """Why the weight that ``node`` (``surgeon::dequantize``) unpacks cannot stay packed up to the kernels; None if it can."""
+    from surgeon.backends._cuda_kernels import takes_codes
+
+    packed, _, _, bits, group, width = node.args
+    assert isinstance(packed, fx.Node)
+    if packed.meta["val"].dtype == FLOAT8:
+        return "no kernel of 8-bit float weights and wider inputs"
+    if not takes_codes(bits, group, width):  # type: ignore[arg-type]
+        return f"{bits} bits in groups of {group} over {width} columns; the kernel takes whole groups of 2^n from 32"
+    for user in node.users:
+        linear = user.target is aten.linear.default and user.args[1] is node and packed.meta["val"].dim() == 3
+        experts = user.target is torch.ops.surgeon.moe.default and node in user.args[3:5] and user.args[0] is not node
+        if not (linear or experts):
+            return f"it is read by {user.target}, and the kernels are of linears and experts"
+    return None
+
+
+def tile_codes(graph: Graph) -> None:
+    """Lay the codes that only kernels read out in tiles, in place; :func:`of_node` tells.
+
+    Args:
+        graph: a copy for CUDA, whose tensors are no longer the source's.
+    """
+    from surgeon.backends._cuda_kernels import TILE
+
+    nodes = list(graph.module.graph.nodes)
+    reads: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            reads.setdefault(str(node.target), []).extend(node.users)
+    laid: dict[str, Tensor] = {}
+    for node in nodes:
+        if node.target is not torch.ops.surgeon.dequantize.default or why_unpacked(node) is not None:
+            continue
+        packed, *rest = (arg for arg in node.args[:3] if isinstance(arg, fx.Node))
+        if any(part.op != "get_attr" or reads[str(part.target)] != [node] for part in (packed, *rest)):
+            continue
+        if packed.meta["val"].shape[-3] % TILE:
+            continue
+        for part in (packed, *rest):
+            tensor = graph.tensor(str(part.target))
+            axis = tensor.dim() - (3 if part is packed else 2)
+            sizes = (*tensor.shape[:axis], -1, TILE, *tensor.shape[axis + 1 :])
+            tiles = tensor.detach().reshape(sizes).transpose(axis + 1, axis + 2).contiguous()
+            if part is packed and node.args[3] == 4 and int(node.args[4]) >= 64:
+                tiles = tiles.view(torch.int16)
+            laid[str(part.target)] = tiles
+        node.meta[_MARK] = True
+    for name, tensor in laid.items():
+        assign_tensor(graph.module, name, tensor)
+
+
+def of_node(node: fx.Node, arguments: tuple[Any, ...]) -> QuantizedTensor:
+    """The codes of a ``surgeon::dequantize`` with these arguments."""
+    return (TiledTensor if node.meta.get(_MARK) else QuantizedTensor)(*arguments)
