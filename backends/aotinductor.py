@@ -5,25 +5,28 @@ Every semantic operator is spelt in ATen first, because a package cannot call op
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from surgeon.caches import asked
+from surgeon.caches import KEPT, has_caches, is_plain_call
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, assign_tensor
 from surgeon.latency import pinned_threads
-from surgeon.ports import check_inputs, port_of
+from surgeon.ports import InputCheck, port_of
 
 FILE = "model.pt2"
 
@@ -95,6 +98,8 @@ class AotInductor(Backend):
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
+        _hold_as_parameters(here)
+        gc.collect()  # graphs are cycles: the joined weights stay on the CPU otherwise
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         example = tuple(graph.example[port.name].to(self.device) for port in graph.inputs)
         shapes = tuple(
@@ -102,7 +107,7 @@ class AotInductor(Backend):
             for port in graph.inputs
         )
         try:
-            with torch.no_grad(), compilable(), warnings.catch_warnings():
+            with torch.no_grad(), compilable(self.device), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})
@@ -153,14 +158,32 @@ class AotInductorArtifact(Artifact):
     """``model.pt2``, loaded on first use."""
 
     _package: Any = field(default=None, repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
         """The package."""
         return self.folder / FILE
 
+    @cached_property
+    def _check(self) -> InputCheck:
+        return InputCheck(self.path, self.inputs)
+
+    @cached_property
+    def _without_caches(self) -> frozenset[str]:
+        """Names of the outputs of a call that hands in no cache, of a package that takes some."""
+        return frozenset(port.name for port in self.outputs if port.role not in KEPT)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """The device that the package is opened on."""
+        kind = str(self.options.get("device", "cpu"))
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on keyword inputs, on the package's device.
+        """Run on keyword inputs, on the package's device; from several threads at once, one after the other on CUDA.
+
+        On CUDA it can be captured in a ``torch.cuda.CUDAGraph``, after a run outside.
 
         Args:
             inputs: every input by name, of the type and rank recorded.
@@ -171,26 +194,59 @@ class AotInductorArtifact(Artifact):
         Raises:
             LowerError: an input does not fit, or the package fails.
         """
-        wanted = asked(self.inputs, self.outputs, inputs)
-        inputs = check_inputs(self.path, self.inputs, inputs)
-        if self._package is None:
-            self._package = torch._inductor.aoti_load_package(str(self.path))
-        device = str(self.options.get("device", "cpu"))
+        plain = has_caches(self.inputs) and is_plain_call(self.inputs, inputs)
+        inputs = self._check(inputs)
+        package, device = self._opened(), self._device
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._lock if device.type == "cuda" else nullcontext():
                 # The package was compiled for tensors without gaps and would read others wrongly, without a word.
-                results = self._package(*(inputs[port.name].to(device).contiguous() for port in self.inputs))
+                given = [inputs[port.name].to(device).contiguous() for port in self.inputs]
+                # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
+                results = package.loader.boxed_run(given)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")
             raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
-        return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
+        found = {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+        return {name: value for name, value in found.items() if name in self._without_caches} if plain else found
+
+    def _opened(self) -> Any:
+        """The package, opened by the first call.
+
+        On CUDA without torch's own pool of models, which asks an event after each run whether it is done: that costs time, and
+        is not permitted while a CUDA graph is captured.  One model runs once at a time, so ``run`` holds a lock there.
+        """
+        if self._package is None:
+            with self._lock:
+                if self._package is None:
+                    alone = self._device.type == "cuda"
+                    self._package = torch._inductor.aoti_load_package(str(self.path), run_single_threaded=alone)
+        return self._package
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
         """Run on ``count`` threads within the context."""
         with pinned_threads(count):
             yield
+
+
+def _hold_as_parameters(graph: Graph) -> None:
+    """Make every tensor of the graph a parameter that is all of its storage; in place.
+
+    Inductor keeps a copy of every buffer while it compiles, as it was before the graph may have written to it (ours write to
+    none), and a package holds all of a tensor's storage, even where the tensor is a part of it.
+
+    Args:
+        graph: one that lowering made for itself.
+    """
+    made: dict[tuple[Any, ...], nn.Parameter] = {}  # tensors under several names stay one
+    named = (graph.module.named_parameters, graph.module.named_buffers)
+    for name, tensor in [entry for each in named for entry in each(remove_duplicate=False)]:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() == 0 or key not in made:
+            part = tensor.untyped_storage().nbytes() > tensor.nbytes
+            made[key] = nn.Parameter(tensor.detach().clone() if part else tensor.detach(), requires_grad=False)
+        assign_tensor(graph.module, name, made[key])
 
 
 def _compiler() -> str | None:
