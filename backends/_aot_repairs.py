@@ -69,18 +69,27 @@ def _links_shared(compiler: str, *libraries: str) -> bool:
 
 @contextmanager
 def _no_vectors_on_the_cpu() -> Iterator[None]:
-    """Compile what little a package for CUDA computes on the CPU as on a processor without vector instructions.
+    """Compile what little a package for CUDA computes on the CPU as for a processor without vector instructions.
 
     It is sizes, not tensors; but to find out what this processor and compiler can do together, torch compiles and loads up to
     ten libraries for every new cache, which takes longer than the package's own sources do.  Its settings
-    (``cpp.vec_isa_ok``) leave their answer in caches that a package for the CPU would read later in the same process.
+    (``cpp.vec_isa_ok``) would leave their answer in caches that a package for the CPU reads later in the same process.
+    Nothing is said then of vector instructions in what the package tells of itself, so that torch compares nothing when it
+    opens one.
     """
-    from torch._inductor import cpu_vec_isa
+    from torch._inductor import codecache, cpu_vec_isa
 
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(cpu_vec_isa, "valid_vec_isa_list"):
         yield  # elsewhere torch knows without a trial
         return
-    with _replaced(cpu_vec_isa, "valid_vec_isa_list", lambda _: list):
+
+    def silent(before: Callable[[str], dict[str, str]]) -> Callable[[str], dict[str, str]]:
+        return lambda device: {name: value for name, value in before(device).items() if name != "AOTI_CPU_ISA"}
+
+    with (
+        _replaced(cpu_vec_isa, "valid_vec_isa_list", lambda _: list),
+        _replaced(codecache, "get_device_information", silent),
+    ):
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from surgeon.latency import pinned_threads
 from surgeon.ports import InputCheck, port_of
 
 FILE = "model.pt2"
+_LARGE = 1 << 24
+"""Bytes from which on a file that inductor wrote for a package is not left in its cache: it holds the weights."""
 
 
 class AotInductor(Backend):
@@ -107,7 +110,7 @@ class AotInductor(Backend):
             for port in graph.inputs
         )
         try:
-            with torch.no_grad(), compilable(self.device), warnings.catch_warnings():
+            with torch.no_grad(), compilable(self.device), _own_files(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})
@@ -202,7 +205,7 @@ class AotInductorArtifact(Artifact):
                 # The package was compiled for tensors without gaps and would read others wrongly, without a word.
                 given = [inputs[port.name].to(device).contiguous() for port in self.inputs]
                 # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
-                results = package.loader.boxed_run(given)
+                results = package.boxed_run(given)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")
@@ -211,23 +214,45 @@ class AotInductorArtifact(Artifact):
         return {name: value for name, value in found.items() if name in self._without_caches} if plain else found
 
     def _opened(self) -> Any:
-        """The package, opened by the first call.
+        """What torch opens a package with, made by the first call.
 
-        On CUDA without torch's own pool of models, which asks an event after each run whether it is done: that costs time, and
-        is not permitted while a CUDA graph is captured.  One model runs once at a time, so ``run`` holds a lock there.
+        On CUDA it is made without torch's pool of models, which asks an event after each run whether it is done: that costs
+        time, and is not permitted while a CUDA graph is captured.  Its one model runs once at a time, so ``run`` holds a lock.
+        It is not asked for through Python there, which would first try out the vector instructions of the CPU, for a message.
         """
-        if self._package is None:
-            with self._lock:
-                if self._package is None:
-                    alone = self._device.type == "cuda"
-                    self._package = torch._inductor.aoti_load_package(str(self.path), run_single_threaded=alone)
-        return self._package
+        with self._lock:
+            if self._package is None and self._device.type == "cuda":
+                self._package = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
+            elif self._package is None:
+                self._package = torch._inductor.aoti_load_package(str(self.path)).loader
+            return self._package
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
         """Run on ``count`` threads within the context."""
         with pinned_threads(count):
             yield
+
+
+@contextmanager
+def _own_files() -> Iterator[None]:
+    """Let inductor put what it compiles for one package into a folder of its own in its cache, and take the weights out after.
+
+    It names files by what they compute: of two builds at a time that differ in their weights only, one would read the weights
+    that the other wrote.  The library with the weights is in the package then; small files stay, as other builds may use them.
+    """
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    Path(cache_dir()).mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="surgeon-", dir=cache_dir()))
+    try:
+        with config.patch({"aot_inductor.output_path": str(own)}):
+            yield
+    finally:
+        for file in own.rglob("*"):
+            if file.is_file() and file.stat().st_size > _LARGE:
+                file.unlink()
 
 
 def _hold_as_parameters(graph: Graph) -> None:
