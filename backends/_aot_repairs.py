@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,16 @@ _SHARED_LIBRARY = ":libstdc++.so.6"
 
 
 @contextmanager
-def compilable() -> Iterator[None]:
-    """Let a package be compiled that opens: by what torch before 2.13 writes, and by compilers that link statically."""
+def compilable(device: str = "cpu") -> Iterator[None]:
+    """Let a package be compiled that opens: by what torch before 2.13 writes, and by compilers that link statically.
+
+    Args:
+        device: kind of device that the package is for.
+    """
     with ExitStack() as stack:
         stack.enter_context(_one_standard_library())
+        if device == "cuda":
+            stack.enter_context(_no_vectors_on_the_cpu())
         if torch.__version__ < "2.13":  # compared as versions are
             for repair in (_bounds_behind_indices, _eight_bit_floats_declared, _grouped_products_called):
                 stack.enter_context(repair())
@@ -58,6 +65,32 @@ def _links_shared(compiler: str, *libraries: str) -> bool:
             return False
         linked = target.read_bytes()
     return any(name in linked for name in (b"libstdc++.so", b"libc++.so"))
+
+
+@contextmanager
+def _no_vectors_on_the_cpu() -> Iterator[None]:
+    """Compile what little a package for CUDA computes on the CPU as for a processor without vector instructions.
+
+    It is sizes, not tensors; but to find out what this processor and compiler can do together, torch compiles and loads up to
+    ten libraries for every new cache, which takes longer than the package's own sources do.  Its settings
+    (``cpp.vec_isa_ok``) would leave their answer in caches that a package for the CPU reads later in the same process.
+    Nothing is said then of vector instructions in what the package tells of itself, so that torch compares nothing when it
+    opens one.
+    """
+    from torch._inductor import codecache, cpu_vec_isa
+
+    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(cpu_vec_isa, "valid_vec_isa_list"):
+        yield  # elsewhere torch knows without a trial
+        return
+
+    def silent(before: Callable[[str], dict[str, str]]) -> Callable[[str], dict[str, str]]:
+        return lambda device: {name: value for name, value in before(device).items() if name != "AOTI_CPU_ISA"}
+
+    with (
+        _replaced(cpu_vec_isa, "valid_vec_isa_list", lambda _: list),
+        _replaced(codecache, "get_device_information", silent),
+    ):
+        yield
 
 
 @contextmanager
@@ -121,8 +154,8 @@ def _grouped_products_called() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: type, name: str, repaired: Callable[[Any], Any]) -> Iterator[None]:
-    """A method of a class is within the context what ``repaired`` makes of it."""
+def _replaced(owner: Any, name: str, repaired: Callable[[Any], Any]) -> Iterator[None]:
+    """A method of a class, or a function of a module, is within the context what ``repaired`` makes of it."""
     before = getattr(owner, name)
     setattr(owner, name, repaired(before))
     try:

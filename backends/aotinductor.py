@@ -5,27 +5,33 @@ Every semantic operator is spelt in ATen first, because a package cannot call op
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from surgeon.caches import asked
+from surgeon.caches import KEPT, has_caches, is_plain_call
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, assign_tensor
 from surgeon.latency import pinned_threads
-from surgeon.ports import check_inputs, port_of
+from surgeon.ports import InputCheck, port_of
 
 FILE = "model.pt2"
+_LARGE = 1 << 24
+"""Bytes from which on a file that inductor wrote for a package is not left in its cache: it holds the weights."""
 
 
 class AotInductor(Backend):
@@ -99,6 +105,8 @@ class AotInductor(Backend):
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
         if self.device == "cuda" and self.low_bit != "dequantize" and has_kernels():
             tile_codes(here)
+        _hold_as_parameters(here)
+        gc.collect()  # graphs are cycles: the joined weights stay on the CPU otherwise
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         example = tuple(graph.example[port.name].to(self.device) for port in graph.inputs)
         shapes = tuple(
@@ -106,7 +114,7 @@ class AotInductor(Backend):
             for port in graph.inputs
         )
         try:
-            with torch.no_grad(), compilable(), warnings.catch_warnings():
+            with torch.no_grad(), compilable(self.device), _own_files(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})
@@ -157,14 +165,32 @@ class AotInductorArtifact(Artifact):
     """``model.pt2``, loaded on first use."""
 
     _package: Any = field(default=None, repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
         """The package."""
         return self.folder / FILE
 
+    @cached_property
+    def _check(self) -> InputCheck:
+        return InputCheck(self.path, self.inputs)
+
+    @cached_property
+    def _without_caches(self) -> frozenset[str]:
+        """Names of the outputs of a call that hands in no cache, of a package that takes some."""
+        return frozenset(port.name for port in self.outputs if port.role not in KEPT)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """The device that the package is opened on."""
+        kind = str(self.options.get("device", "cpu"))
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on keyword inputs, on the package's device.
+        """Run on keyword inputs, on the package's device; from several threads at once, one after the other on CUDA.
+
+        On CUDA it can be captured in a ``torch.cuda.CUDAGraph``, after a run outside.
 
         Args:
             inputs: every input by name, of the type and rank recorded.
@@ -175,26 +201,81 @@ class AotInductorArtifact(Artifact):
         Raises:
             LowerError: an input does not fit, or the package fails.
         """
-        wanted = asked(self.inputs, self.outputs, inputs)
-        inputs = check_inputs(self.path, self.inputs, inputs)
-        if self._package is None:
-            self._package = torch._inductor.aoti_load_package(str(self.path))
-        device = str(self.options.get("device", "cpu"))
+        plain = has_caches(self.inputs) and is_plain_call(self.inputs, inputs)
+        inputs = self._check(inputs)
+        package, device = self._opened(), self._device
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._lock if device.type == "cuda" else nullcontext():
                 # The package was compiled for tensors without gaps and would read others wrongly, without a word.
-                results = self._package(*(inputs[port.name].to(device).contiguous() for port in self.inputs))
+                given = [inputs[port.name].to(device).contiguous() for port in self.inputs]
+                # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
+                results = package.boxed_run(given)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")
             raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
-        return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
+        found = {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+        return {name: value for name, value in found.items() if name in self._without_caches} if plain else found
+
+    def _opened(self) -> Any:
+        """What torch opens a package with, made by the first call.
+
+        On CUDA it is made without torch's pool of models, which asks an event after each run whether it is done: that costs
+        time, and is not permitted while a CUDA graph is captured.  Its one model runs once at a time, so ``run`` holds a lock.
+        It is not asked for through Python there, which would first try out the vector instructions of the CPU, for a message.
+        """
+        with self._lock:
+            if self._package is None and self._device.type == "cuda":
+                self._package = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
+            elif self._package is None:
+                self._package = torch._inductor.aoti_load_package(str(self.path)).loader
+            return self._package
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
         """Run on ``count`` threads within the context."""
         with pinned_threads(count):
             yield
+
+
+@contextmanager
+def _own_files() -> Iterator[None]:
+    """Let inductor put what it compiles for one package into a folder of its own in its cache, and take the weights out after.
+
+    It names files by what they compute: of two builds at a time that differ in their weights only, one would read the weights
+    that the other wrote.  The library with the weights is in the package then; small files stay, as other builds may use them.
+    """
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    Path(cache_dir()).mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="surgeon-", dir=cache_dir()))
+    try:
+        with config.patch({"aot_inductor.output_path": str(own)}):
+            yield
+    finally:
+        for file in own.rglob("*"):
+            if file.is_file() and file.stat().st_size > _LARGE:
+                file.unlink()
+
+
+def _hold_as_parameters(graph: Graph) -> None:
+    """Make every tensor of the graph a parameter that is all of its storage; in place.
+
+    Inductor keeps a copy of every buffer while it compiles, as it was before the graph may have written to it (ours write to
+    none), and a package holds all of a tensor's storage, even where the tensor is a part of it.
+
+    Args:
+        graph: one that lowering made for itself.
+    """
+    made: dict[tuple[Any, ...], nn.Parameter] = {}  # tensors under several names stay one
+    named = (graph.module.named_parameters, graph.module.named_buffers)
+    for name, tensor in [entry for each in named for entry in each(remove_duplicate=False)]:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() == 0 or key not in made:
+            part = tensor.untyped_storage().nbytes() > tensor.nbytes
+            made[key] = nn.Parameter(tensor.detach().clone() if part else tensor.detach(), requires_grad=False)
+        assign_tensor(graph.module, name, made[key])
 
 
 def _compiler() -> str | None:

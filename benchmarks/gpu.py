@@ -171,8 +171,6 @@ def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, A
         "inputs": [_port(port) for port in artifact.inputs], "outputs": [_port(port) for port in artifact.outputs],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, default=str))
-    if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        shutil.rmtree(cache, ignore_errors=True)  # it holds a second copy of the weights
     print(f"{variant} on {runtime}: lowered in {time.perf_counter() - ready:.0f} s", file=sys.stderr, flush=True)
     return {
         "prepare_seconds": ready - start,
@@ -334,7 +332,7 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
             shared = stored_as(variant) != variant and stored_as(variant) in variants
             wanted = [name for name in RUNTIMES if name not in PEERS or not shared]
             home = Path(scratch) / variant.replace(" ", "-")
-            return [Worker(shape, variant, name, home / name, rehearse, seconds) for name in wanted]
+            return [Worker(shape, variant, name, home / name, Path(scratch) / "inductor", rehearse, seconds) for name in wanted]
 
         ahead = started(variants[0])
         for number, variant in enumerate(variants):
@@ -364,16 +362,22 @@ def _version(name: str) -> str | None:
 
 
 class Worker:
-    """One variant on one runtime in a process of its own, with caches of its own, which go with it."""
+    """One variant on one runtime in a process of its own.
 
-    def __init__(self, shape: Shape, variant: str, runtime: str, folder: Path, rehearse: bool, seconds: float) -> None:
+    Its temporary files are its own and go with it.  What inductor compiles for every package alike (headers, trials of the
+    compiler) goes to one cache for all; no weights stay there.
+    """
+
+    def __init__(
+        self, shape: Shape, variant: str, runtime: str, folder: Path, cache: Path, rehearse: bool, seconds: float
+    ) -> None:
         self.runtime, self.deadline = runtime, time.monotonic() + seconds
         folder.mkdir(parents=True)
         self.answer, self.log = folder / "answer.json", folder / "log"
         command = [sys.executable, "-X", "faulthandler", __file__, "--cell", variant, runtime]
         command += ["--folder", str(folder), "--answer", str(self.answer)]
         command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
-        caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder)}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(folder)}
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}  # several build at a time
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
