@@ -189,6 +189,8 @@ def attention_appending(
     """``surgeon::attention`` over a cache that grows: what it gives, and all keys and values."""
     from surgeon.backends._cuda_kernels import attend_appending, joined
 
+    # sizes of two inputs are one symbol from here on, so that both branches give the same sizes
+    torch._check(k.past.shape[2] == v.past.shape[2])  # type: ignore[no-untyped-call]
     mask = _four_axes(with_causal(mask, q, k.past.shape[2] + k.new.shape[2]) if is_causal else mask)
     tensors = [_dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
 

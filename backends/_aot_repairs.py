@@ -29,6 +29,7 @@ def compilable(device: str = "cpu") -> Iterator[None]:
         stack.enter_context(_one_standard_library())
         if device == "cuda":
             stack.enter_context(_no_vectors_on_the_cpu())
+            stack.enter_context(_sizes_of_branches_known())
         if torch.__version__ < "2.13":  # compared as versions are
             for repair in (_bounds_behind_indices, _eight_bit_floats_declared, _grouped_products_called):
                 stack.enter_context(repair())
@@ -90,6 +91,32 @@ def _no_vectors_on_the_cpu() -> Iterator[None]:
         _replaced(cpu_vec_isa, "valid_vec_isa_list", lambda _: list),
         _replaced(codecache, "get_device_information", silent),
     ):
+        yield
+
+
+@contextmanager
+def _sizes_of_branches_known() -> Iterator[None]:
+    """Look a size that a branch computes up in that branch, where example arguments of its kernels are written down.
+
+    torch looks into the outermost graph only: it does not find the size, or finds another of that name.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen, SymbolicCallArg
+    from torch._inductor.virtualized import V
+
+    def repaired(before: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_example_arg_value(self: Any, arg: Any, arg_type: Any, raw_arg: Any = None) -> Any:
+            branch = self.get_codegened_graph()
+            value = raw_arg if isinstance(arg, str) else arg.inner_expr if isinstance(arg, SymbolicCallArg) else arg
+            known = branch.sizevars.inv_precomputed_replacements
+            if branch is V.graph or not isinstance(value, sympy.Basic) or not value.free_symbols & known.keys():
+                return before(self, arg, arg_type, raw_arg)
+            with V.set_graph_handler(branch):
+                return before(self, arg, arg_type, raw_arg)
+
+        return generate_example_arg_value
+
+    with _replaced(PythonWrapperCodegen, "generate_example_arg_value", repaired):
         yield
 
 
