@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
 
 import surgeon
-from surgeon.backends import _aot_repairs
+from surgeon.backends import _aot_repairs, aotinductor
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
 from surgeon.errors import LowerError, RecipeError
+from surgeon.graph import Port, assign_tensor
 from surgeon.ops import moe_dense, moe_grouped
+from surgeon.ports import InputCheck, check_inputs
 from surgeon.registry import make_backend
 from tests.models import inputs_for, tiny
 
@@ -132,6 +139,7 @@ STATIC = """
 import pathlib, sys
 import torch
 import surgeon
+from surgeon.ports import InputCheck, check_inputs
 from surgeon.registry import make_backend
 module, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).eval(), torch.randn(2, 4)
 artifact = make_backend("aotinductor").lower(surgeon.trace(module, {"input": x}), pathlib.Path(sys.argv[1]))
@@ -154,6 +162,95 @@ def test_a_compiler_that_links_its_library_statically_makes_packages_that_open(t
     )
     assert run.returncode == 0, run.stderr
     assert not _aot_repairs._links_shared(str(static))  # so the repair was needed
+
+
+def test_what_is_known_before_a_run_refuses_as_the_check_does() -> None:
+    sizes = {"ids": ("batch", "new"), "mask": ("batch", "past + new"), "past": ("batch", 2, "past")}
+    ports = [Port(name, torch.float32, shape) for name, shape in sizes.items()]
+    known = InputCheck("here", ports)
+
+    def call(ids: Any = (3, 1), mask: Any = (3, 5), past: Any = (3, 2, 4), **more: Any) -> dict[str, Any]:
+        return {"ids": torch.zeros(ids), "mask": torch.zeros(mask), "past": torch.zeros(past), **more}
+
+    fits = call()
+    assert known(fits) is fits
+    wrong: list[dict[str, Any]] = [
+        call(past=(3, 3, 4)), call(ids=(2, 1)), call(mask=(3, 4)), call(ids=(3,)), call(other=torch.zeros(1)),
+        {"ids": torch.zeros(3, 1)}, {**fits, "ids": fits["ids"].double()}, {**fits, "mask": [1]},
+    ]  # fmt: skip
+    for inputs in wrong:
+        with pytest.raises(LowerError) as slow:
+            check_inputs("here", ports, inputs)
+        with pytest.raises(LowerError, match=f"^{re.escape(str(slow.value))}$"):
+            known(inputs)
+
+
+def test_weights_are_held_as_parameters_of_their_own() -> None:
+    module, inputs = tiny("llama")
+    graph = surgeon.trace(module, inputs).clone()
+    name, weight = next((n, p) for n, p in graph.module.named_parameters() if p.dim() == 2)
+    wide = torch.zeros(2, *weight.shape)
+    wide[1] = weight.detach()
+    for place in (name, "alias"):
+        assign_tensor(graph.module, place, wide[1])
+    aotinductor._hold_as_parameters(graph)
+    held = dict(graph.module.named_parameters(remove_duplicate=False))
+    assert not list(graph.module.buffers())
+    assert held[name] is held["alias"]
+    assert torch.equal(held[name], weight)
+    assert held[name].untyped_storage().nbytes() == weight.nbytes
+
+
+def test_weights_do_not_stay_in_the_cache_of_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(aotinductor, "_LARGE", 10)
+    folders = []
+    for _ in range(2):
+        with aotinductor._own_files():
+            folders.append(Path(config.aot_inductor.output_path))
+            (folders[-1] / "small").write_bytes(b"1")
+            (folders[-1] / "large").write_bytes(b"1" * 20)
+    assert folders[0] != folders[1]
+    assert {path.name for folder in folders for path in folder.iterdir()} == {"small"}
+    assert not config.aot_inductor.output_path
+
+
+def test_a_package_for_cuda_is_opened_for_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, opened = Lock(), []
+
+    class Opened:
+        def __init__(self, *arguments: Any) -> None:
+            opened.append(arguments)
+
+        def boxed_run(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
+            assert busy.acquire(blocking=False)  # the model would be run by two threads
+            sleep(0.01)
+            busy.release()
+            return [given[0] + 1]
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Opened)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    port = Port("x", torch.float32, ("n",))
+    artifact = aotinductor.AotInductorArtifact(tmp_path, "aotinductor", {"device": "cuda"}, (), (port,), (port,), {})
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: artifact.run({"x": torch.full((2,), float(number))})["x"], range(8)))
+    assert [float(each[0]) for each in found] == [float(number + 1) for number in range(8)]
+    assert opened == [(str(tmp_path / "model.pt2"), "model", True, 1, -1)]  # "True": without a pool of models
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere torch tries nothing out")
+def test_vector_instructions_are_not_tried_out_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import codecache, cpu_vec_isa
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda *_: pytest.fail("tried out"))
+    before = cpu_vec_isa.valid_vec_isa_list
+    with _aot_repairs.compilable("cuda"):
+        assert cpu_vec_isa.pick_vec_isa() == cpu_vec_isa.invalid_vec_isa
+        assert "AOTI_CPU_ISA" not in codecache.get_device_information("cpu")
+    assert cpu_vec_isa.valid_vec_isa_list is before
 
 
 def test_refusals_are_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
