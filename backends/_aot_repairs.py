@@ -27,9 +27,9 @@ def compilable(device: str = "cpu") -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_one_standard_library())
+        stack.enter_context(_sizes_of_branches_named_once())
         if device == "cuda":
             stack.enter_context(_no_vectors_on_the_cpu())
-            stack.enter_context(_sizes_of_branches_known())
         if torch.__version__ < "2.13":  # compared as versions are
             for repair in (_bounds_behind_indices, _eight_bit_floats_declared, _grouped_products_called):
                 stack.enter_context(repair())
@@ -95,28 +95,23 @@ def _no_vectors_on_the_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def _sizes_of_branches_known() -> Iterator[None]:
-    """Look a size that a branch computes up in that branch, where example arguments of its kernels are written down.
+def _sizes_of_branches_named_once() -> Iterator[None]:
+    """Let the branches of a condition name the sizes that they compute in one list with the graph around them.
 
-    torch looks into the outermost graph only: it does not find the size, or finds another of that name.
+    torch numbers them from 0 in every branch, and takes a name that the graph around has used to be computed already: kernels
+    in the branch then get another size under that name, without a word, or compiling fails where nothing has it.
     """
-    import sympy  # type: ignore[import-untyped]
-    from torch._inductor.codegen.wrapper import PythonWrapperCodegen, SymbolicCallArg
-    from torch._inductor.virtualized import V
+    from torch._inductor.graph import SubgraphLowering
 
-    def repaired(before: Callable[..., Any]) -> Callable[..., Any]:
-        def generate_example_arg_value(self: Any, arg: Any, arg_type: Any, raw_arg: Any = None) -> Any:
-            branch = self.get_codegened_graph()
-            value = raw_arg if isinstance(arg, str) else arg.inner_expr if isinstance(arg, SymbolicCallArg) else arg
-            known = branch.sizevars.inv_precomputed_replacements
-            if branch is V.graph or not isinstance(value, sympy.Basic) or not value.free_symbols & known.keys():
-                return before(self, arg, arg_type, raw_arg)
-            with V.set_graph_handler(branch):
-                return before(self, arg, arg_type, raw_arg)
+    def repaired(before: Callable[..., None]) -> Callable[..., None]:
+        def initialize(self: Any, parent: Any, *arguments: Any, **named: Any) -> None:
+            before(self, parent, *arguments, **named)
+            self.sizevars.precomputed_replacements = parent.sizevars.precomputed_replacements
+            self.sizevars.inv_precomputed_replacements = parent.sizevars.inv_precomputed_replacements
 
-        return generate_example_arg_value
+        return initialize
 
-    with _replaced(PythonWrapperCodegen, "generate_example_arg_value", repaired):
+    with _replaced(SubgraphLowering, "__init__", repaired):
         yield
 
 

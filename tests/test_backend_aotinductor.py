@@ -271,3 +271,26 @@ def test_refusals_are_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         surgeon.compile(module, [], inputs=inputs, backend="aotinductor", progress=False)
     with pytest.raises(RecipeError, match="dequantize"):
         make_backend({"aotinductor": {"low_bit": "maybe"}})
+
+
+def test_branches_name_their_sizes_in_one_list_with_the_graph_around_them() -> None:
+    import sympy
+    from torch._inductor.graph import GraphLowering, SubgraphLowering
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    traced, a, b = torch.fx.symbolic_trace(torch.nn.Identity()), sympy.Symbol("s0"), sympy.Symbol("s1")
+
+    def named() -> tuple[sympy.Symbol, sympy.Symbol, sympy.Symbol]:
+        around = GraphLowering(traced, shape_env=ShapeEnv())
+        with V.set_graph_handler(around):
+            branch = SubgraphLowering(around, traced, shape_env=ShapeEnv())
+        names = around.sizevars.lookup_precomputed_size(a + b), branch.sizevars.lookup_precomputed_size(a * b)
+        return *names, branch.sizevars.lookup_precomputed_size(a + b)
+
+    with _aot_repairs.compilable("cuda"):
+        outer, inner, again = named()
+    assert outer != inner
+    assert outer == again
+    outer, inner, _ = named()
+    assert outer == inner  # what torch does: once it does not, the repair can go
