@@ -8,6 +8,8 @@ from _gpu_floor import Cell, Shape, cells, floor_bytes
 
 PEERS = ("eager", "torch.compile")
 TARGETS = {"floor": 1.3, "compound_speed": 6.05, "compound_memory": 0.23}
+WRONG = 0.1
+"""Relative error of logits from which on they are wrong, not rounded otherwise: such a cell has no time."""
 
 
 def stored_as(variant: str) -> str:
@@ -20,6 +22,15 @@ def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
         return f"{variant:14}{runtime:16}{found['problem']}"
     figures = [f"{cell['tokens_per_second']:.4g}" if "problem" not in cell else "failed" for cell in found["cells"]]
     return f"{variant:14}{runtime:16}" + "".join(f"{figure:>14}" for figure in figures) + f"{found['bytes'] / 1e9:>10.2f} GB"
+
+
+def wrong_cells(shape: Shape, errors: list[float]) -> dict[Cell, str]:
+    """The cells whose phase gave wrong logits, and how wrong; ``errors`` are those of the probes, decoding and prefill."""
+    found = dict(zip(("decode", "prefill"), errors, strict=False))
+    return {
+        cell: f"its logits are wrong: they differ from the graph's by {found[cell.phase]:.2g} of their norm"
+        for cell in cells(shape) if not found.get(cell.phase, 0.0) < WRONG
+    }  # fmt: skip
 
 
 def add_floors(shape: Shape, results: dict[str, Any]) -> None:

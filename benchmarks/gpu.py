@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from _gpu_floor import Cell, Shape, cells, layers_and_experts
-from _gpu_report import PEERS, add_floors, line, print_table, stored_as
+from _gpu_report import PEERS, add_floors, line, print_table, stored_as, wrong_cells
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 NO_GPU = 3
@@ -285,8 +285,10 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
             facts["same_tokens"] = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
         else:
             runs, size = module_runs(shape, variant, compiled=runtime == "torch.compile")
-        problems: dict[Cell, str] = {}
+        problems = wrong_cells(shape, facts.get("relative_errors", []))
         for cell, run in runs.items():
+            if cell in problems:
+                continue
             try:
                 for _ in range(3):  # compiles, loads and picks kernels: not while another process is timed
                     synchronised(run, shape.device)()

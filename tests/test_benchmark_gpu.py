@@ -54,6 +54,15 @@ def test_all_weights_are_those_of_the_model(gpu: Any, floor: Any) -> None:
         assert bool(model(input_ids=ids).logits.isfinite().all())  # nothing of it was left uninitialised
 
 
+def test_wrong_logits_have_no_time(floor: Any, report: Any) -> None:
+    assert report.wrong_cells(floor.Shape(), []) == {}
+    assert report.wrong_cells(floor.Shape(), [0.02, 0.05]) == {}
+    wrong = report.wrong_cells(floor.Shape(), [0.02, 1.4])
+    assert [cell.phase for cell in wrong] == ["prefill"]
+    assert "differ from the graph's by 1.4" in next(iter(wrong.values()))
+    assert [cell.batch for cell in report.wrong_cells(floor.Shape(), [float("nan"), 0.0])] == [1, 16]
+
+
 def test_experts_hit_agree_with_drawing(floor: Any) -> None:
     shape = floor.Shape()
     assert floor.experts_hit(shape, "whole", 1) == pytest.approx(2)
