@@ -1,7 +1,8 @@
 """How a package for CUDA computes what ATen has no fast form of: experts, low-bit weights, attention with a cache.
 
-Few rows (decoding) go through the kernels of ``_cuda_kernels``, which read weights and caches once; many rows go through
-torch's matrix multiplications, grouped by expert.  The package holds both and decides at run time, by sizes alone.
+Few rows (decoding) go through the kernels of ``_cuda_rows`` and ``_cuda_attention``, which read weights and caches once; many
+rows go through torch's matrix multiplications, grouped by expert.  The package holds both and decides at run time, by sizes
+alone.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _parts(weight: Tensor | QuantizedTensor) -> tuple[list[Tensor | None], tuple
 
 def _whole(parts: tuple[Any, ...], like: Tensor | QuantizedTensor) -> Tensor:
     """The weight of which these are the tensors, in the form of ``like``: [E, N, K], or [N, K] where there is one."""
-    from surgeon.backends._cuda_kernels import unpack_tiles
+    from surgeon.backends._cuda_rows import unpack_tiles
 
     if isinstance(like, TiledTensor):
         alone = parts[1].dim() == 3
@@ -79,7 +80,7 @@ def _rows(weight: Tensor | QuantizedTensor) -> int:
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` over a packed weight: x [..., K], weight [N, K] -> [..., N]."""
-    from surgeon.backends._cuda_kernels import PAIRS, few_rows
+    from surgeon.backends._cuda_rows import PAIRS, few_rows
 
     tensors, form = _parts(weight)
 
@@ -108,7 +109,7 @@ def experts(
     activation: str = "identity",
 ) -> Tensor:
     """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
-    from surgeon.backends._cuda_kernels import PAIRS, few_rows
+    from surgeon.backends._cuda_rows import PAIRS, few_rows
 
     (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
     inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]
@@ -166,7 +167,7 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """``surgeon::attention``: keys and values are read where they lie, once for all query heads that share them."""
-    from surgeon.backends._cuda_kernels import attend_in_parts, joined
+    from surgeon.backends._cuda_attention import attend_in_parts, joined
 
     if not has_kernel(q, k, v):
         return attend(q, k, v, mask, is_causal, scale)
@@ -187,7 +188,7 @@ def attention_appending(
     q: Tensor, k: Appended, v: Appended, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``surgeon::attention`` over a cache that grows: what it gives, and all keys and values."""
-    from surgeon.backends._cuda_kernels import attend_appending, joined
+    from surgeon.backends._cuda_attention import attend_appending, joined
 
     # sizes of two inputs are one symbol from here on, so that both branches give the same sizes
     torch._check(k.past.shape[2] == v.past.shape[2])  # type: ignore[no-untyped-call]
@@ -221,7 +222,7 @@ def _dense_last(tensor: Tensor) -> Tensor:
 
 def _many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention of many queries [B, Q, H G, W], which leaves out the keys before the first and behind the last seen."""
-    from surgeon.backends._cuda_kernels import attend_whole
+    from surgeon.backends._cuda_attention import attend_whole
 
     first = last = solid = None
     if mask is not None and mask.shape[1] == 1:

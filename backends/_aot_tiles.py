@@ -44,7 +44,7 @@ def _by_rows(tiles: Tensor) -> Tensor:
 
 def why_unpacked(node: fx.Node) -> str | None:
     """Why the weight that ``node`` (``surgeon::dequantize``) unpacks cannot stay packed up to the kernels; None if it can."""
-    from surgeon.backends._cuda_kernels import takes_codes
+    from surgeon.backends._cuda_rows import takes_codes
 
     packed, _, _, bits, group, width = node.args
     assert isinstance(packed, fx.Node)
@@ -66,7 +66,7 @@ def tile_codes(graph: Graph) -> None:
     Args:
         graph: a copy for CUDA, whose tensors are no longer the source's.
     """
-    from surgeon.backends._cuda_kernels import TILE
+    from surgeon.backends._cuda_rows import TILE
 
     nodes = list(graph.module.graph.nodes)
     reads: dict[str, list[fx.Node]] = {}

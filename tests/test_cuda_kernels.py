@@ -26,7 +26,8 @@ from surgeon.pipeline import _operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 
-kernels = pytest.importorskip("surgeon.backends._cuda_kernels", reason="Triton is for Linux")
+rows_of = pytest.importorskip("surgeon.backends._cuda_rows", reason="Triton is for Linux")
+attention_of = pytest.importorskip("surgeon.backends._cuda_attention", reason="Triton is for Linux")
 
 aten = torch.ops.aten
 BOUND = {torch.float16: 2e-3, torch.float32: 1e-5}
@@ -47,9 +48,9 @@ def test_few_rows_are_products_with_the_matrices_of_their_experts(dtype: torch.d
     x, w = randn(rows, width, dtype=dtype), randn(experts, 72, width, dtype=dtype, seed=1)
     index = torch.randint(0, experts, (rows * k,), generator=torch.Generator().manual_seed(2))
     wanted = torch.einsum("sk,snk->sn", x.double().repeat_interleave(k, 0), w.double()[index])
-    found = kernels.few_rows(x, index, w, None, None, 0, 1, k, 2).sum(0)
+    found = rows_of.few_rows(x, index, w, None, None, 0, 1, k, 2).sum(0)
     assert relative(found, wanted) < BOUND[dtype]
-    alone = kernels.few_rows(x, None, w[:1], None, None, 0, 1, 1, 1).sum(0)
+    alone = rows_of.few_rows(x, None, w[:1], None, None, 0, 1, 1, 1).sum(0)
     assert relative(alone, x.double() @ w[0].double().T) < BOUND[dtype]
 
 
@@ -58,13 +59,13 @@ def test_few_rows_are_products_with_the_matrices_of_their_experts(dtype: torch.d
 @pytest.mark.parametrize(("bits", "group"), [(2, 64), (4, 32), (4, 128), (4, 256), (8, 32)])
 def test_few_rows_read_codes(dtype: torch.dtype, symmetric: bool, bits: int, group: int) -> None:
     width = 512
-    assert kernels.takes_codes(bits, group, width)
+    assert rows_of.takes_codes(bits, group, width)
     x, w = randn(3, width, dtype=dtype), randn(4, 40, width, dtype=dtype, seed=1)
     codes = quantize_groupwise(w, bits=bits, group=group, symmetric=symmetric)
     exact = QuantizedTensor(codes.packed, codes.scale.double(), codes.zero_point, bits, group, width).dequantize()
     index = torch.tensor([3, 0, 3, 1, 3, 3])
     wanted = torch.einsum("sk,snk->sn", x.double().repeat_interleave(2, 0), exact[index])
-    found = kernels.few_rows(x, index, codes.packed, codes.scale, codes.zero_point, bits, group, 2, 2).sum(0)
+    found = rows_of.few_rows(x, index, codes.packed, codes.scale, codes.zero_point, bits, group, 2, 2).sum(0)
     assert relative(found, wanted) < BOUND[dtype]
 
 
@@ -80,18 +81,18 @@ def test_tiles_hold_the_same_codes(dtype: torch.dtype, symmetric: bool, bits: in
     if bits == 4 and group >= 64:
         laid[0] = laid[0].view(torch.int16)  # type: ignore[union-attr]
     index = torch.tensor([3, 0, 3, 1, 3, 3])
-    found = kernels.few_rows(x, index, *laid, bits, group, 2, 2).sum(0)
-    assert relative(found, kernels.few_rows(x, index, packed, scale, zero, bits, group, 2, 2).sum(0)) < 1e-6
+    found = rows_of.few_rows(x, index, *laid, bits, group, 2, 2).sum(0)
+    assert relative(found, rows_of.few_rows(x, index, packed, scale, zero, bits, group, 2, 2).sum(0)) < 1e-6
     wanted = codes.dequantize()
     tiled = TiledTensor(*laid, bits, group, width)  # type: ignore[arg-type]
     assert torch.equal(tiled.dequantize(), wanted)
-    assert relative(kernels.unpack_tiles(*laid, bits, group), wanted) < 1e-6
+    assert relative(rows_of.unpack_tiles(*laid, bits, group), wanted) < 1e-6
 
 
 def test_codes_that_the_kernel_does_not_take() -> None:
-    assert not kernels.takes_codes(4, 16, 512)  # too few of each position in a byte
-    assert not kernels.takes_codes(4, 96, 480)  # not a power of two
-    assert not kernels.takes_codes(4, 128, 200)  # a group that is not whole
+    assert not rows_of.takes_codes(4, 16, 512)  # too few of each position in a byte
+    assert not rows_of.takes_codes(4, 96, 480)  # not a power of two
+    assert not rows_of.takes_codes(4, 128, 200)  # a group that is not whole
 
 
 def masks(kind: str, queries: int, keys: int) -> Tensor | None:
@@ -121,7 +122,7 @@ def test_attention_equals_its_reference(kind: str, queries: int, keys: int) -> N
     wanted = attend(q.double(), k.double(), v.double(), wide, False, 0.2).nan_to_num(0.0)
     found = on_cuda.attention(q, k, v, mask, False, 0.2)  # in parts for few queries, with bounds for many
     assert relative(found, wanted) < BOUND[torch.float16]
-    unbounded = kernels.attend_whole(q, k, v, mask, None, None, None, 0.2).transpose(1, 2)
+    unbounded = attention_of.attend_whole(q, k, v, mask, None, None, None, 0.2).transpose(1, 2)
     assert relative(unbounded, wanted) < BOUND[torch.float16]
 
 
@@ -253,9 +254,9 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(mixture: Graph, monkeypa
         return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
     # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
-    monkeypatch.setattr(kernels, "few_rows", rows)
-    monkeypatch.setattr(kernels, "attend_appending", appending)
-    monkeypatch.setattr(kernels, "attend_whole", whole)
+    monkeypatch.setattr(rows_of, "few_rows", rows)
+    monkeypatch.setattr(attention_of, "attend_appending", appending)
+    monkeypatch.setattr(attention_of, "attend_whole", whole)
     with torch.no_grad():
         program = torch.export.export(spelt, example, dynamic_shapes=(shapes,), strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
