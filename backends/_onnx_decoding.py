@@ -111,7 +111,8 @@ class SharedDecoder:
             if held is not None and held.shape == value.shape:
                 held[...] = value
             else:
-                self._bound[name] = held = np.array(value)  # of its own: what is bound is read at every later step
+                # What is bound is read at every later step and written to, but for the mask, which is longer at each.
+                self._bound[name] = held = np.ascontiguousarray(value) if name == MASK else np.array(value)
                 self._binding.bind_cpu_input(name, held)
         logits = self._bound.get("logits")
         if logits is None or logits.shape[:2] != tokens.shape:

@@ -203,24 +203,26 @@ def generate(
 
     def choose(scores: Any, end: int) -> Any:
         """The next token [batch] by the scores [batch, vocabulary] behind ``end`` positions."""
-        if most_likely:
-            return scores.argmax(-1)
         found, before = torch.from_numpy(scores) if on_host else scores, text[:, :end]
         return _own(sampling(before, found if rules is None else rules(before, found.float())), on_host)
 
     new, end = _own(tokens, on_host), length
+    pieces: list[Tensor] = []
     if streamer is not None:
         streamer.put(tokens.cpu())
     while end < length + max_new_tokens:
-        chosen = choose(step(new)[:, -1], end)
+        scores = step(new)[:, -1]
+        chosen = scores.argmax(-1) if most_likely else choose(scores, end)
         if settings.eos_token_id:
             chosen[~going] = fill
             for last in settings.eos_token_id:
                 going &= chosen != last
         written[:, end] = chosen
-        new, end = chosen[:, None], end + 1
         if streamer is not None:
-            streamer.put(torch.from_numpy(chosen) if on_host else chosen.cpu())
+            pieces = pieces or list(text[:, end : end + AHEAD].unbind(1))[::-1]
+            piece = pieces.pop()
+            streamer.put(piece if on_host else piece.cpu())
+        new, end = chosen[:, None], end + 1
         if settings.eos_token_id and not going.any():
             break
     if streamer is not None:
@@ -232,6 +234,9 @@ def _own(value: Tensor, on_host: bool) -> Any:
     """A tensor as the decoder takes it."""
     return value.numpy(force=True) if on_host else value
 
+
+AHEAD = 64
+"""Tokens of which the tensors that a streamer gets are made at once, before they are known."""
 
 _Start = tuple[Tensor, Callable[[Any], Any], Tensor | None]
 """Tokens to start from, logits of new tokens (as the decoder takes them), and how many of the first tokens are padding."""
@@ -256,8 +261,8 @@ def _causal(
         raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
     # Mask and positions of all steps are made at once, and read as far as there are tokens.
     whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
-    every = {"attention_mask": whole, "position_ids": masked_positions(whole)}
-    every = {name: _own(value, decoder.on_host) for name, value in every.items()}
+    held, positions = (_own(value, decoder.on_host) for value in (whole, masked_positions(whole)))
+    masked, counted = "attention_mask" in names, "position_ids" in names
     fed: dict[str, Any] = {}
     length = 0
 
@@ -265,9 +270,10 @@ def _causal(
         nonlocal length
         start, length = length, length + new.shape[1]
         fed[TOKENS] = new
-        for name, first in (("attention_mask", 0), ("position_ids", start)):
-            if name in names:
-                fed[name] = every[name][:, first:length]
+        if masked:
+            fed["attention_mask"] = held[:, :length]
+        if counted:
+            fed["position_ids"] = positions[:, start:length]
         return decoder(fed)
 
     return ids, step, (mask != 0).int().argmax(1)
