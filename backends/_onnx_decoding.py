@@ -30,6 +30,8 @@ class HostDecoder:
     Plain ``run`` takes less time than IO binding here, where every port costs a call in Python at every step.
     """
 
+    on_host = True
+
     def __init__(self, artifact: OnnxRuntimeArtifact, held: Mapping[str, Any] | None = None) -> None:
         """Args:
         artifact: has caches, runs on the CPU.
@@ -38,31 +40,34 @@ class HostDecoder:
         self._artifact = artifact
         self._session = artifact.session()
         self._pasts = [port for port in artifact.inputs if port.role == PAST]
+        self._past_names = [port.name for port in self._pasts]
         self._names = ["logits", *(port.name for port in artifact.outputs if port.role == PRESENT)]
         self._held = held if held is not None else {}
         self._replays = any(port.role == routes.REPLAYED for port in artifact.inputs)
         self._feed: dict[str, Any] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
         """Run on the new tokens; see :class:`surgeon.generation.Decoder`.
 
         Raises:
             LowerError: the runtime fails.
         """
-        if not self._feed:
-            rows = next(iter(inputs.values())).cpu()
-            self._feed = {port.name: empty_cache(port, rows).numpy() for port in self._pasts} | dict(self._held)
+        feed = self._feed
+        if not feed:
+            rows = len(next(iter(inputs.values())))
+            feed.update({port.name: empty_cache(port, rows, "cpu").numpy() for port in self._pasts})
+            feed.update(self._held)
+        feed.update(inputs)
         if self._replays:
-            inputs = {**inputs, **routes.complete(self._artifact.inputs, inputs)}
-        for name, tensor in inputs.items():
-            self._feed[name] = tensor.numpy(force=True)
+            given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+            own = routes.complete(self._artifact.inputs, given)
+            feed.update({name: value.numpy() for name, value in own.items()})
         try:
-            logits, *caches = self._session.run(self._names, self._feed)
+            logits, *caches = self._session.run(self._names, feed)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise self._artifact.failed(inputs, error) from error
-        self._feed.update(zip((port.name for port in self._pasts), caches, strict=True))
-        found, device = torch.from_numpy(logits), next(iter(inputs.values())).device
-        return found if device.type == "cpu" else found.to(device)
+        feed.update(zip(self._past_names, caches, strict=True))
+        return logits
 
 
 class SharedDecoder:
@@ -73,6 +78,7 @@ class SharedDecoder:
     text of N tokens costs copies of less than 3 N positions in all.
     """
 
+    on_host = True
     GROWTH = 1.5
     SMALLEST = 128
 
@@ -91,7 +97,7 @@ class SharedDecoder:
         self._capacity = 0
         self._binding: Any = None
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
         """Run on the new tokens; see :class:`surgeon.generation.Decoder`.
 
         Raises:
@@ -100,12 +106,13 @@ class SharedDecoder:
         tokens, length = inputs[TOKENS], inputs[MASK].shape[1]
         if length > self._capacity:
             self._grow(tokens.shape[0], length)
-        for name, tensor in inputs.items():
-            value, held = tensor.numpy(force=True), self._bound.get(name)
+        for name, value in inputs.items():
+            held = self._bound.get(name)
             if held is not None and held.shape == value.shape:
                 held[...] = value
             else:
-                self._bound[name] = held = np.array(value)  # of its own: what is bound is read at every later step
+                # What is bound is read at every later step and written to, but for the mask, which is longer at each.
+                self._bound[name] = held = np.ascontiguousarray(value) if name == MASK else np.array(value)
                 self._binding.bind_cpu_input(name, held)
         logits = self._bound.get("logits")
         if logits is None or logits.shape[:2] != tokens.shape:
@@ -116,8 +123,7 @@ class SharedDecoder:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise self._artifact.failed(inputs, error) from error
-        found = torch.from_numpy(logits.copy())  # the caller may keep it
-        return found if tokens.device.type == "cpu" else found.to(tokens.device)
+        return logits
 
     def _grow(self, rows: int, length: int) -> None:
         """Make room for ``length`` positions and more, and bind it."""
@@ -145,6 +151,8 @@ def _bind_memory(to: Callable[..., None], name: str, array: np.ndarray[Any, Any]
 class BoundDecoder:
     """Steps of an ONNX model on a device; what it returns as presents is bound as pasts, so that no cache leaves it."""
 
+    on_host = False
+
     def __init__(self, artifact: OnnxRuntimeArtifact, held: Mapping[str, Any] | None = None) -> None:
         """Args:
         artifact: has caches.
@@ -158,14 +166,15 @@ class BoundDecoder:
         self._presents = [port.name for port in artifact.outputs if port.role == PRESENT]
         self._caches: list[Any] = []
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """Run on the new tokens; see :class:`surgeon.generation.Decoder`.
 
         Raises:
             LowerError: the runtime fails.
         """
         if not self._caches:
-            empty = [empty_cache(port, next(iter(inputs.values()))) for port in self._pasts]
+            rows = next(iter(inputs.values()))
+            empty = [empty_cache(port, len(rows), rows.device) for port in self._pasts]
             self._caches = [self._value(tensor) for tensor in empty]
         inputs = {**inputs, **routes.complete(self._artifact.inputs, inputs)}
         binding = self._session.io_binding()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,23 +39,37 @@ TOKENIZER_FILES = (
 """Files of a checkpoint that make up its tokenizer."""
 
 
-class Decoder(Protocol):
-    """One text being generated: keeps the caches between its steps."""
+Array = Tensor | np.ndarray[Any, Any]
+"""A tensor of torch, or an array of NumPy in the host's memory."""
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+
+class Decoder(Protocol):
+    """One text being generated: keeps the caches between its steps.
+
+    Attributes:
+        on_host: tokens and what goes with them are arrays of NumPy, and so are the logits; else all are tensors of torch.
+            A run of a small model takes 3 ms and leaves nothing of Python in the processor's caches: each operation of torch
+            on a few numbers then costs some 10 microseconds, one of NumPy a tenth of that.
+    """
+
+    on_host: bool
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Array:
         """Run on the new tokens.
 
         Args:
-            inputs: every input that is no cache, by name; the new tokens [batch, new].  Those of an encoder are the same at
-                every step, and read at the first.
+            inputs: every input that is no cache, by name; the new tokens [batch, new].  Those of an encoder are tensors, the
+                same at every step, and read at the first.
 
         Returns:
-            Logits [batch, new, vocabulary].
+            Logits [batch, new, vocabulary], which the next step may overwrite.
         """
 
 
 class GraphDecoder:
     """Steps of a graph in torch, or of anything that runs like one."""
+
+    on_host = False
 
     def __init__(
         self, run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], inputs: Sequence[Port], outputs: Sequence[Port]
@@ -64,11 +79,11 @@ class GraphDecoder:
         self._presents = [port.name for port in outputs if port.role == PRESENT]
         self._caches: dict[str, Tensor] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """Run on the new tokens; see :class:`Decoder`."""
         if not self._caches:
             rows = next(iter(inputs.values()))
-            self._caches = {port.name: empty_cache(port, rows) for port in self._pasts}
+            self._caches = {port.name: empty_cache(port, len(rows), rows.device) for port in self._pasts}
         with torch.no_grad():
             results = self._run({**inputs, **self._caches})
         pairs = zip(self._pasts, self._presents, strict=True)
@@ -94,21 +109,30 @@ class ConditionalDecoder:
         decoder_inputs: of the decoder's half.
         """
         self._encode, self._decoder = encode, decoder
+        self.on_host = decoder.on_host
         self._first = [port.name for port in encoder_inputs]
         self._every = [port.name for port in decoder_inputs if port.role not in (PAST, CROSS)]
-        self._crossing: dict[str, Tensor] | None = None
+        self._fed: dict[str, Any] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Any]) -> Array:
         """Run on the new tokens; see :class:`Decoder`."""
-        if self._crossing is None:
-            self._crossing = dict(self._encode({name: inputs[name] for name in self._first if name in inputs}))
-        return self._decoder({**{name: inputs[name] for name in self._every if name in inputs}, **self._crossing})
+        if not self._fed:
+            crossing = self._encode({name: inputs[name] for name in self._first if name in inputs})
+            fed = {name: inputs[name] for name in self._every if name in inputs}
+            fed = {name: value.numpy(force=True) if self._takes(value) else value for name, value in fed.items()}
+            self._fed = fed | dict(crossing)
+        self._fed[DECODER_TOKENS] = inputs[DECODER_TOKENS]
+        return self._decoder(self._fed)
+
+    def _takes(self, value: Array) -> bool:
+        """Whether the decoder takes this tensor as an array."""
+        return self.on_host and isinstance(value, Tensor)
 
 
-def empty_cache(port: Port, rows: Tensor) -> Tensor:
-    """A cache of no positions for as many rows, on their device."""
+def empty_cache(port: Port, rows: int, device: torch.device | str) -> Tensor:
+    """A cache of no positions for as many rows."""
     sizes = [size if isinstance(size, int) else 0 for size in port.shape]
-    return torch.zeros([rows.shape[0], *sizes[1:]], dtype=port.dtype, device=rows.device)
+    return torch.zeros([rows, *sizes[1:]], dtype=port.dtype, device=device)
 
 
 def decoder_of(graph: Graph) -> Decoder:
@@ -168,36 +192,54 @@ def generate(
         tokens, step, padding = _conditional(decoder, ports, inputs, settings)
     else:
         tokens, step, padding = _causal(decoder, ports, inputs, settings, max_new_tokens)
-    rules = settings.processor(tokens.shape[1], max_new_tokens, padding)
-    ends = torch.tensor(settings.eos_token_id, dtype=torch.int64, device=tokens.device)
+    rows, length = tokens.shape
+    rules = settings.processor(length, max_new_tokens, padding)
     fill = settings.pad_token_id if settings.pad_token_id is not None else next(iter(settings.eos_token_id), 0)
-    going = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    new, found = tokens, [tokens]
+    # What follows is arrays where the decoder takes them, else tensors, and reads the same for both.
+    on_host = decoder.on_host
+    text = torch.nn.functional.pad(tokens.cpu() if on_host else tokens, (0, max_new_tokens))
+    written, going = (_own(value, on_host) for value in (text, text.new_ones(rows, dtype=torch.bool)))
+    most_likely = on_host and rules is None and not sampling.do_sample
+
+    def choose(scores: Any, end: int) -> Any:
+        """The next token [batch] by the scores [batch, vocabulary] behind ``end`` positions."""
+        found, before = torch.from_numpy(scores) if on_host else scores, text[:, :end]
+        return _own(sampling(before, found if rules is None else rules(before, found.float())), on_host)
+
+    new, end = _own(tokens, on_host), length
+    pieces: list[Tensor] = []
     if streamer is not None:
         streamer.put(tokens.cpu())
-    # A step of a small model is over in a millisecond, and an operation on a few numbers takes a hundredth of one.
-    for _ in range(max_new_tokens):
-        scores = step(new).select(1, -1)
-        if rules is not None:
-            found = [torch.cat(found, 1)]
-            scores = rules(found[0], scores.float())
-        chosen = sampling(found[0], scores)
+    while end < length + max_new_tokens:
+        scores = step(new)[:, -1]
+        chosen = scores.argmax(-1) if most_likely else choose(scores, end)
         if settings.eos_token_id:
-            chosen = torch.where(going, chosen, fill)
-            going &= ~torch.isin(chosen, ends)
-        new = chosen.unsqueeze(1)
-        found.append(new)
+            chosen[~going] = fill
+            for last in settings.eos_token_id:
+                going &= chosen != last
+        written[:, end] = chosen
         if streamer is not None:
-            streamer.put(chosen.cpu())
-        if settings.eos_token_id and not bool(going.any()):
+            pieces = pieces or list(text[:, end : end + AHEAD].unbind(1))[::-1]
+            piece = pieces.pop()
+            streamer.put(piece if on_host else piece.cpu())
+        new, end = chosen[:, None], end + 1
+        if settings.eos_token_id and not going.any():
             break
     if streamer is not None:
         streamer.end()
-    return torch.cat(found, 1)
+    return text[:, :end].contiguous().to(tokens.device)
 
 
-_Start = tuple[Tensor, Callable[[Tensor], Tensor], Tensor | None]
-"""Tokens to start from, logits of new tokens, and how many of the first tokens are padding."""
+def _own(value: Tensor, on_host: bool) -> Any:
+    """A tensor as the decoder takes it."""
+    return value.numpy(force=True) if on_host else value
+
+
+AHEAD = 64
+"""Tokens of which the tensors that a streamer gets are made at once, before they are known."""
+
+_Start = tuple[Tensor, Callable[[Any], Any], Tensor | None]
+"""Tokens to start from, logits of new tokens (as the decoder takes them), and how many of the first tokens are padding."""
 
 
 def _causal(
@@ -219,16 +261,19 @@ def _causal(
         raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
     # Mask and positions of all steps are made at once, and read as far as there are tokens.
     whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
-    every = {"attention_mask": whole, "position_ids": masked_positions(whole)}
-    fed, length = {TOKENS: ids}, 0
+    held, positions = (_own(value, decoder.on_host) for value in (whole, masked_positions(whole)))
+    masked, counted = "attention_mask" in names, "position_ids" in names
+    fed: dict[str, Any] = {}
+    length = 0
 
-    def step(new: Tensor) -> Tensor:
+    def step(new: Any) -> Any:
         nonlocal length
         start, length = length, length + new.shape[1]
         fed[TOKENS] = new
-        for name, first in (("attention_mask", 0), ("position_ids", start)):
-            if name in names:
-                fed[name] = every[name][:, first:length]
+        if masked:
+            fed["attention_mask"] = held[:, :length]
+        if counted:
+            fed["position_ids"] = positions[:, start:length]
         return decoder(fed)
 
     return ids, step, (mask != 0).int().argmax(1)

@@ -15,7 +15,7 @@ import surgeon
 from surgeon.caches import PAST, PRESENT, continued, masked_positions
 from surgeon.cli import app
 from surgeon.errors import GenerateError, LowerError, TraceError, VerifyError
-from surgeon.generation import decoder_of, generate
+from surgeon.generation import AHEAD, decoder_of, generate
 from surgeon.registry import make_backend, make_pass
 from surgeon.rewrite import Editor
 from surgeon.sampling import Sampling, Settings
@@ -91,6 +91,40 @@ def test_rows_end_at_stop_tokens_and_are_filled(folder: Path) -> None:
         assert set(row[end + 1 :].tolist()) <= {7}
     alone = model.generate(ids[:1], mask[:1], max_new_tokens=12, eos_token_id=stop)
     assert alone.shape[1] == ids.shape[1] + new[0].tolist().index(stop) + 1
+
+
+class Heard:
+    """A streamer that keeps what it gets, and how it was then."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.copies: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tensors.append(value)
+        self.copies.append(value.clone())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_every_token_as_it_comes(folder: Path) -> None:
+    loaded = surgeon.load(folder)
+    graph = surgeon.trace(source("tiny-llama"), task="text-generation")
+    steps: list[tuple[Any, Any]] = [(loaded.artifact, loaded.ports), (None, graph.inputs)]
+    for artifact, ports in steps:
+        for batch in (1, 3):
+            ids, mask = padded_prompts(batch)
+            heard = Heard()
+            found = generate(
+                artifact.decoder() if artifact else decoder_of(graph), ports, {"input_ids": ids, "attention_mask": mask},
+                max_new_tokens=AHEAD + 6, sampling=Sampling(), settings=Settings(), streamer=heard,
+            )  # fmt: skip
+            assert heard.ended
+            assert torch.equal(heard.copies[0], ids)
+            assert torch.equal(torch.stack(heard.copies[1:], 1), found[:, ids.shape[1] :])
+            assert all(map(torch.equal, heard.tensors, heard.copies))  # nothing writes into what was handed out
 
 
 def test_a_plain_call_gives_logits(folder: Path) -> None:
