@@ -275,7 +275,8 @@ def differences(structure: Structure, parts: list[Part], module: nn.Module, grap
                 differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
             continue
         reasons, part, several = min(judged, key=lambda found: _distance(stream, *found[:2]))
-        open_ = [other for other in open_ if other not in several]
+        for taken in several:
+            open_.remove(taken)
         differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
     in_blocks = {name for stream in structure.streams for block in stream.blocks for name in block.weights}
     read = set(graph.parameters())

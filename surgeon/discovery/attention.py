@@ -104,7 +104,9 @@ def _is_pooled(flow: Flow, entry: fx.Node, keys: fx.Node) -> bool:
         source = flow.strip(inner, keeps)
     if source in flow.constant or not flow.depends(entry, source):
         return False
-    return not any(reads_weights(flow, node) for node in flow.between(source, entry))
+    between = flow.between(source, entry)
+    averaged = any(not operators.is_movement(node) for node in between)  # a token alone may come from another stream
+    return averaged and not any(reads_weights(flow, node) for node in between)
 
 
 def _own(flow: Flow, linears: Linears, attention: Attention) -> Linear | None:
