@@ -27,11 +27,24 @@ def find_inputs(module: nn.Module) -> Inputs:
             inputs = make(module)
             with torch.no_grad():
                 module(**inputs)
-            return inputs
+            return _with_states(module, inputs)
         except Exception as error:  # a model may raise anything
             text = (str(error).splitlines() or [""])[0]
             failures.append(f"{type(error).__name__}: {text}"[:160])
     raise TraceError(" | ".join(dict.fromkeys(failures)))
+
+
+def _with_states(module: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs, and the states without which layers of cross-attention lie idle."""
+    if "cross_attention_states" not in inspect.signature(module.forward).parameters:
+        return inputs
+    more = {**inputs, "cross_attention_states": _hidden(getattr(module, "config", None))}
+    try:
+        with torch.no_grad():
+            module(**more)
+    except Exception:  # a model may raise anything
+        return inputs
+    return more
 
 
 def _own(module: nn.Module) -> Inputs:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -131,6 +132,10 @@ _LAYER_FIELDS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "encoder_num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers", "decoder_num_layers", "decoder_num_hidden_layers"),
 }
+_MORE_LAYERS = re.compile(
+    r"(?P<side>(?!encoder|decoder)[a-z]+)_num_hidden_layers|num_(spatial|temporal|auxiliary)_layers|prompt_layers"
+)
+"""Further stacks, such as that of a predictor; they may lie idle."""
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads", "num_attn_heads")
 _KV = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num", "n_head_kv")
 _WIDTH = re.compile(
@@ -188,6 +193,11 @@ def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     if isinstance(depths, list | tuple) and _numbers(depths):
         yield _part(config, values, name or "stages", {sum(depths)}, "")
         return
+    for key, value in values.items():
+        more = _MORE_LAYERS.fullmatch(key)
+        if more and _numbers(value):
+            stack = _part(config, values, f"{name}.{key}".strip("."), _numbers(value), more["side"] or "")
+            yield replace(stack, certain=False)
     latents = _numbers(values.get("num_global_tokens"))
     if latents and "encoder" in sides:  # a stream of their own; that of the last layer is not read
         count = max(_numbers(_first(config, _LAYER_FIELDS["encoder"])))
@@ -221,10 +231,11 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
     kv = _numbers(own(_KV)) | every(r"\w+_num_key_value_heads")
     widths = every(_WIDTH.pattern)
     hidden = _numbers(_first(config, ("hidden_size", "d_model", "n_embd"))) | _numbers(values.get("hidden_sizes"))
+    hidden |= _numbers(values.get(f"{side}_hidden_size"))
     stages, first = values.get("depths"), values.get("embed_dim")
     if isinstance(stages, list | tuple) and isinstance(first, int):  # every stage is twice as wide as the one before
         hidden |= {first * 2**stage for stage in range(len(stages))}
-    ratio = _first(config, ("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
+    ratio = own(("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
     for factor in ratio if isinstance(ratio, list | tuple) else [ratio] if ratio is not None else []:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
     widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
@@ -254,13 +265,18 @@ def differences(structure: Structure, parts: list[Part], module: nn.Module, grap
     differing = []
     found = [(_stream(stream), stream) for stream in structure.streams]
     for stream, blocks in sorted(found, key=lambda s: -s[0]["blocks"]):
-        judged = [(_unlike(stream, part, blocks), part) for part in open_]
+        candidates = [(part,) for part in open_]
+        if not any(stream["blocks"] in part.layers for part in open_) and (len(found) > 1 or not _is_crossed(blocks)):
+            candidates += [several for count in (2, 3) for several in combinations(open_, count) if _holds_all(stream, several)]
+        joined = [(_joined(several), several) for several in candidates]
+        judged = [(_unlike(stream, part, blocks), part, several) for part, several in joined]
         if not judged:
             if parts:
                 differing.append(f"{stream['label']}: {stream['blocks']} blocks that no field speaks of")
             continue
-        reasons, part = min(judged, key=lambda pair: _distance(stream, *pair))
-        open_.remove(part)
+        reasons, part, several = min(judged, key=lambda found: _distance(stream, *found[:2]))
+        for taken in several:
+            open_.remove(taken)
         differing += [f"{stream['label']} ({part.name}): {reason}" for reason in reasons]
     in_blocks = {name for stream in structure.streams for block in stream.blocks for name in block.weights}
     read = set(graph.parameters())
@@ -275,9 +291,34 @@ def differences(structure: Structure, parts: list[Part], module: nn.Module, grap
             continue
         count = sum(length in part.layers for length in reached)
         matched = sum(bool(other.layers & part.layers) for other in parts if other not in open_)
-        if part.certain and count > matched:
+        recurrent = sum(isinstance(m, nn.RNNBase) and m.num_layers in part.layers for m in module.modules())
+        if part.certain and count > matched + recurrent:
             differing.append(f"no stream for {part.name} ({min(part.layers)} layers)")
     return differing
+
+
+def _is_crossed(stream: Stream) -> bool:
+    """Whether a stream reads another one by attention: what it reads must then be a stream of its own, not a part of it."""
+    return any(a.cross for block in stream.blocks for region in block.regions for a in region.attention)
+
+
+def _holds_all(stream: dict[str, Any], several: tuple[Part, ...]) -> bool:
+    """Whether a stream has as many blocks as several stacks together that may follow one another, and an activation of each."""
+    if any(part.modules for part in several) or stream["blocks"] != sum(max(part.layers) for part in several):
+        return False
+    return all(not part.activations or any(_is_said(name, part) for name in stream["activations"]) for part in several)
+
+
+def _joined(several: tuple[Part, ...]) -> Part:
+    """Stacks that follow one another, as one: what is right for either."""
+    if len(several) == 1:
+        return several[0]
+    sets = {f.name: set().union(*(getattr(part, f.name) for part in several)) for f in fields(Part) if f.default_factory is set}
+    for name in ("heads", "kv", "widths", "activations"):  # where one says nothing, nothing is said of both
+        sets[name] = sets[name] if all(getattr(part, name) for part in several) else set()
+    return replace(
+        several[0], **sets, name=" and ".join(part.name for part in several), layers={sum(max(part.layers) for part in several)}
+    )
 
 
 def _holds(prefix: str, names: set[str]) -> bool:
@@ -350,9 +391,7 @@ def _unlike(stream: dict[str, Any], part: Part, found_in: Stream) -> list[str]:
     if part.experts and not stream["moes"]:
         found.append(f"no mixture, said {_text(part.experts)} experts")
     names = [name for name in stream["activations"] if name != "None"]
-    if part.activations and names and not any(
-        _same(name, said_, part.limits) for name in names for said_ in part.activations
-    ):
+    if part.activations and names and not any(_is_said(name, part) for name in names):
         found.append(f"activations {', '.join(names)}, said {', '.join(part.activations)}")
     return found
 
@@ -366,6 +405,10 @@ def _attends(module: nn.Module, graph: Graph) -> bool:
 
 def _text(values: Iterable[Any]) -> str:
     return "/".join(str(v) for v in sorted(values))
+
+
+def _is_said(name: str, part: Part) -> bool:
+    return name != "None" and any(_same(name, library, part.limits) for library in part.activations)
 
 
 def _same(name: str, library: str, limits: set[float]) -> bool:

@@ -201,7 +201,9 @@ def _sequence(name: str, value: list[Any], fields: dict[str, Any], depth: int | 
     if re.fullmatch(r"depths|num_blocks|depth", name) and _integers(value):
         return [min(v, 2) for v in value] if level < 2 else value
     if depth is not None and depth > count and _integers(value) and max(value) >= count and _INDICES.fullmatch(name):
-        return sorted({v * count // depth for v in value}) if max(value) < depth else value
+        fewer = sorted({v * count // depth for v in value}) if max(value) < depth else value
+        kind = name.endswith("_layers") and len(fewer) == count  # of layers of two kinds, one of the other stays
+        return fewer[1:] if kind else fewer
     if level < 1 and name in ("hidden_sizes", "embed_dims", "embed_dim") and _integers(value):
         heads = next(_pyramid(fields), None)
         if heads and len(heads) == len(value) and all(v % h == 0 for v, h in zip(value, heads, strict=True)):

@@ -106,6 +106,7 @@ class _Builder:
     def __init__(self, exported: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
         self.exported = exported
         self.graph = fx.Graph()
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)  # one for all: torch.sym_max refuses proxies of several
         self.root = torch.nn.Module()
         self.mode = _fake_mode(exported)
         self.known: dict[Any, fx.Node] = {}  # rule 9
@@ -311,7 +312,7 @@ class _Builder:
         return node
 
     def _proxy(self, node: fx.Node) -> fx.Proxy:
-        return fx.Proxy(node, fx.proxy.GraphAppendingTracer(self.graph))
+        return fx.Proxy(node, self.tracer)
 
     def _adopt(self, node: fx.Node) -> fx.Node:
         """Give values to the nodes that sympy's interpreter appended."""

@@ -263,3 +263,64 @@ class Divided(nn.Module):
 def test_a_layer_goes_on_where_a_token_is_put_aside() -> None:
     structure = found(Divided(), ids=IDS)
     assert [block.kind for block in structure.blocks] == ["attention+attention+ffn"] * 3
+
+
+class Messages(nn.Module):
+    """A token that is computed from the first position stands beside the others in the attention of its layer only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(16, 16), Attend(), Attend(), ffn()]) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for write, among, attend, network in self.layers:  # type: ignore[misc]  # lists of modules
+            message = write(x[:, 0]).unsqueeze(0)  # those of the samples attend to each other
+            message = (message + among(message)).transpose(0, 1)
+            both = torch.cat([x, message], 1)
+            x = (both + attend(F.layer_norm(both, (16,))))[:, : ids.shape[1]]
+            x = x + network(F.layer_norm(x, (16,)))
+        return self.head(x)
+
+
+def test_a_token_beside_the_stream_belongs_to_the_attention_that_reads_it() -> None:
+    structure = found(Messages(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
+    assert [len(region.attention) for block in structure.blocks for region in block.regions] == [2, 0] * 3
+    assert not structure.unrecognised
+
+
+class Funnel(nn.Module):
+    """Half of the positions, and queries from these to all that there were, in the middle layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.layers = nn.ModuleList(nn.ModuleList([Queries(), ffn()]) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for number, (attend, network) in enumerate(self.layers):  # type: ignore[misc]  # lists of modules
+            fewer = F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2) if number == 1 else x
+            x = fewer + attend(F.layer_norm(fewer, (16,)), F.layer_norm(x, (16,)))
+            x = x + network(x)
+        return self.head(x)
+
+
+class Queries(nn.Module):
+    """Attention of one tensor to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        q, k, v = (p(t).unflatten(-1, (2, 8)).transpose(1, 2) for p, t in ((self.q, x), (self.k, source), (self.v, source)))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_queries_that_are_pooled_are_of_the_same_stream() -> None:
+    structure = found(Funnel(), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+ffn"] * 3
+    assert not any(attention.cross for block in structure.blocks for r in block.regions for attention in r.attention)

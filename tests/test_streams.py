@@ -469,6 +469,30 @@ def test_gates_that_keep_a_part_of_the_state(complement: str) -> None:
     assert not structure.unrecognised
 
 
+def test_networks_for_marked_positions_are_those_of_one_sublayer() -> None:
+    class Marked(Layers):
+        """``x[m] += f(x[m])`` and ``x[~m] += g(x[~m])``, with marks of the positions that are given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = nn.ModuleList([ffn() for _ in range(3)])
+
+        def forward(self, x: Tensor, marks: Tensor) -> Tensor:
+            x = self.start(x)
+            for layer, other in zip(self.layers, self.others, strict=True):
+                x = x + layer.attend(layer.norms[0](x))
+                first, second = layer.ffn(layer.norms[1](x[marks])), other(layer.norms[1](x[~marks]))
+                x = x.index_put((marks,), x[marks] + first)
+                x = x.index_put((~marks,), second + x[~marks])
+            return self.end(x)
+
+    structure = traced(Marked(), x=X, marks=X[..., 0] > 0)
+    (stream,) = structure.streams
+    assert [block.kind for block in stream.blocks] == ["attention+ffn"] * 3
+    assert [len(region.ffn) for block in stream.blocks for region in block.regions] == [0, 2] * 3
+    assert not structure.unrecognised
+
+
 def test_two_gates_that_do_not_add_up_to_one_keep_no_state() -> None:
     class Two(Layers):
         """``s(a) x + t(a) f(x)`` where s + t is not 1."""

@@ -298,6 +298,20 @@ def test_sizes_are_expressions_of_the_inputs_sizes() -> None:
             assert node.args[0].op == "placeholder"
 
 
+def test_the_largest_of_several_sizes_is_written() -> None:
+    """As the length of lists that are padded to the longest of them."""
+
+    class Longest(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            length: Any = torch.sym_max(x.shape[1], y.shape[1])
+            return x.new_zeros(x.shape[0], length) + x.sum() + y.sum()
+
+    dynamic = {"x": {1: "first"}, "y": {1: "second"}}
+    graph = trace(Longest(), {"x": torch.randn(2, 5), "y": torch.randn(2, 7)}, dynamic=dynamic)
+    for first, second in [(3, 9), (9, 3)]:
+        assert graph(x=torch.ones(2, first), y=torch.ones(2, second))["output"].shape == (2, 9)
+
+
 class Folding(nn.Module):
     """A constant chain (2^-i), a dead input, an operation in place, a tied weight and dropout."""
 

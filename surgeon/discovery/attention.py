@@ -5,6 +5,9 @@ movement lie in between.  A linear that feeds another one found this way (a late
 
 Cores that share one output projection are one attention where they are its heads (a loop over slices of common projections,
 or heads with projections of their own), or where they share query and key and mix parts of the values.
+
+Keys that are not computed from where the region starts are those of another stream (*cross*), unless the region starts with
+fewer positions of the tensor that they are computed from: queries are pooled then.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from surgeon.discovery import operators
 from surgeon.discovery.cores import Core, find_cores, product
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import Linears
+from surgeon.discovery.norms import is_affine, normalised
+from surgeon.discovery.residuals import reads_weights
 from surgeon.structure import Attention, Linear
 
 
@@ -84,7 +89,24 @@ def _attention(
     queries = heads[0] or core.heads
     keys = heads[1] or (queries if operators.kind(core.node) == "aten::einsum" else min(queries, _leading(flow, core.k)))
     cross = not flow.depends(core.k, entry) and flow.depends(core.q, entry)
+    cross = cross and not _is_pooled(flow, entry, k.input if k is not None else core.k)
     return Attention(core.node, q, k, v, o, queries, min(queries, keys), core.head_dim, core.causal, cross), reasons
+
+
+def _is_pooled(flow: Flow, entry: fx.Node, keys: fx.Node) -> bool:
+    """Whether a region starts with a pooling of the stream, without weights, that its keys are computed from as a whole."""
+
+    def keeps(node: fx.Node) -> bool:
+        return operators.is_reshape(node) or (is_affine(node) and normalised(flow, node) is None)
+
+    source = flow.strip(keys, keeps)
+    while (inner := normalised(flow, source)) is not None:
+        source = flow.strip(inner, keeps)
+    if source in flow.constant or not flow.depends(entry, source):
+        return False
+    between = flow.between(source, entry)
+    averaged = any(not operators.is_movement(node) for node in between)  # a token alone may come from another stream
+    return averaged and not any(reads_weights(flow, node) for node in between)
 
 
 def _own(flow: Flow, linears: Linears, attention: Attention) -> Linear | None:

@@ -3,6 +3,7 @@
 x + f(x)                                     the sublayer's own
 n * sigmoid(f(n)), then the sublayer         a gate in front of it; so is what the experts or the attention follow from
 w_1 f_1(x) + w_2 f_2(x) ...                  experts, w one number per token, or f_i on the rows that were selected for it
+f_1 on text, f_2 on images                   the sublayer's own, where rows are selected by the inputs and not by activations
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _is_routed(flow: Flow, path: frozenset[fx.Node], ffn: FFN) -> bool:
             continue
         name = operators.kind(node)
         others = [n for n in flow.inputs(node) if not flow.depends(n, ffn.down.node)]
-        if name in _SELECTIONS and any(n not in flow.constant for n in flow.active(node)[1:]):
+        if name in _SELECTIONS and any(n not in flow and flow.follows(n) for n in flow.active(node)):
             return True
         if name == "aten::mul" and any(operators.shape(n)[-1:] == (1,) and n not in flow.constant for n in others):
             return True

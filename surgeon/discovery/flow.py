@@ -98,13 +98,19 @@ class Flow:
         table, *numbers = node.all_input_nodes
         if operators.kind(node) not in operators.LOOKUPS or table not in self.constant:
             return False
-        stack, seen = [n for n in numbers if n not in self.constant], set[fx.Node]()
+        return any(self.follows(n) for n in numbers)
+
+    def follows(self, node: fx.Node) -> bool:
+        """Whether a tensor, of numbers or marks too, is computed from activations, not given as an input or by its tokens."""
+        stack, seen = [node], set[fx.Node]()
         while stack:
             source = stack.pop()
+            if source in self.constant or source in seen:
+                continue
             if source in self:
                 return True
-            if source not in seen and source.op == "call_function" and isinstance(operators.value(source), Tensor):
-                seen.add(source)
+            seen.add(source)
+            if source.op == "call_function" and isinstance(operators.value(source), Tensor):
                 stack.extend(source.all_input_nodes)
         return False
 

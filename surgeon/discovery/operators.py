@@ -88,6 +88,8 @@ COMPARISONS = frozenset({"aten::le", "aten::lt", "aten::ge", "aten::gt"})
 
 ADD = "aten::add"
 CONCATENATE = "aten::cat"
+INDEX = "aten::index"
+PUT = "aten::index_put"
 TOPK = "aten::topk"
 MOE = "surgeon::moe"
 DEQUANTIZE = "surgeon::dequantize"

@@ -7,6 +7,9 @@
    ``y = M x + b f(x)`` (hyper-connections); M is constant or computed from the position alone, or it is the identity.
    So is a sum of two products k x + t f(x) with k + t = 1, whatever k is computed from (highway and recurrent gates); that
    the two add up to 1 is measured.
+   Where a part of the positions alone goes through f, x with the rows x[i] + f at i is the sum of x and f put at i.
+   Where x is joined with other positions, of which nothing is kept, cat(x, z) + f cut down to x's place is the sum of x and
+   a part of f; z, such as a message computed from x, belongs to f.
 3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
    positions with weights.  Then it is a skip around a stack, and the inner ones count.
 4. A sum with a term that is the end of another sublayer with weights, with nothing but norms or scales behind it, is no
@@ -67,17 +70,20 @@ def find_residuals(flow: Flow, mixes: Callable[[Residual], bool]) -> list[Residu
     """
     found: list[Residual] = []
     for node in flow.nodes:
+        residual: Residual | None
         if is_sum(flow, node):
             residual = _residual(flow, node)
-            if residual is not None and works(flow, residual.path):
-                found.append(residual)
+        else:
+            residual = _kept(flow, node)
+        if residual is not None and works(flow, residual.path):
+            found.append(residual)
     kept = _outermost(flow, found, mixes)
     return sorted(kept, key=lambda residual: flow.index[residual.exit])
 
 
 def is_sum(flow: Flow, node: fx.Node) -> bool:
     """Whether a node adds two activations (one of them may be a learned start, such as latents)."""
-    if operators.kind(node) not in _PARTS:
+    if operators.kind(node) not in _PARTS and len(_placed(flow, node)) < 2:
         return False
     return len(flow.inputs(node)) > 1 and not all(n in flow.constant for n in flow.inputs(node))
 
@@ -102,14 +108,54 @@ def _residual(flow: Flow, node: fx.Node) -> Residual | None:
     return None
 
 
+def _kept(flow: Flow, node: fx.Node) -> Residual | None:
+    """The sublayer that ends in a slice, of which the rest of the sum is read by nothing."""
+    total = node.args[0] if operators.kind(node) == "aten::slice" else None
+    if not isinstance(total, fx.Node) or len(total.users) != 1 or not is_sum(flow, total):
+        return None
+    whole = _residual(flow, total)
+    parts = whole.entry.args[0] if whole is not None and operators.kind(whole.entry) == operators.CONCATENATE else None
+    if whole is None or not isinstance(parts, list | tuple):
+        return None
+    rank = len(operators.shape(total))
+    dim = int(operators.argument(node, 1, "dim", 0)) % rank
+    if int(operators.argument(whole.entry, 1, "dim", 0)) % rank != dim or not operators.same_shape(whole.entry, total):
+        return None
+    first = operators.argument(node, 2, "start")
+    start = operators.hint(operators.value(first) if isinstance(first, fx.Node) else first or 0)
+    for part in parts:
+        assert isinstance(part, fx.Node)
+        if not start and operators.same_shape(part, node):
+            started = part in flow and part not in flow.constant and all(flow.depends(term, part) for term in whole.terms)
+            return Residual(part, node, frozenset(flow.between(part, node)), whole.terms) if started else None
+        start -= operators.shape(part)[dim]
+    return None
+
+
 def _own_terms(flow: Flow, node: fx.Node) -> list[Term]:
-    terms = []
+    terms: list[Term] = _placed(flow, node)
+    if terms:
+        return terms
     for positions in _PARTS[operators.kind(node)]:
         parts = [node.args[p] for p in positions if p < len(node.args)]
         term = tuple(n for n in parts if isinstance(n, fx.Node) and n in flow)
         if term:
             terms.append(term)
     return terms
+
+
+def _placed(flow: Flow, node: fx.Node) -> list[Term]:
+    """The terms of a tensor x in which the rows x[i] were replaced by x[i] + f: x and f; none for any other node."""
+    if operators.kind(node) != operators.PUT or operators.argument(node, 3, "accumulate", False):
+        return []
+    x, places, rows = node.args[:3]
+    if not isinstance(x, fx.Node) or not isinstance(rows, fx.Node) or operators.kind(rows) != operators.ADD or x not in flow:
+        return []
+    terms = _own_terms(flow, rows)
+    taken = [term for term in terms if len(term) == 1 and operators.kind(term[0]) == operators.INDEX]
+    if not any(term[0].args[:2] == (x, places) for term in taken):
+        return []
+    return [(x,), *(term for term in terms if term not in taken or term[0].args[:2] != (x, places))]
 
 
 def _leaves(flow: Flow, terms: list[Term]) -> list[Term]:
@@ -122,11 +168,20 @@ def _leaves(flow: Flow, terms: list[Term]) -> list[Term]:
         while below is not None and len(below.users) == 1 and operators.is_reshape(below):
             sources = flow.inputs(below)
             below = sources[0] if len(sources) == 1 else None
-        if below is not None and len(below.users) == 1 and operators.kind(below) == operators.ADD and is_sum(flow, below):
+        if below is not None and is_sum(flow, below) and _is_inner(flow, below):
             stack.extend(_own_terms(flow, below))
         else:
             leaves.append(term)
     return leaves
+
+
+def _is_inner(flow: Flow, node: fx.Node) -> bool:
+    """Whether an addition is read by one other only; one of rows at their places by that which replaces other rows of it."""
+    if operators.kind(node) == operators.ADD:
+        return len(node.users) == 1
+    put = [user for user in node.users if operators.kind(user) == operators.PUT]
+    rows = [user for user in node.users if operators.kind(user) == operators.INDEX and len(user.users) == 1]
+    return len(put) == 1 and len(put) + len(rows) == len(node.users) and bool(_placed(flow, put[0])) and len(rows) == 1
 
 
 def _shared(flow: Flow, node: fx.Node, terms: list[Term]) -> tuple[fx.Node, list[Term]] | None:
@@ -253,7 +308,7 @@ def _outermost(flow: Flow, residuals: list[Residual], mixes: Callable[[Residual]
         if (weighted and _goes_on(flow, outer, weighted)) or _comes_in(flow, outer, ending):
             continue
         inside = [r for r in ending if r.entry in outer.path or r.entry is outer.entry]
-        if len(inside) > 1 and _is_stack(flow, inside, mixes):
+        if len(inside) > 1 and is_sum(flow, outer.exit) and _is_stack(flow, inside, mixes):
             continue
         kept = [residual for residual in kept if residual not in inside] if inside else kept
         kept.append(outer)
