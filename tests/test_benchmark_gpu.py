@@ -36,9 +36,10 @@ def report() -> Any:
     return module("_gpu_report")
 
 
-def test_without_a_gpu_it_says_so_and_exits_with_3() -> None:
+@pytest.mark.parametrize("script", [SCRIPT, SCRIPT.with_name("gpu_kernels.py")], ids=lambda script: script.stem)
+def test_without_a_gpu_it_says_so_and_exits_with_3(script: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert run.returncode == 3, run.stderr
     assert "no CUDA device is here; nothing was measured" in run.stdout
 
