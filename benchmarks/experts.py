@@ -221,7 +221,7 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
         "",
         f"Made by `python benchmarks/experts.py`, which says what is measured; {EXPERTS} experts of {WIDTH} neurons, hidden "
         f"{HIDDEN}, of which {KEPT} remain, on 2 threads. Seconds are the processor's, of both threads "
-        "together, while other work kept the machine busy; memory is what the whole process holds at its peak. "
+        "together, in some rows while other work kept the machine busy; memory is what the whole process holds at its peak. "
         f"Targets: {SECONDS} s, {BYTES / 2**30:.0f} GiB.",
     ]
     for section in dict.fromkeys(ROWS[name].section for name in results):

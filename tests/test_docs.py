@@ -296,5 +296,5 @@ def test_continuous_integration_runs_make_test() -> None:
 
 
 def _outside_make() -> dict[str, str]:
-    """The environment without what a make that runs these tests leaves for the makes below it."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    """The environment without what a make that runs these tests leaves for the makes below it, and what it was given."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS", "WORKERS"))}
