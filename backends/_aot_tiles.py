@@ -73,7 +73,6 @@ def tile_codes(graph: Graph) -> None:
     for node in nodes:
         if node.op == "get_attr":
             reads.setdefault(str(node.target), []).extend(node.users)
-    laid: dict[str, Tensor] = {}
     for node in nodes:
         if node.target is not torch.ops.surgeon.dequantize.default or why_unpacked(node) is not None:
             continue
@@ -89,10 +88,8 @@ def tile_codes(graph: Graph) -> None:
             tiles = tensor.detach().reshape(sizes).transpose(axis + 1, axis + 2).contiguous()
             if part is packed and node.args[3] == 4 and int(node.args[4]) >= 64:
                 tiles = tiles.view(torch.int16)
-            laid[str(part.target)] = tiles
+            assign_tensor(graph.module, str(part.target), tiles)
         node.meta[_MARK] = True
-    for name, tensor in laid.items():
-        assign_tensor(graph.module, name, tensor)
 
 
 def of_node(node: fx.Node, arguments: tuple[Any, ...]) -> QuantizedTensor:
