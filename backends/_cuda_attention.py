@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
+
+from surgeon.backends._cuda_rows import wrapped
 
 _PARTS = 16
 """Parts into which the keys are cut where the queries are few: a batch of 1 must fill the GPU too."""
@@ -245,7 +247,7 @@ def _launch(
         mask = mask.expand(batch, q.shape[1], queries, keys)
     m = (0, 0, 0, 0) if mask is None else (mask.stride(0), mask.stride(1), mask.stride(2), mask.stride(3))
     grid = (triton.cdiv(queries * members, block_m), batch * heads, parts)
-    wrap_triton(_attention_kernel)[grid](
+    wrapped(_attention_kernel)[grid](
         q, k, v, k_new, v_new, q if mask is None else mask, q if first is None else first, q if last is None else last,
         q if solid is None else solid, out, peak, total, k_out, v_out, queries, keys, past, heads,
         *(tensor.stride(axis) for tensor in (q, k, v, k_new, v_new) for axis in range(3)), *m,

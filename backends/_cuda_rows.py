@@ -11,6 +11,8 @@ sum.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -203,7 +205,7 @@ def few_rows(
     if tiled:
         row_step, group_step, scale_row, scale_group = group // unit, TILE * (group // unit), 1, TILE
     halves = x.element_size() == 2
-    wrap_triton(_few_rows_kernel)[(-(-rows_out // TILE), experts, parts)](
+    wrapped(_few_rows_kernel)[(-(-rows_out // TILE), experts, parts)](
         x, weight if index is None else index, weight, weight if scale is None else scale, weight if zero is None else zero,
         out, pairs, rows_out, width, units, row_step, group_step, groups, scale_row, scale_group,
         DIVISOR=divisor, PAIRED=index is not None, BITS=bits, UNIT=unit, GROUP=max(group, 1), ZERO=zero is not None,
@@ -259,7 +261,7 @@ def unpack_tiles(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, 
     experts, tiles, groups, rows = (int(size) for size in scale.shape)
     unit = 8 * weight.element_size() // bits
     out = scale.new_empty((experts, tiles * rows, groups * group))
-    wrap_triton(_unpack_kernel)[(experts * tiles * groups,)](
+    wrapped(_unpack_kernel)[(experts * tiles * groups,)](
         weight, scale, weight if zero is None else zero, out, groups, tiles * rows, BITS=bits, UNIT=unit, GROUP=group,
         ZERO=zero is not None, ROWS=rows, FOURS=unit == 4 and bits == 4 and scale.element_size() == 2 and compiles(),
         num_warps=4,
@@ -270,6 +272,11 @@ def unpack_tiles(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, 
 def compiles() -> bool:
     """Whether kernels are compiled; Triton's interpreter has no assembler."""
     return isinstance(_few_rows_kernel, triton.JITFunction)
+
+
+def wrapped(kernel: Any) -> Any:
+    """The kernel as torch traces it; an interpreted one, which torch before 2.13 does not take, as it is."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 def takes_codes(bits: int, group: int, width: int) -> bool:
