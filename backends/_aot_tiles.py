@@ -29,6 +29,21 @@ class TiledTensor(QuantizedTensor):
         zero_point: like the scale, or None.
     """
 
+    @classmethod
+    def of(cls, codes: QuantizedTensor) -> TiledTensor:
+        """The same codes in tiles; their rows are a multiple of 64."""
+        from surgeon.backends._cuda_rows import TILE
+
+        def tiles(by_rows: Tensor) -> Tensor:
+            axis = codes.scale.dim() - 2  # that of the rows, before the groups
+            sizes = (*by_rows.shape[:axis], -1, TILE, *by_rows.shape[axis + 1 :])
+            return by_rows.reshape(sizes).transpose(axis + 1, axis + 2).contiguous()
+
+        packed, zero = tiles(codes.packed), None if codes.zero_point is None else tiles(codes.zero_point)
+        if codes.bits == 4 and codes.group >= 64:
+            packed = packed.view(torch.int16)
+        return cls(packed, tiles(codes.scale), zero, codes.bits, codes.group, codes.in_features)
+
     def dequantize(self) -> Tensor:
         """Return the weight [..., out, in]."""
         packed = self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8)
@@ -76,19 +91,16 @@ def tile_codes(graph: Graph) -> None:
     for node in nodes:
         if node.target is not torch.ops.surgeon.dequantize.default or why_unpacked(node) is not None:
             continue
-        packed, *rest = (arg for arg in node.args[:3] if isinstance(arg, fx.Node))
-        if any(part.op != "get_attr" or reads[str(part.target)] != [node] for part in (packed, *rest)):
+        parts = [arg if isinstance(arg, fx.Node) else None for arg in node.args[:3]]
+        if any(part is not None and (part.op != "get_attr" or reads[str(part.target)] != [node]) for part in parts):
             continue
-        if packed.meta["val"].shape[-3] % TILE:
+        tensors: list[Any] = [None if part is None else graph.tensor(str(part.target)).detach() for part in parts]
+        if tensors[0].shape[-3] % TILE:
             continue
-        for part in (packed, *rest):
-            tensor = graph.tensor(str(part.target))
-            axis = tensor.dim() - (3 if part is packed else 2)
-            sizes = (*tensor.shape[:axis], -1, TILE, *tensor.shape[axis + 1 :])
-            tiles = tensor.detach().reshape(sizes).transpose(axis + 1, axis + 2).contiguous()
-            if part is packed and node.args[3] == 4 and int(node.args[4]) >= 64:
-                tiles = tiles.view(torch.int16)
-            assign_tensor(graph.module, str(part.target), tiles)
+        laid = TiledTensor.of(QuantizedTensor(*tensors, *node.args[3:]))
+        for part, tensor in zip(parts, (laid.packed, laid.scale, laid.zero_point), strict=True):
+            if part is not None and tensor is not None:
+                assign_tensor(graph.module, str(part.target), tensor)
         node.meta[_MARK] = True
 
 

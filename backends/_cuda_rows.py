@@ -63,8 +63,11 @@ def _code(packed, middle, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
-def _four_codes(packed, dtype: tl.constexpr):
-    """The four codes of each unit less 8, two units an instruction: one by one their arithmetic takes longer than reading."""
+def _four_codes(packed, middle, ZERO: tl.constexpr, dtype: tl.constexpr):
+    """The four codes of each unit less the middle of its row, or less 8 without ZERO, two units an instruction.
+
+    One by one their arithmetic takes longer than reading.
+    """
     if dtype == tl.bfloat16:
         a, b, c, d = tl.inline_asm_elementwise(
             _NIBBLES_BFLOAT16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
@@ -73,6 +76,9 @@ def _four_codes(packed, dtype: tl.constexpr):
         a, b, c, d = tl.inline_asm_elementwise(
             _NIBBLES_FLOAT16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
         )
+    if ZERO:  # small whole numbers: exact
+        further = (middle - 8.0).to(dtype)[:, None]
+        a, b, c, d = a - further, b - further, c - further, d - further
     return a, b, c, d
 
 
@@ -138,10 +144,7 @@ def _few_rows_kernel(
                     middle = tl.full((BLOCK_N,), 2.0 ** (BITS - 1), tl.float32)
                 product = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 if FOURS:
-                    a, b, c, d = _four_codes(packed, dtype)
-                    if ZERO:  # small whole numbers: exact
-                        further = (middle - 8.0).to(dtype)[:, None]
-                        a, b, c, d = a - further, b - further, c - further, d - further
+                    a, b, c, d = _four_codes(packed, middle, ZERO, dtype)
                     product = tl.dot(a, tl.load(at, mask=valid[None, :], other=0.0), product)
                     product = tl.dot(b, tl.load(at + row_units, mask=valid[None, :], other=0.0), product)
                     product = tl.dot(c, tl.load(at + 2 * row_units, mask=valid[None, :], other=0.0), product)
@@ -234,10 +237,7 @@ def _unpack_kernel(
         middle = tl.full((ROWS,), 2.0 ** (BITS - 1), tl.float32)
     line = out + ((tile * ROWS + within) * groups + group)[:, None] * GROUP
     if FOURS:
-        a, b, c, d = _four_codes(packed, dtype)
-        if ZERO:
-            further = (middle - 8.0).to(dtype)[:, None]
-            a, b, c, d = a - further, b - further, c - further, d - further
+        a, b, c, d = _four_codes(packed, middle, ZERO, dtype)
         values = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, GROUP)
         tl.store(line + tl.arange(0, GROUP)[None, :], values * size[:, None])
     for j in tl.static_range(0 if FOURS else UNIT):

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from surgeon.caches import KEPT, has_caches, is_plain_call
+from surgeon.caches import asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph, assign_tensor
@@ -95,7 +95,6 @@ class AotInductor(Backend):
         if refusals:
             listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
             raise LowerError(f"aotinductor cannot express this graph:\n{listed}")
-        from surgeon.backends._aot_cuda import has_kernels
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
@@ -103,11 +102,11 @@ class AotInductor(Backend):
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
-        if self.device == "cuda" and self.low_bit != "dequantize" and has_kernels():
+        module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
+        if module.packed:
             tile_codes(here)
         _hold_as_parameters(here)
         gc.collect()  # graphs are cycles: the joined weights stay on the CPU otherwise
-        module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         example = tuple(graph.example[port.name].to(self.device) for port in graph.inputs)
         shapes = tuple(
             {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
@@ -177,11 +176,6 @@ class AotInductorArtifact(Artifact):
         return InputCheck(self.path, self.inputs)
 
     @cached_property
-    def _without_caches(self) -> frozenset[str]:
-        """Names of the outputs of a call that hands in no cache, of a package that takes some."""
-        return frozenset(port.name for port in self.outputs if port.role not in KEPT)
-
-    @cached_property
     def _device(self) -> torch.device:
         """The device that the package is opened on."""
         kind = str(self.options.get("device", "cpu"))
@@ -201,7 +195,7 @@ class AotInductorArtifact(Artifact):
         Raises:
             LowerError: an input does not fit, or the package fails.
         """
-        plain = has_caches(self.inputs) and is_plain_call(self.inputs, inputs)
+        wanted = asked(self.inputs, self.outputs, inputs)
         inputs = self._check(inputs)
         package, device = self._opened(), self._device
         try:
@@ -215,7 +209,7 @@ class AotInductorArtifact(Artifact):
             reason = next(iter(str(error).strip().splitlines()), "")
             raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
         found = {port.name: value for port, value in zip(self.outputs, results, strict=True)}
-        return {name: value for name, value in found.items() if name in self._without_caches} if plain else found
+        return {port.name: found[port.name] for port in wanted}
 
     def _opened(self) -> Any:
         """What torch opens a package with, made by the first call.

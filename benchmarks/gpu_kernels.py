@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from gpu import NO_GPU, bandwidth
 from torch import Tensor
+
+from surgeon.numerics.quantization import QuantizedTensor
 
 GROUP = 128
 CACHE = 1 << 28
@@ -59,10 +62,17 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted).norm() / wanted.norm())
 
 
+def random_codes(bits: int, experts: int, out: int, width: int) -> QuantizedTensor:
+    """[experts, out, width] in groups of :data:`GROUP`, without zero points."""
+    codes = torch.randint(0, 256, (experts, out, width // GROUP, GROUP * bits // 8), device="cuda", dtype=torch.uint8)
+    steps = (0.01 * torch.rand(experts, out, width // GROUP, device="cuda")).to(torch.bfloat16)
+    return QuantizedTensor(codes, steps, None, bits, GROUP, width)
+
+
 def rows(name: str, bits: int, experts: int, out: int, width: int, batch: int, divisor: int) -> Measured:
     """``few_rows`` for a batch of tokens with two experts each, or for one matrix."""
-    from surgeon.backends._cuda_rows import TILE, few_rows
-    from surgeon.numerics.quantization import dequantize
+    from surgeon.backends._aot_tiles import TiledTensor
+    from surgeon.backends._cuda_rows import few_rows
 
     pairs = 2 * batch if experts > 1 else batch
     index = torch.stack([torch.randperm(experts, device="cuda")[:2] for _ in range(batch)]).flatten() if experts > 1 else None
@@ -76,11 +86,10 @@ def rows(name: str, bits: int, experts: int, out: int, width: int, batch: int, d
             weight, scale = 0.02 * torch.randn(experts, out, width, device="cuda", dtype=torch.bfloat16), None
             dense: Tensor | None = weight
         else:
-            codes = torch.randint(0, 256, (experts, out, width // GROUP, GROUP * bits // 8), device="cuda", dtype=torch.uint8)
-            steps = (0.01 * torch.rand(experts, out, width // GROUP, device="cuda")).to(torch.bfloat16)
-            dense = dequantize(codes, steps, None, bits, GROUP, width) if wanted is None else None
-            parts = [part.unflatten(1, (-1, TILE)).transpose(2, 3).contiguous() for part in (codes, steps)]
-            weight, scale = parts[0].view(torch.int16) if bits == 4 else parts[0], parts[1]
+            codes = random_codes(bits, experts, out, width)
+            dense = codes.dequantize() if wanted is None else None
+            tiles = TiledTensor.of(codes)
+            weight, scale = tiles.packed, tiles.scale
         runs.append(lambda w=weight, s=scale: few_rows(x, index, w, s, None, bits, GROUP if bits else 1, divisor, 2).sum(0))
         if wanted is None:
             assert dense is not None
@@ -113,16 +122,19 @@ def attention(batch: int, positions: int = 2048, heads: int = 8, members: int = 
 
 def unpacked(experts: int = 8, out: int = 28672, width: int = 4096) -> Measured:
     """``unpack_tiles`` of the first matrices of all experts."""
-    from surgeon.backends._cuda_rows import TILE, unpack_tiles
-    from surgeon.numerics.quantization import dequantize
+    from surgeon.backends._aot_tiles import TiledTensor
+    from surgeon.backends._cuda_rows import unpack_tiles
 
-    codes = torch.randint(0, 256, (experts, out, width // GROUP, GROUP // 2), device="cuda", dtype=torch.uint8)
-    steps = (0.01 * torch.rand(experts, out, width // GROUP, device="cuda")).to(torch.bfloat16)
-    tiles = [part.unflatten(1, (-1, TILE)).transpose(2, 3).contiguous() for part in (codes, steps)]
-    found = unpack_tiles(tiles[0].view(torch.int16), tiles[1], None, 4, GROUP)
-    error = relative(found[:1], dequantize(codes[:1], steps[:1], None, 4, GROUP, width).float())
-    time = timed([lambda: unpack_tiles(tiles[0].view(torch.int16), tiles[1], None, 4, GROUP)])
-    return Measured("matrices unpacked, 4 bits", time, found.nbytes + codes.nbytes + steps.nbytes, error)
+    codes = random_codes(4, experts, out, width)
+    tiles = TiledTensor.of(codes)
+
+    def unpack() -> Tensor:
+        return unpack_tiles(tiles.packed, tiles.scale, None, 4, GROUP)
+
+    found = unpack()
+    error = relative(found[:1], replace(codes, packed=codes.packed[:1], scale=codes.scale[:1]).dequantize().float())
+    moved = sum(tensor.nbytes for tensor in (found, codes.packed, codes.scale))
+    return Measured("matrices unpacked, 4 bits", timed([unpack]), moved, error)
 
 
 def measured() -> Iterator[Measured]:

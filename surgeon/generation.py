@@ -119,14 +119,10 @@ class ConditionalDecoder:
         if not self._fed:
             crossing = self._encode({name: inputs[name] for name in self._first if name in inputs})
             fed = {name: inputs[name] for name in self._every if name in inputs}
-            fed = {name: value.numpy(force=True) if self._takes(value) else value for name, value in fed.items()}
-            self._fed = fed | dict(crossing)
+            self._fed = {name: _own(value, self.on_host and isinstance(value, Tensor)) for name, value in fed.items()}
+            self._fed.update(crossing)
         self._fed[DECODER_TOKENS] = inputs[DECODER_TOKENS]
         return self._decoder(self._fed)
-
-    def _takes(self, value: Array) -> bool:
-        """Whether the decoder takes this tensor as an array."""
-        return self.on_host and isinstance(value, Tensor)
 
 
 def empty_cache(port: Port, rows: int, device: torch.device | str) -> Tensor:

@@ -139,7 +139,6 @@ STATIC = """
 import pathlib, sys
 import torch
 import surgeon
-from surgeon.ports import InputCheck, check_inputs
 from surgeon.registry import make_backend
 module, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).eval(), torch.randn(2, 4)
 artifact = make_backend("aotinductor").lower(surgeon.trace(module, {"input": x}), pathlib.Path(sys.argv[1]))
