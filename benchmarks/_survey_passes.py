@@ -13,7 +13,7 @@ from torch import Tensor
 from surgeon.data import load_data
 from surgeon.errors import SurgeonError
 from surgeon.graph import Graph
-from surgeon.pipeline import _operate
+from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 from surgeon.structure import Structure
@@ -67,7 +67,7 @@ def _outcome(
     step: dict[str, Any], limit: float | None, graph: Graph, structure: Structure, data: Any, before: dict[str, Tensor]
 ) -> str:
     made = make_pass(step)
-    after_graph, after, plan, _ = _operate(made, graph, structure, data, None, Progress(False))
+    after_graph, after, plan, _ = operate(made, graph, structure, data, None, Progress(False))
     check_structure(made, structure, after)
     check_parameters(made, plan, graph, structure, after_graph)
     with torch.no_grad():

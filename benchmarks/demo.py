@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import surgeon.pipeline
+import surgeon.building
 from surgeon.final_check import latency_inputs
 from surgeon.latency import compare, pinned_threads
 from surgeon.recipe import load_recipe
@@ -37,7 +37,7 @@ def main() -> None:
         print(f"{'':12}{'cosine':>10}{'bytes':>10}")
         for name, overrides in VARIANTS.items():
             recipe = load_recipe(RECIPE, [*overrides, "evaluate.latency=[]"])
-            compiled = surgeon.pipeline.compile_recipe(recipe, output=Path(folder) / name, progress=False)
+            compiled = surgeon.building.compile_recipe(recipe, output=Path(folder) / name, progress=False)
             artifacts[name], report = compiled.artifact, compiled.report
             share, cosine = report.bytes[1] / report.bytes[0], report.quality["artifact_cosine_similarity"]
             print(f"{name:12}{cosine:10.4f}{share:10.1%}", flush=True)

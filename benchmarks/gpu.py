@@ -121,7 +121,7 @@ def prepared(shape: Shape, variant: str) -> Any:
     """
     import surgeon
     from surgeon.data import load_data
-    from surgeon.pipeline import _operate
+    from surgeon.pipeline import operate
     from surgeon.progress import Progress
     from surgeon.registry import make_pass
 
@@ -133,7 +133,7 @@ def prepared(shape: Shape, variant: str) -> Any:
     structure = surgeon.discover(graph)
     for step in VARIANTS[variant]:
         grouped = {"quantize": {**step["quantize"], "group": shape.group}} if "quantize" in step else step
-        graph, structure, *_ = _operate(make_pass(grouped), graph, structure, data, None, Progress(False))
+        graph, structure, *_ = operate(make_pass(grouped), graph, structure, data, None, Progress(False))
     return graph
 
 

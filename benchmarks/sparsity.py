@@ -26,9 +26,9 @@ import transformers
 from torch import nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
+from surgeon.building import compile as build
 from surgeon.contract import Artifact
 from surgeon.latency import rounds
-from surgeon.pipeline import compile as build
 from surgeon.registry import make_backend
 
 RESULTS = Path(__file__).parent / "results"

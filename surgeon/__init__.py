@@ -14,13 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgeon.building import compile as compile
     from surgeon.compiled import Compiled as Compiled
     from surgeon.compiled import load as load
     from surgeon.discovery import discover as discover
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.fake import fake_weights as fake_weights
     from surgeon.graph import Graph as Graph
-    from surgeon.pipeline import compile as compile
     from surgeon.plans import SavedPlan as SavedPlan
     from surgeon.structure import Structure as Structure
     from surgeon.tracing import trace as trace
@@ -31,7 +31,7 @@ _HOMES = {
     "SavedPlan": "plans",
     "Structure": "structure",
     "SurgeonError": "errors",
-    "compile": "pipeline",
+    "compile": "building",
     "discover": "discovery",
     "fake_weights": "fake",
     "load": "compiled",

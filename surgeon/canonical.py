@@ -35,20 +35,33 @@ import sympy  # type: ignore[import-untyped]  # ships no stubs
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from surgeon.canonical_rules import RULES, kernel_of_one
+from surgeon.canonical_facts import (
+    as_matrix,
+    as_written,
+    bound,
+    fake_mode,
+    identity_of,
+    is_complex,
+    is_foldable,
+    is_port,
+    is_random,
+    is_unbacked,
+    matrices,
+    merge_key,
+    tensor_of,
+    unbound,
+)
+from surgeon.canonical_rules import RULES
 from surgeon.errors import TraceError
 from surgeon.functional import Aliases, in_place_form
 from surgeon.graph import assign_tensor
 
 aten = torch.ops.aten
 
-_FOLD_LIMIT = 4096
-"""Largest number of elements of a folded constant; larger ones are cheaper to compute than to keep."""
 _ASSERTIONS = {
     "aten::_assert_tensor_metadata",
     "aten::_assert_scalar",
@@ -108,7 +121,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.tracer = fx.proxy.GraphAppendingTracer(self.graph)  # one for all: torch.sym_max refuses proxies of several
         self.root = torch.nn.Module()
-        self.mode = _fake_mode(exported)
+        self.mode = fake_mode(exported)
         self.known: dict[Any, fx.Node] = {}  # rule 9
         self.became: dict[fx.Node, Any] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}  # rule 13: all names of a tensor that was written into
@@ -116,9 +129,9 @@ class _Builder:
         self.roots: dict[sympy.Symbol, tuple[fx.Node, int]] = {}  # rule 8
         self.sizes: dict[sympy.Expr, Any] = {}
         self.tensors: dict[Any, str] = {}
-        self.matrices = _matrices(exported)  # rule 14
+        self.matrices = matrices(exported)  # rule 14
         for name, tensor in tensors.items():
-            self.tensors.setdefault(_identity_of(tensor), name)
+            self.tensors.setdefault(identity_of(tensor), name)
 
     def build(self, inputs: Sequence[str]) -> fx.GraphModule:
         old = list(self.exported.graph.nodes)
@@ -135,7 +148,7 @@ class _Builder:
                 self._visit(node)
             elif node.op == "output":
                 self._output(node)
-        self.graph.eliminate_dead_code(is_impure_node=_is_port)
+        self.graph.eliminate_dead_code(is_impure_node=is_port)
         self._fold()
         self._sink()
         module = fx.GraphModule(self.root, self.graph)
@@ -164,13 +177,13 @@ class _Builder:
                 if self._write(node, target, args, kwargs):
                     return
                 raise TraceError(
-                    f"node {node.name} = {target} writes into a tensor {_written(node)}; the canonical graph is "
+                    f"node {node.name} = {target} writes into a tensor {as_written(node)}; the canonical graph is "
                     "functional: put the model in a state in which its forward changes no buffer (evaluation "
                     "mode, no caches)"
                 )
             self.became[node] = self._apply(target, args, kwargs, node)
         else:
-            self.became[node] = self.emit(target, tuple(args), dict(kwargs), value if _unbacked(value) else None)
+            self.became[node] = self.emit(target, tuple(args), dict(kwargs), value if is_unbacked(value) else None)
 
     def _write(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> bool:
         """Rule 13; False where it does not apply."""
@@ -209,15 +222,15 @@ class _Builder:
 
     def _apply(self, target: torch._ops.OpOverload, args: Any, kwargs: Any, old: fx.Node) -> Any:
         """Append ``target`` after the rules; returns the node that stands for its result."""
-        given = _bind(target, args, kwargs)
+        given = bound(target, args, kwargs)
         rule = RULES.get(target._schema.name)
         if rule is not None:
             found = rule(self, given, old)
             if found is not None:
                 return found
-        args, kwargs = _unbind(target, given)
+        args, kwargs = unbound(target, given)
         value = old.meta.get("val")
-        return self.emit(target, args, kwargs, value if _unbacked(value) or _is_complex(value) else None)
+        return self.emit(target, args, kwargs, value if is_unbacked(value) or is_complex(value) else None)
 
     def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = None) -> fx.Node:
         """Append a call unless an equal one exists (rule 9).
@@ -229,7 +242,7 @@ class _Builder:
             value: its fake value; None to evaluate it (what only running decides, such as ``nonzero``, is not evaluated
                 again: it would get a new symbol for its size).
         """
-        key = (target, _key(args), _key(kwargs))
+        key = (target, merge_key(args), merge_key(kwargs))
         if key in self.known:
             return self.known[key]
         node = self.graph.call_function(target, args, kwargs)
@@ -239,7 +252,7 @@ class _Builder:
                 value = target(*args, **kwargs)
         node.meta["val"] = value
         self._root(node)
-        if not _random(target):
+        if not is_random(target):
             self.known[key] = node
         return node
 
@@ -249,7 +262,7 @@ class _Builder:
         if isinstance(value, Tensor):
             sizes: list[Any] = list(value.shape)  # numbers and symbolic ones
             for dim, size in enumerate(sizes):
-                if _unbacked(size) and isinstance(size.node.expr, sympy.Symbol):
+                if is_unbacked(size) and isinstance(size.node.expr, sympy.Symbol):
                     self.roots.setdefault(size.node.expr, (node, dim))
 
     # -- tensors and sizes --------------------------------------------------------------------------------------
@@ -261,9 +274,9 @@ class _Builder:
             owner = getattr(owner, part)
         if not isinstance(owner, Tensor):
             raise TraceError(f"the exported graph reads {name!r}, a {type(owner).__name__}; only tensors can be read")
-        name = self.tensors.setdefault(_identity_of(owner), name)
-        if _identity_of(owner) in self.matrices:
-            owner = _as_matrix(owner)
+        name = self.tensors.setdefault(identity_of(owner), name)
+        if identity_of(owner) in self.matrices:
+            owner = as_matrix(owner)
         if ("get_attr", name) not in self.known:
             self.known["get_attr", name] = self._read_tensor(name, owner)
         return self.known["get_attr", name]
@@ -328,10 +341,10 @@ class _Builder:
         values: dict[fx.Node, Tensor] = {}
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                tensor = _get(self.root, str(node.target))
+                tensor = tensor_of(self.root, str(node.target))
                 if not isinstance(tensor, torch.nn.Parameter):
                     values[node] = tensor
-            elif node.op == "call_function" and _foldable(node) and all(n in values for n in node.all_input_nodes):
+            elif node.op == "call_function" and is_foldable(node) and all(n in values for n in node.all_input_nodes):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
                 with torch.no_grad():
                     values[node] = node.target(*args, **kwargs)
@@ -341,7 +354,7 @@ class _Builder:
                 with self.graph.inserting_before(node):
                     buffer = self._read_tensor(self._unused("constant"), values[node].contiguous())
                 node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in values)
-        self.graph.eliminate_dead_code(is_impure_node=_is_port)
+        self.graph.eliminate_dead_code(is_impure_node=is_port)
 
     def _sink(self) -> None:
         """Move every read of a tensor to its first reader, so that a block-by-block run loads what it needs."""
@@ -357,140 +370,8 @@ class _Builder:
 
     def is_matrix(self, node: fx.Node) -> bool:
         """Whether the tensor that a node of the exported graph reads is kept as a matrix (rule 14)."""
-        return _identity_of(_get(self.exported, str(node.target))) in self.matrices
+        return identity_of(tensor_of(self.exported, str(node.target))) in self.matrices
 
     def sizes_of(self, value: Tensor) -> list[Any]:
         """The shape of a fake tensor as numbers and nodes."""
         return [self._size(size) for size in value.shape]
-
-
-# -- small facts ------------------------------------------------------------------------------------------------------
-
-
-def _bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments by their schema name, defaults filled in."""
-    given: dict[str, Any] = {}
-    for index, argument in enumerate(target._schema.arguments):
-        if index < len(args):
-            given[argument.name] = args[index]
-        elif argument.name in kwargs:
-            given[argument.name] = kwargs[argument.name]
-        else:
-            given[argument.name] = argument.default_value
-    return given
-
-
-def _unbind(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The shortest spelling of these arguments: defaults left out where nothing follows them."""
-    positional, keywords = [], {}
-    for argument in target._schema.arguments:
-        value = given[argument.name]
-        default = _is_default(argument, value)
-        if argument.kwarg_only:
-            if not default:
-                keywords[argument.name] = value
-        else:
-            positional.append((value, default))
-    while positional and positional[-1][1]:
-        positional.pop()
-    return tuple(value for value, _ in positional), keywords
-
-
-def _is_default(argument: Any, value: Any) -> bool:
-    if argument.name in ("layout", "pin_memory", "memory_format", "non_blocking"):
-        return value in (None, False, torch.strided, torch.contiguous_format, torch.preserve_format)
-    if isinstance(value, fx.Node) or not argument.has_default_value():
-        return False
-    default = argument.default_value
-    return type(value) is type(default) and bool(value == default)
-
-
-def _key(value: Any) -> Any:
-    """A hashable form in which 1, 1.0 and True differ."""
-    if isinstance(value, fx.Node):
-        return value
-    if isinstance(value, tuple | list):
-        return tuple(_key(item) for item in value)
-    if isinstance(value, dict):
-        return tuple(sorted((name, _key(item)) for name, item in value.items()))
-    return type(value).__name__, repr(value)
-
-
-def _random(target: Any) -> bool:
-    """Whether two calls with equal arguments may differ (attention carries the tag for its dropout, which is off)."""
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in target.tags
-        and target._schema.name != "aten::scaled_dot_product_attention"
-    )
-
-
-def _is_port(node: fx.Node) -> bool:
-    """All that dead-code elimination must keep; by default it would keep unread attention, as a random operator."""
-    return node.op in ("placeholder", "output")
-
-
-def _foldable(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    return isinstance(value, Tensor) and _static(value) and value.numel() <= _FOLD_LIMIT and not _random(node.target)
-
-
-def _static(value: Tensor) -> bool:
-    return all(isinstance(size, int) for size in value.shape)
-
-
-def _get(root: torch.nn.Module, name: str) -> Tensor:
-    owner: Any = root
-    for part in name.split("."):
-        owner = getattr(owner, part)
-    tensor: Tensor = owner
-    return tensor
-
-
-def _identity_of(tensor: Tensor) -> Any:
-    """Equal for two views of the same elements in the same order."""
-    place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-    return (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
-
-
-def _matrices(exported: fx.GraphModule) -> set[Any]:
-    """Rule 14: the tensors that only convolutions with a kernel of one position read."""
-    found: set[Any] = set()
-    others: set[Any] = set()
-    for node in exported.graph.nodes:
-        tensor = _get(exported, str(node.target)) if node.op == "get_attr" else None
-        if isinstance(tensor, Tensor) and tensor.dim() > 2:
-            only = all(kernel_of_one(user) is node for user in node.users)
-            (found if only else others).add(_identity_of(tensor))
-    return found - others
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    """[out, in, 1 ...] as [out, in], over the same memory; a parameter stays one."""
-    matrix = tensor.detach().flatten(1)
-    return torch.nn.Parameter(matrix, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else matrix
-
-
-def _unbacked(value: Any) -> bool:
-    """Whether a value's size is known only when the graph runs."""
-    if isinstance(value, tuple | list):
-        return any(_unbacked(item) for item in value)
-    return isinstance(value, Tensor | torch.SymInt) and bool(free_unbacked_symbols(value))
-
-
-def _is_complex(value: Any) -> bool:
-    """Whether a value is complex: torch's shape rules for complex operators would fix dynamic sizes."""
-    return isinstance(value, Tensor) and value.is_complex()
-
-
-def _written(node: fx.Node) -> str:
-    names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-    return f"({', '.join(names)})" if names else ""
-
-
-def _fake_mode(exported: fx.GraphModule) -> FakeTensorMode:
-    for node in exported.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if isinstance(mode, FakeTensorMode):
-            return mode
-    raise TraceError("the exported graph has no tensor inputs")

@@ -109,7 +109,7 @@ def _compile(
     if loaded.backend is not None and loaded.output is None and output is None:
         raise RecipeError(f"{recipe}: no output folder; give --output DIR, or output: DIR in the recipe")
 
-    from surgeon.pipeline import compile_recipe
+    from surgeon.building import compile_recipe
     from surgeon.plans import SavedPlan
 
     saved = SavedPlan.read(plan) if plan is not None else None
@@ -145,7 +145,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or ())
 
-    from surgeon.pipeline import plan_recipe
+    from surgeon.building import plan_recipe
 
     if output is not None:
         check_writable(output)

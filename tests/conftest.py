@@ -18,7 +18,7 @@ from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
 from surgeon.discovery import discover
 from surgeon.graph import Graph
 from surgeon.observe import observe
-from surgeon.pipeline import _operate
+from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration
 from surgeon.registry import make_pass
@@ -51,7 +51,7 @@ class Patient:
 
     def operate(self, step: dict[str, Any] | Pass[Any], plan: Plan[Any] | None = None) -> Patient:
         """Run one pass, as the pipeline does, on a clone."""
-        graph, structure, self.plan, _ = _operate(
+        graph, structure, self.plan, _ = operate(
             make_pass(step), self.graph, self.structure, self.data, plan, Progress(False)
         )
         result = Patient(graph, structure, self.data)

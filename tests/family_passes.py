@@ -20,7 +20,7 @@ from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.observe import observe
-from surgeon.pipeline import _operate
+from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
@@ -62,7 +62,7 @@ class Case:
     def operate(self, step: dict[str, Any], plan: Plan[Any] | None = None) -> tuple[Graph, Plan[Any]]:
         """One pass on a clone, with every check that the pipeline makes."""
         made = make_pass(step)
-        graph, structure, plan, _ = _operate(made, self.graph, self.structure, self.data, plan, Progress(False))
+        graph, structure, plan, _ = operate(made, self.graph, self.structure, self.data, plan, Progress(False))
         check_structure(made, self.structure, structure)
         check_parameters(made, plan, self.graph, self.structure, graph)
         if made.exact(plan):

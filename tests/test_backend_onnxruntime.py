@@ -195,7 +195,7 @@ class Rounded(nn.Module):
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_eight_bit_floats_stay_in_the_file(tmp_path: Path, name: str) -> None:
-    from surgeon.pipeline import compile
+    from surgeon.building import compile
     from tests.models import inputs_for, tiny
 
     module, inputs = tiny(name, layers=1)

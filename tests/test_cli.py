@@ -78,7 +78,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe and its output, built once."""
     folder = tmp_path_factory.mktemp("built")
     (folder / "recipe.yaml").write_text(RECIPE)
-    surgeon.pipeline.compile_recipe(surgeon.recipe.load_recipe(folder / "recipe.yaml"), progress=False)
+    surgeon.building.compile_recipe(surgeon.recipe.load_recipe(folder / "recipe.yaml"), progress=False)
     return folder
 
 

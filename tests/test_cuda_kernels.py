@@ -22,7 +22,7 @@ from surgeon.discovery import discover
 from surgeon.graph import Graph
 from surgeon.numerics.quantization import QuantizedTensor, quantize_groupwise
 from surgeon.ops.attention import attend
-from surgeon.pipeline import _operate
+from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 
@@ -179,7 +179,7 @@ def traced(dtype: torch.dtype) -> Graph:
 
 def quantized(graph: Graph) -> Graph:
     step = make_pass({"quantize": {"scheme": "int4", "group": 32}})
-    return _operate(step, graph, discover(graph), load_data(None, graph), None, Progress(False))[0]
+    return operate(step, graph, discover(graph), load_data(None, graph), None, Progress(False))[0]
 
 
 def inputs_of(graph: Graph, rows: int, new: int, past: int) -> list[Tensor]:

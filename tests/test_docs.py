@@ -193,7 +193,7 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     assert set(names) & {"drop_blocks", "drop_experts", "merge_experts", "moefy_ffn", "low_rank"}
     assert recipe.evaluate is not None
     assert recipe.evaluate.text == ROOT / "examples" / "sentences.txt"
-    compiled = surgeon.pipeline.compile_recipe(recipe, output=tmp_path / "minilm", progress=False)
+    compiled = surgeon.building.compile_recipe(recipe, output=tmp_path / "minilm", progress=False)
     report = compiled.report
     assert report.bytes[1] <= 0.35 * report.bytes[0]
     assert sum(file.stat().st_size for file in (tmp_path / "minilm").glob("model.*")) == report.bytes[1]

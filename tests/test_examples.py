@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.pipeline import compile_recipe
+from surgeon.building import compile_recipe
 from surgeon.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

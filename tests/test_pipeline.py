@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 import surgeon
-from surgeon import pipeline
+from surgeon import building, pipeline
 from surgeon.data import load_data
 from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, VerifyError
 from surgeon.passes.drop_blocks import DropBlocks
@@ -233,12 +233,12 @@ def test_a_recipe_path_stands_for_its_passes_data_and_limits(tmp_path: Path) -> 
 def test_calibration_text_needs_a_tokenizer_of_somewhere(tiny_llama: Trained) -> None:
     """A module has no checkpoint beside it: the tokenizer is given with the text, as an object or a path."""
     graph = tiny_llama.graph.with_source(path=None)
-    text, none = pipeline._calibration(MODELS / "calibration.txt")
+    text, none = building._calibration(MODELS / "calibration.txt")
     assert none is None
     with pytest.raises(ObserveError, match="needs a tokenizer"):
         load_data(text, graph, none)
     for given in (MODELS / "tiny-llama", transformers.AutoTokenizer.from_pretrained(MODELS / "tiny-llama")):
-        spec, tokenizer = pipeline._calibration({**CALIBRATION, "samples": 32, "length": 128, "tokenizer": given})
+        spec, tokenizer = building._calibration({**CALIBRATION, "samples": 32, "length": 128, "tokenizer": given})
         batches = load_data(spec, graph, tokenizer).calibration
         assert len(batches) == len(tiny_llama.data.calibration)
         for found, wanted in zip(batches, tiny_llama.data.calibration, strict=True):

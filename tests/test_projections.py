@@ -13,7 +13,7 @@ from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
-from surgeon.pipeline import _operate
+from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 from surgeon.structure import Structure
@@ -149,7 +149,7 @@ def test_the_matrix_of_a_convolution_is_the_source_s_memory() -> None:
 def test_passes_run_on_them(block: type[nn.Module], step: dict[str, Any]) -> None:
     module, graph, structure = found(block)
     data = load_data([{"x": X}], graph)
-    changed, _, plan, _ = _operate(make_pass(step), graph, structure, data, None, Progress(False))
+    changed, _, plan, _ = operate(make_pass(step), graph, structure, data, None, Progress(False))
     assert len(plan.decisions) >= BLOCKS
     with torch.no_grad():
         wanted, got = module(X), next(iter(changed(x=X).values()))
@@ -206,9 +206,9 @@ def test_an_output_projection_that_reads_an_attention_and_an_ffn() -> None:
         assert (attention.heads, ffn.width, ffn.activation) == (HEADS, INNER, "gelu")
     data = load_data([{"x": X}], graph)
     with pytest.raises(PlanError, match="is one matrix with that of another part"):
-        _operate(make_pass({"moefy_ffn": {"experts": 4, "top_k": 4}}), graph, structure, data, None, Progress(False))
+        operate(make_pass({"moefy_ffn": {"experts": 4, "top_k": 4}}), graph, structure, data, None, Progress(False))
     step = make_pass({"low_rank": {"ratio": 1.0, "method": "svd"}})
-    changed, again, _, _ = _operate(step, graph, structure, data, None, Progress(False))
+    changed, again, _, _ = operate(step, graph, structure, data, None, Progress(False))
     with torch.no_grad():
         assert torch.allclose(next(iter(changed(x=X).values())), module(X), atol=1e-4)
     assert [block.kind for block in again.blocks] == ["parallel"] * BLOCKS

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.building import compile as compile_model
 from surgeon.discovery import discover
-from surgeon.pipeline import compile as compile_model
 from surgeon.structure import Structure
 from surgeon.tracing import trace
 

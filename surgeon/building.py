@@ -1,0 +1,181 @@
+"""What users call to build: every door makes a :class:`surgeon.pipeline.Request` and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from surgeon.compiled import Compiled
+from surgeon.contract import Backend, Pass
+from surgeon.errors import RecipeError
+from surgeon.observe import Batch
+from surgeon.pipeline import Request, run
+from surgeon.plans import SavedPlan
+from surgeon.recipe import Calibration, Evaluate, Recipe, Verify, load_recipe
+from surgeon.registry import make_backend, make_pass
+from surgeon.validation import InvalidFields, validate
+
+
+def compile(
+    model: str | Path | nn.Module,
+    passes: Sequence[Pass[Any] | Mapping[str, Any] | str] | str | Path,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | Mapping[str, Any] | str | Path | Iterable[Batch] | None = None,
+    backend: str | Mapping[str, Any] | Backend | None = "onnxruntime",
+    output: str | Path | None = None,
+    verify: Verify | Mapping[str, Any] | None = None,
+    evaluate: Evaluate | Mapping[str, Any] | None = None,
+    task: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    plan: SavedPlan | str | Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Compiled:
+    """Operate on a model and lower it.
+
+    Args:
+        model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
+        passes: pass objects or one-key dicts in order, or the path of a recipe, whose passes are taken and whose
+            calibration, verify and evaluate sections stand in where those arguments are None.
+        inputs: example keyword inputs; needed for a module that is not a transformers model.
+        calibration: an iterable of keyword-input dicts, a text file (tokenized with the model's tokenizer), or the
+            recipe's mapping, to which ``tokenizer`` (an object or a path) may be added.
+        backend: a name, a one-key dict with its options, or None for the rewritten graph itself.
+        output: directory to write to; must not exist unless ``force``.  None keeps the artefact in a temporary
+            directory that lives as long as the result.
+        verify: thresholds such as ``{"max_kl": 0.1}``.
+        evaluate: what to measure on the artefact, as in a recipe.
+        task: ``"forward"``: the model as it is called; ``"text-generation"``: with caches, to :meth:`Compiled.generate`
+            from; by default forward for a module with inputs, and for a checkpoint what its architecture is for.
+        dtype: load the weights in this type; as stored by default.
+        trust_remote_code: run code that a checkpoint brings.
+        plan: a saved plan to repeat instead of planning.
+        force: replace an output of surgeon that exists.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        The compiled model: callable, with ``graph``, ``artifact``, ``report`` and ``save``.
+
+    Raises:
+        SurgeonError: the model, a pass, the data or the backend refuses; says what and where.
+
+    Example:
+        >>> import surgeon
+        >>> compiled = surgeon.compile("my-model", [{"drop_blocks": {"count": 2}}], calibration="text.txt")
+        >>> compiled(input_ids=ids, attention_mask=mask)["logits"]
+    """
+    recipe = None
+    if isinstance(passes, str | Path):
+        recipe = load_recipe(passes)
+        steps = recipe.passes
+        calibration = calibration if calibration is not None else recipe.calibration
+        verify = verify if verify is not None else recipe.verify
+        evaluate = evaluate if evaluate is not None else recipe.evaluate
+    else:
+        steps = tuple(make_pass(item) for item in passes)
+    spec, tokenizer = _calibration(calibration)
+    if backend is None and output is not None:
+        raise RecipeError("output: there is nothing to write without a backend; name one or leave output out")
+    request = Request(
+        model=model,
+        steps=steps,
+        inputs=inputs,
+        calibration=spec,
+        tokenizer=tokenizer,
+        backend=None if backend is None else make_backend(backend),
+        output=Path(output) if output is not None else None,
+        verify=_section(Verify, verify, "verify") or Verify(),
+        evaluate=_section(Evaluate, evaluate, "evaluate"),
+        task=task,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        saved=SavedPlan.read(plan) if isinstance(plan, str | Path) else plan,
+        force=force,
+        recipe=recipe,
+    )
+    return run(request, progress=progress)
+
+
+def compile_recipe(
+    recipe: Recipe,
+    *,
+    plan: SavedPlan | None = None,
+    output: Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Compiled:
+    """Build what a recipe says.
+
+    Raises:
+        SurgeonError: see :func:`compile`.
+    """
+    return run(_from_recipe(recipe, plan, output, force), progress=progress)
+
+
+def plan_recipe(recipe: Recipe, *, progress: bool = True) -> SavedPlan:
+    """Plan every pass of a recipe and write nothing.
+
+    Each pass is planned on the model that the passes before it leave, so the passes do run, in memory.
+
+    Raises:
+        SurgeonError: see :func:`compile`.
+    """
+    plan = run(_from_recipe(recipe, None, None, True), progress=progress, lower=False).plan
+    assert plan is not None
+    return plan
+
+
+def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, force: bool) -> Request:
+    target = output if output is not None else (Path(recipe.output) if recipe.output is not None else None)
+    return Request(
+        model=recipe.model.source,
+        steps=recipe.passes,
+        calibration=recipe.calibration,
+        backend=recipe.backend,
+        output=target if recipe.backend is not None else None,
+        verify=recipe.verify or Verify(),
+        evaluate=recipe.evaluate,
+        task=recipe.model.task,
+        dtype=recipe.model.dtype,
+        trust_remote_code=recipe.model.trust_remote_code,
+        saved=plan,
+        force=force,
+        recipe=recipe,
+    )
+
+
+def _calibration(given: Any) -> tuple[Calibration | tuple[Batch, ...] | None, Any]:
+    """Calibration of the Python API in the pipeline's form, with the tokenizer that came with it."""
+    if given is None or isinstance(given, Calibration):
+        return given, None
+    if isinstance(given, str | Path):
+        return Calibration(text=Path(given)), None
+    if isinstance(given, Mapping):
+        fields = dict(given)
+        tokenizer = fields.pop("tokenizer", None)
+        if isinstance(fields.get("text"), Path):
+            fields["text"] = str(fields["text"])
+        return _section(Calibration, fields, "calibration"), tokenizer
+    return tuple(given), None
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _section(model: type[S], given: S | Mapping[str, Any] | None, name: str) -> S | None:
+    """One section of a recipe given as an object or as plain data."""
+    if given is None or isinstance(given, model):
+        return given
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{name}: needed a mapping, found {type(given).__name__}")
+    try:
+        return validate(model, given)
+    except InvalidFields as error:
+        raise RecipeError(f"{name}: {error}") from None
