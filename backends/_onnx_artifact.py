@@ -20,6 +20,7 @@ from surgeon.errors import LowerError
 from surgeon.generation import Decoder
 from surgeon.graph import Port
 from surgeon.halves import has_halves
+from surgeon.huge_pages import Memory
 from surgeon.ports import check_inputs
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -62,10 +63,12 @@ class OnnxRuntimeArtifact(Artifact):
     Attributes:
         session_threads: intra-operator threads of the session; None leaves the choice to ONNX Runtime.
         file: name of the model file.
+        memory: what the session allocated; moved to huge pages when the session has run many times.
     """
 
     session_threads: int | None = None
     file: str = MODEL
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     _session: Any = field(default=None, repr=False, compare=False)
     _opened: tuple[Path, int | None] | None = field(default=None, repr=False, compare=False)
 
@@ -109,6 +112,7 @@ class OnnxRuntimeArtifact(Artifact):
                 return self._run_on_device(session, inputs, wanted)
             feed = {port.name: inputs[port.name].detach().to("cpu").contiguous().numpy() for port in self.inputs}
             results = session.run([port.name for port in wanted], feed)
+            self.memory.step()
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise self.failed(inputs, error) from error
         return {port.name: torch.from_numpy(value) for port, value in zip(wanted, results, strict=True)}
@@ -157,7 +161,9 @@ class OnnxRuntimeArtifact(Artifact):
         if provider == "tensorrt":
             chosen = tensorrt.providers(self.details)
         try:
-            session = library.InferenceSession(self.path, options, providers=chosen)
+            self.memory = Memory()
+            with self.memory.taken():
+                session = library.InferenceSession(self.path, options, providers=chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise LowerError(f"{self.path}: ONNX Runtime cannot open it: {error}") from error
         running = session.get_providers()
@@ -195,12 +201,12 @@ class OnnxRuntimeArtifact(Artifact):
         """Run on ``count`` intra-operator threads within the context, and as before after it."""
         if count < 1:
             raise LowerError(f"the number of threads must be at least 1, found {count}")
-        before = self.session_threads, self._session, self._opened
+        before = self.session_threads, self._session, self._opened, self.memory
         self.session_threads = count
         try:
             yield
         finally:
-            self.session_threads, self._session, self._opened = before
+            self.session_threads, self._session, self._opened, self.memory = before
 
     def _continues_rows(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether several rows with a past get several tokens each, which the attention over shared caches does not take."""

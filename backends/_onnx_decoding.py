@@ -66,6 +66,7 @@ class HostDecoder:
             logits, *caches = self._session.run(self._names, feed)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise self._artifact.failed(inputs, error) from error
+        self._artifact.memory.step()
         feed.update(zip(self._past_names, caches, strict=True))
         return logits
 
@@ -123,6 +124,7 @@ class SharedDecoder:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise self._artifact.failed(inputs, error) from error
+        self._artifact.memory.step()
         return logits
 
     def _grow(self, rows: int, length: int) -> None:
