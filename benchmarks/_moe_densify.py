@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from _moe_row import LOTS, Claims, Row
+from _moe_row import LOTS, MIXTURES, Claims, Mixtures, Row
 
 from surgeon.graph import Graph
 from surgeon.passes.densify_moe import DensifyMoEPlan, DensifyOne
@@ -34,13 +34,17 @@ def weights_by_lot(graph: Graph, structure: Structure, seed: int) -> DensifyMoEP
 
 def rows() -> list[Row]:
     """Every way to one network, with and without refit, and random ones."""
-    model, found = "tiny-mixtral", []
+    return [row for mixtures in MIXTURES for row in (*_rows(mixtures), *_merged(mixtures))]
+
+
+def _rows(mixtures: Mixtures) -> list[Row]:
+    model, found = mixtures.model, []
     for budget, lot, chance, methods in (
         ("dense, 1 expert wide", "one expert by lot", one_expert, {
             "mean": {}, "mean, uniform": {"weights": "uniform"}, "mean, not aligned": {"align": False},
             "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"},
         }),
-        ("dense, 8 experts wide", "all experts, weighed by lot", weights_by_lot, {"sum": {"method": "sum"}}),
+        (f"dense, {mixtures.experts} experts wide", "all experts, weighed by lot", weights_by_lot, {"sum": {"method": "sum"}}),
     ):  # fmt: skip
         common = {"method": "sum"} if "sum" in methods else {}
         for refit, suffix in ((True, ""), (False, ", not refitted")):
@@ -49,6 +53,26 @@ def rows() -> list[Row]:
             for method, fields in methods.items():
                 step = {"densify_moe": {**fields, "refit": refit}}
                 found.append(Row(model, budget, f"densify: {method}{suffix}", [step], chance=lot + suffix))
+    return found
+
+
+def _merged(mixtures: Mixtures) -> list[Row]:
+    """As wide as the experts of one token: merged to so many, these side by side."""
+    model, wide = mixtures.model, mixtures.top_k
+    budget, found = f"dense, {wide} experts wide", []
+    for refit, suffix in ((True, ""), (False, ", not refitted")):
+        dense = {"densify_moe": {"method": "sum", "refit": refit}}
+        for combination, fields in (("", {}), (", not aligned", {"align": False})):
+            lot, common = f"random groups{combination}, summed{suffix}", {"groups": wide, **fields}
+            random = {"merge_experts": {**common, "grouping": "random", "seed": "$seed"}}
+            found.append(Row(model, budget, lot, [random, dense], seeds=LOTS, random=True))
+            for grouping, own in (
+                ("router_logits", {}),
+                ("outputs", {"grouping": "outputs"}),
+                ("outputs, hierarchical", {"grouping": "outputs", "clustering": "hierarchical"}),
+            ):
+                steps = [{"merge_experts": {**common, **own}}, dense]
+                found.append(Row(model, budget, f"merge: {grouping}{combination}, summed{suffix}", steps, chance=lot))
     return found
 
 

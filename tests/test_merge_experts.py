@@ -30,7 +30,7 @@ from tests.test_moe_families import inputs, patient
 NAMES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "switch")
 GROUPINGS = [
     {"grouping": grouping, "clustering": clustering}
-    for grouping in ("router_logits", "outputs", "token_outputs", "weights")
+    for grouping in ("router_logits", "outputs", "token_outputs", "output_cosines", "weights")
     for clustering in ("dominant", "hierarchical", "ward", "kmeans")
 ]
 COMBINATIONS = ("frequency", "mean", "zip", "svd")
@@ -158,7 +158,7 @@ def test_groups_are_those_of_the_reference_arithmetic(tiny_mixtral: Trained, gro
         (grouping, clustering): tiny_mixtral.operate(
             {"merge_experts": {**every, "grouping": grouping, "clustering": clustering, "align": False}}
         ).plan
-        for grouping in ("router_logits", "outputs", "token_outputs", "weights")
+        for grouping in ("router_logits", "outputs", "token_outputs", "output_cosines", "weights")
         for clustering in ("dominant", "hierarchical")
     }
     for number, site in enumerate(tiny_mixtral.structure.moes()):
@@ -170,6 +170,7 @@ def test_groups_are_those_of_the_reference_arithmetic(tiny_mixtral: Trained, gro
             "router_logits": data["logits"].T,
             "outputs": outputs.mean(1),
             "token_outputs": outputs.reshape(8, -1),
+            "output_cosines": (outputs / np.linalg.norm(outputs, axis=2, keepdims=True)).reshape(8, -1),
             "weights": np.concatenate(stored, axis=1),
         }
         for grouping, values in features.items():
@@ -273,7 +274,7 @@ def test_a_saved_plan_gives_the_same_model(tiny_mixtral: Trained, options: dict[
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": 4, "grouping": "logits"}, "known: outputs, random, router_logits, token_outputs, weights"),
+        ({"groups": 4, "grouping": "logits"}, "known: output_cosines, outputs, random, router_logits, token_outputs, weights"),
         ({"groups": 4, "clustering": "hirarchical"}, "known: dominant, hierarchical, kmeans, ward"),
         ({"groups": 4, "combination": "average"}, "known: frequency, mean, svd, zip"),
         ({"groups": 4, "align_by": "norm"}, "known: activations, weights"),
@@ -349,6 +350,6 @@ def test_every_method_beats_the_lot(tiny_mixtral: Trained) -> None:
     for combination, refit in itertools.product(COMBINATIONS, (False, True)):
         same = {"combination": combination, "refit": refit}
         expected = chance(**same)
-        for grouping in ("router_logits", "outputs", "token_outputs", "weights"):
+        for grouping in ("router_logits", "outputs", "token_outputs", "output_cosines", "weights"):
             assert loss(grouping=grouping, **same) < expected, (grouping, same)
         assert loss(grouping="outputs", clustering="kmeans", **same) < expected, same
