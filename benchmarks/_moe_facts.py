@@ -43,7 +43,8 @@ def facts(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[st
     found = []
     for site in sites:
         routing, sample = observers[f"{site.name}.routing"], observers[f"{site.name}.sample"]
-        assert isinstance(routing, Routing) and isinstance(sample, Sample)
+        assert isinstance(routing, Routing)
+        assert isinstance(sample, Sample)
         share = routing.counts / routing.counts.sum()
         stack, x = ExpertStack.of(graph, site.part), sample.values()[0]
         means = stack.mean_outputs(x)

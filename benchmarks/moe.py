@@ -107,7 +107,7 @@ def lowered(graph: Graph, folder: Path) -> Artifact:
 def operate(row: Row, seed: int) -> tuple[Graph, float]:
     """The model after the row's passes, and the seconds they took."""
     base = bench(row.model)
-    graph, start = base.graph, time.perf_counter()
+    graph, start = base.graph, time.process_time()  # one thread: seconds of a core, also where others use the machine
     for number, item in enumerate(row.steps):
         (name, fields), last = next(iter(item.items())), number == len(row.steps) - 1
         step = make_pass({name: {key: seed if value == "$seed" else value for key, value in fields.items()}})
@@ -118,7 +118,7 @@ def operate(row: Row, seed: int) -> tuple[Graph, float]:
         plan = row.plan(graph, structure, seed) if row.plan is not None and last else None
         run_pass(step, editor, structure, lambda: base.calibration, plan, Progress(False))
         editor.finish()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if row.edit is not None:
         editor = Editor(graph)
         row.edit(editor, discover(graph), seed)
@@ -222,7 +222,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "for `merge` with the same combination, for `densify` with or without refit alike. Latency is the artefact's "
         "(onnxruntime, float32, one thread, fastest run) for 1 x 16 and 8 x 128 tokens, as a multiple of the untouched "
         "model's artefact measured in turn with it; rows whose graphs differ in weights only share one measurement. On models "
-        "as small as these it is mostly overhead of operators.",
+        "as small as these it is mostly overhead of operators. Seconds are those that the passes keep one core busy.",
     ]
     chance = _chances()
     for model in dict.fromkeys(row["model"] for row in results.values()):
@@ -259,7 +259,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 where = f"{row['model']} | {row['budget']}"
                 lines.append(f"| {text} | {where} | {row['loss']:.4f} | {other['loss']:.4f} | {holds} |")
     lines += ["", "## Methods and chance", "", "At how many budgets of each model a method beats chance.", ""]
-    models = [name for name in dict.fromkeys(row.model for row in ROWS)]
+    models = list(dict.fromkeys(row.model for row in ROWS))
     lines += [f"| method | {' | '.join(models)} |", f"|---|{'--:|' * len(models)}"]
     for method in dict.fromkeys(results[key]["method"] for key in results if key in chance):
         cells = []

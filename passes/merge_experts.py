@@ -3,8 +3,8 @@
 Paper:
     M-SMoE, "Merge, Then Compress" (Li et al. 2023, arXiv:2310.01334): leaders by frequency, router logits, alignment.
     HC-SMoE (Chen et al. 2024, arXiv:2410.08589): hierarchical clustering of mean outputs; dominant neurons fixed in zip.
-    Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means by the cosine of outputs, joint singular vectors.  ZipIt (Stoica et al. 2023,
-    arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
+    Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means by the cosine of outputs, joint singular vectors.  ZipIt (Stoica et
+    al. 2023, arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
     arXiv:2510.14436): least squares on outputs.  EEP (Liu et al. 2024, arXiv:2407.00945): weighted sums of experts for each
     choice of the router, which it finds by an evolutionary search on a task (the search is not part of this pass).
 Formula:

@@ -330,6 +330,31 @@ def test_experts_that_data_never_chose_are_named(tiny_mixtral: Trained) -> None:
 # -- what it is worth -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "lot"),
+    [
+        ({}, {}),
+        ({"grouping": "outputs", "clustering": "hierarchical", "align": False}, {"align": False}),
+        (
+            {"grouping": "output_cosines", "clustering": "kmeans", "weighted": False, "combination": "svd", "align": False},
+            {"combination": "svd", "align": False},
+        ),
+    ],
+    ids=["M-SMoE", "HC-SMoE", "Sub-MoE"],
+)
+def test_published_forms_beat_the_lot_where_experts_have_one_origin(
+    tiny_upcycled: Trained, options: dict[str, Any], lot: dict[str, Any]
+) -> None:
+    batch = tiny_upcycled.held_out
+    assert batch is not None
+    chosen = tiny_upcycled.operate({"merge_experts": {"groups": 8, **options}}).loss(batch)
+    random = [
+        tiny_upcycled.operate({"merge_experts": {"groups": 8, "grouping": "random", "seed": seed, **lot}}).loss(batch)
+        for seed in range(3)
+    ]
+    assert chosen < statistics.mean(random) - 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # about a hundred merged models
 def test_every_method_beats_the_lot(tiny_mixtral: Trained) -> None:
