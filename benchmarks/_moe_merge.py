@@ -77,11 +77,17 @@ def _rows(mixtures: Mixtures) -> list[Row]:
     return found
 
 
+UNEVEN = (
+    "Experts are strangers and unevenly used (above), and what they are compared by does not know how often they are chosen: "
+    "it joins those that are in use all the time, so that more choices get another expert than by lot (above). Weighed by use "
+    "(Ward's linkage, the default, or k-means) the same outputs beat chance, and unweighted ones do on the other model."
+)
 WHY: dict[str, str] = {
-    "merge: outputs, hierarchical;*": "HC-SMoE's own form: distances of mean outputs do not know how often an expert is "
-    "chosen, and here join two that are in use all the time. With Ward's linkage, which weighs them, the same outputs beat "
-    "chance: the default.",
-    "merge: outputs, kmeans, not weighted;*": "As for linkage; with experts weighed by use, the default, k-means beats chance.",
+    f"{MIXTURES[0].model} | * | merge: outputs, hierarchical;*": UNEVEN,
+    f"{MIXTURES[0].model} | * | merge: outputs, kmeans, not weighted;*": UNEVEN,
+    f"{MIXTURES[0].model} | * | merge: output_cosines, kmeans, not weighted;*": UNEVEN,
+    "* | merge: router_logits, global;*": "One budget by use takes most experts from the block that uses them least evenly, "
+    "here the first, where a wrong output costs most: all later ones read it.",
 }
 
 CLAIMS: Claims = [

@@ -1,6 +1,6 @@
 """Every way between dense networks and experts on the trained models: held-out loss, size, latency, seconds.
 
-    python benchmarks/moe.py                 all rows (about half an hour on one core)
+    python benchmarks/moe.py                 all rows (about an hour on one core)
     python benchmarks/moe.py --only 'kmeans*'  some rows, by method or by 'model | budget | method'; the others keep the
                                              figures that are there
     python benchmarks/moe.py --missing         rows that have no figures yet

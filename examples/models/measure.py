@@ -20,6 +20,14 @@ HERE = Path(__file__).resolve().parent
 WINDOW = 256
 """Tokens per training sequence and per window of the held-out evaluation."""
 
+ORIGINS = {
+    "tiny-upcycled": "It is `../tiny-llama` without the two blocks that matter least, every feed-forward network made sixteen\n"
+    "experts by surgeon's `upcycle_ffn`: four copies cut into four parts each, half of the neurons of all copies\n"
+    "but the first drawn anew. It was trained further with a balancing loss of weight 0.01 in every layer, so\n"
+    "that experts i, i + 4, i + 8 and i + 12 have a common origin, and all are in use.",
+}
+"""Where a model comes from, by its name, as its README says it."""
+
 
 def held_out_windows(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, float]:
     """``heldout.txt`` as non-overlapping windows, without special tokens, and its mean token length.
@@ -121,6 +129,7 @@ def describe(name: str) -> str:
         f"A small trained `{type(model).__name__}` on which the tests judge quality. It predicts Python source code",
         "and is of no other use.",
         "",
+        *([ORIGINS[name], ""] if name in ORIGINS else []),
         table(
             ["", "value"],
             [
