@@ -372,7 +372,7 @@ def test_every_method_beats_the_lot(tiny_mixtral: Trained) -> None:
     plain = chance(combination="mean", align=False)
     for options, combination in itertools.product(GROUPINGS, COMBINATIONS):
         if options == {"grouping": "output_cosines", "clustering": "hierarchical"}:
-            continue  # joins experts that are in use all the time: knows neither how often they are chosen nor how large they are
+            continue  # joins experts in use all the time: knows neither how often they are chosen nor how large they are
         assert loss(**options, combination=combination) < plain, (options, combination)
     for combination, refit in itertools.product(COMBINATIONS, (False, True)):
         same = {"combination": combination, "refit": refit}
