@@ -86,8 +86,8 @@ WHY: dict[str, str] = {
     f"{MIXTURES[0].model} | * | merge: outputs, hierarchical;*": UNEVEN,
     f"{MIXTURES[0].model} | * | merge: outputs, kmeans, not weighted;*": UNEVEN,
     f"{MIXTURES[0].model} | * | merge: output_cosines, kmeans, not weighted;*": UNEVEN,
-    "* | merge: router_logits, global;*": "One budget by use takes most experts from the block that uses them least evenly, "
-    "here the first, where a wrong output costs most: all later ones read it.",
+    "* | merge: router_logits, global;*": "One budget by use takes most experts from the block that uses them least evenly: "
+    "6, 13, 15 and 14 stay where 12 may on average. That is the first, which costs most to lose (README of the model).",
 }
 
 CLAIMS: Claims = [

@@ -273,11 +273,16 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["", "## Methods that do not beat chance", ""]
     beaten = [row for key, row in results.items() if key in chance and row["loss"] >= results[chance[key]]["loss"]]
     lines += ["| model | method | budget | loss | chance | why |", "|---|---|---|--:|--:|---|"] if beaten else ["None."]
+    reasons: list[str] = []
     for row in beaten:
         lot = results[chance[_key(row)]]
         why = next((text for pattern, text in WHY.items() if fnmatchcase(_key(row), pattern)), "")
+        if why and why not in reasons:
+            reasons.append(why)
+        number = str(reasons.index(why) + 1) if why else ""
         spread = f"{lot['loss']:.4f} ({min(lot['losses']):.2f} to {max(lot['losses']):.2f})"
-        lines.append(f"| {row['model']} | {row['method']} | {row['budget']} | {row['loss']:.4f} | {spread} | {why} |")
+        lines.append(f"| {row['model']} | {row['method']} | {row['budget']} | {row['loss']:.4f} | {spread} | {number} |")
+    lines += ["", *(f"{number}. {why}" for number, why in enumerate(reasons, 1))]
     return "\n".join([*lines, ""])
 
 

@@ -20,7 +20,9 @@ Formula:
     Neither HC-SMoE nor Sub-MoE aligns neurons: experts that grew out of one network have them in one order.  Their forms
     are ``{grouping: outputs, clustering: hierarchical, align: false}`` and ``{grouping: output_cosines, clustering: kmeans,
     weighted: false, combination: svd, align: false}``.
-@@WHY@@
+    Both, and k-means with c_e = 1, do not know how often an expert is chosen.  On the models of benchmarks/results/moe.md
+    they beat groups by lot where experts have a common origin and are evenly used (tiny-upcycled), and not where they are
+    strangers and unevenly used (tiny-mixtral): there they join two that are in use all the time.  So ``outputs`` has ward.
     With ``budget: global`` every layer's k most chosen experts count first, then experts of all layers by
     ``c_e / sum c`` until the budget is reached; so many groups the layer gets.
     Alignment with the group's most chosen expert d: the permutation p of neurons that maximises
