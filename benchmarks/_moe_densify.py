@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from _moe_row import LOTS, Claims, Row
+from _moe_row import LOTS, MIXTURES, Claims, Mixtures, Row
 
 from surgeon.graph import Graph
 from surgeon.passes.densify_moe import DensifyMoEPlan, DensifyOne
@@ -34,13 +36,21 @@ def weights_by_lot(graph: Graph, structure: Structure, seed: int) -> DensifyMoEP
 
 def rows() -> list[Row]:
     """Every way to one network, with and without refit, and random ones."""
-    model, found = "tiny-mixtral", []
+    return [*(row for mixtures in MIXTURES for row in (*_rows(mixtures), *_merged(mixtures))), *_copies()]
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "mean": {}, "mean, uniform": {"weights": "uniform"}, "mean, not aligned": {"align": False},
+    "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"},
+}  # fmt: skip
+"""From many experts to a network as wide as one."""
+
+
+def _rows(mixtures: Mixtures) -> list[Row]:
+    model, found = mixtures.model, []
     for budget, lot, chance, methods in (
-        ("dense, 1 expert wide", "one expert by lot", one_expert, {
-            "mean": {}, "mean, uniform": {"weights": "uniform"}, "mean, not aligned": {"align": False},
-            "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"},
-        }),
-        ("dense, 8 experts wide", "all experts, weighed by lot", weights_by_lot, {"sum": {"method": "sum"}}),
+        ("dense, 1 expert wide", "one expert by lot", one_expert, METHODS),
+        (f"dense, {mixtures.experts} experts wide", "all experts, weighed by lot", weights_by_lot, {"sum": {"method": "sum"}}),
     ):  # fmt: skip
         common = {"method": "sum"} if "sum" in methods else {}
         for refit, suffix in ((True, ""), (False, ", not refitted")):
@@ -49,6 +59,40 @@ def rows() -> list[Row]:
             for method, fields in methods.items():
                 step = {"densify_moe": {**fields, "refit": refit}}
                 found.append(Row(model, budget, f"densify: {method}{suffix}", [step], chance=lot + suffix))
+    return found
+
+
+def _merged(mixtures: Mixtures) -> list[Row]:
+    """As wide as the experts of one token: merged to so many, these side by side."""
+    model, wide = mixtures.model, mixtures.top_k
+    budget, found = f"dense, {wide} experts wide", []
+    for refit, suffix in ((True, ""), (False, ", not refitted")):
+        dense = {"densify_moe": {"method": "sum", "refit": refit}}
+        for combination, fields in (
+            ("", {}), (", not aligned", {"align": False}), (", mean", {"combination": "mean"}),
+        ):  # fmt: skip
+            lot, common = f"random groups{combination}, summed{suffix}", {"groups": wide, **fields}
+            random = {"merge_experts": {**common, "grouping": "random", "seed": "$seed"}}
+            found.append(Row(model, budget, lot, [random, dense], seeds=LOTS, random=True))
+            for grouping, own in (
+                ("router_logits", {}),
+                ("outputs", {"grouping": "outputs"}),
+                ("outputs, hierarchical", {"grouping": "outputs", "clustering": "hierarchical"}),
+                ("token_outputs", {"grouping": "token_outputs"}),
+            ):
+                steps = [{"merge_experts": {**common, **own}}, dense]
+                found.append(Row(model, budget, f"merge: {grouping}{combination}, summed{suffix}", steps, chance=lot))
+    return found
+
+
+def _copies() -> list[Row]:
+    """Experts that are copies of one network but for noise, as an upcycled mixture starts, made one network again."""
+    upcycle = {"upcycle_ffn": {"experts": 8, "top_k": 2, "noise": 0.5}}
+    budget, lot = "8 noisy copies, made dense", "one expert by lot, not refitted"
+    found = [Row("tiny-llama", budget, lot, [upcycle, {"densify_moe": {"refit": False}}], one_expert, None, LOTS, True)]
+    for method, fields in METHODS.items():
+        steps = [upcycle, {"densify_moe": {**fields, "refit": False}}]
+        found.append(Row("tiny-llama", budget, f"densify: {method}, not refitted", steps, chance=lot))
     return found
 
 
@@ -63,7 +107,15 @@ CLAIMS: Claims = [
 ]  # fmt: skip
 
 WHY: dict[str, str] = {
-    "densify: *, not refitted": "The experts were trained from random weights, not copied from one network; the paper distils "
-    "afterwards, which the refit stands for.",
+    "tiny-llama | * | densify: svd, *": "Half of the rank goes, which one copy by lot keeps; the paper distils afterwards.",
+    "tiny-llama | * | densify: top_columns, *": "The largest columns of copies are the same neurons again: most of the network "
+    "is missing. Experts that are strangers (tiny-mixtral) have others each, and it beats chance.",
+    f"{MIXTURES[0].model} | * | merge: *, not aligned, summed*": "Neurons of strangers stand in no common order; the paper "
+    "aligns them, and so it beats chance.",
+    f"{MIXTURES[0].model} | * | densify: *": "The experts were trained from random weights, not copied from one network (see "
+    "the cosine of weights); the paper distils afterwards, which the refit stands for. Of copies (tiny-llama) it beats chance.",
+    f"{MIXTURES[1].model} | * | densify: *": "Four experts run for each token, each a part of the network that it was, and no "
+    "part stands for another; what joins them to the width of one averages parts that are not alike. At the width of four, "
+    "after like ones were merged, the same model beats chance.",
 }
 """Why a method does not beat chance, by pattern."""

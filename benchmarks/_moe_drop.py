@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _moe_row import LOTS, Claims, Row
+from _moe_row import LOTS, MIXTURES, Claims, Mixtures, Row
+from torch import fx
 
 from surgeon.rewrite import Editor
 from surgeon.structure import Structure
 
-MODEL, EXPERTS = "tiny-mixtral", 8
 CRITERIA = ("frequency", "soft_frequency", "gate_mass", "activation_norm", "reap", "reconstruction")
 FRACTIONS = (0.1, 0.2, 0.3)
 
@@ -20,62 +20,86 @@ aten = torch.ops.aten
 
 def rows() -> list[Row]:
     """Dropping and skipping."""
-    return [*_drop(), *_skip()]
+    return [row for mixtures in MIXTURES for row in (*_drop(mixtures), *_skip(mixtures))]
 
 
-def _drop() -> list[Row]:
-    """Every criterion at 6 and 4 of 8 experts, and random ones that they are compared with."""
-    rows = []
-    for keep in (6, 4):
-        budget = f"{keep} of {EXPERTS} experts"
+def _drop(mixtures: Mixtures) -> list[Row]:
+    """Every criterion at three quarters and half of the experts, and random ones that they are compared with."""
+    model, rows = mixtures.model, []
+    for keep in mixtures.kept(3, 2):
+        budget = f"{keep} of {mixtures.experts} experts"
         lot = {"keep": keep, "criterion": "random", "seed": "$seed"}
-        rows.append(Row(MODEL, budget, "drop: random", [{"drop_experts": lot}], None, None, LOTS, True))
+        rows.append(Row(model, budget, "drop: random", [{"drop_experts": lot}], None, None, LOTS, True))
         for criterion in CRITERIA:
             for scope in ("layer", "global"):
                 fields = {"keep": keep, "criterion": criterion, "budget": scope}
-                rows.append(Row(MODEL, budget, f"drop: {criterion}, {scope}", [{"drop_experts": fields}]))
+                rows.append(Row(model, budget, f"drop: {criterion}, {scope}", [{"drop_experts": fields}]))
         greedy: dict[str, Any] = {"keep": keep, "criterion": "reconstruction", "exhaustive": 1, "beam": 1}
-        rows.append(Row(MODEL, budget, "drop: reconstruction (greedy), layer", [{"drop_experts": greedy}]))
+        rows.append(Row(model, budget, "drop: reconstruction (greedy), layer", [{"drop_experts": greedy}]))
     return rows
 
 
-def _skip() -> list[Row]:
-    """Thresholds at several shares of skipped pairs, the published one, one expert per token, and skipping by lot."""
-    rows = []
+def _skip(mixtures: Mixtures) -> list[Row]:
+    """Thresholds at several shares of skipped pairs, the published one, fewer experts per token, and skipping by lot."""
+    model, k, rows = mixtures.model, mixtures.top_k, []
+
+    def lot(budget: str, chance: Callable[[Editor, Structure, int], None]) -> None:
+        # no threshold is met at beta 0: what is skipped is what the edit skips
+        rows.append(Row(model, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
+
     for fraction in FRACTIONS:
         budget = f"{fraction:.0%} of pairs skipped"
-        chance = by_lot(fraction)
-        # no threshold is met at beta 0: what is skipped is what the edit skips
-        rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
-        rows.append(Row(MODEL, budget, "skip: ratio", [{"skip_experts": {"fraction": fraction}}]))
+        lot(budget, by_lot(fraction))
+        rows.append(Row(model, budget, "skip: ratio", [{"skip_experts": {"fraction": fraction}}]))
         for by, suffix in (("norm", ""), ("attention", " by attention")):
             fields = {"fraction": fraction, "protect": 0.02, "protect_by": by}
-            rows.append(Row(MODEL, budget, f"skip: ratio, 2% protected{suffix}", [{"skip_experts": fields}]))
-    chance = by_lot(0.25)
-    budget = "25% of pairs skipped"
-    rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
-    rows.append(Row(MODEL, budget, "skip: ratio below the median", [{"skip_experts": {"beta": "median"}}]))
-    budget = "1 expert per token"
-    chance = by_lot(0.5, either=True)
-    rows.append(Row(MODEL, budget, "skip: random", [{"skip_experts": {"beta": 0.0}}], None, chance, LOTS, True))
-    rows.append(Row(MODEL, budget, "skip: top 1", [{"skip_experts": {"top_k": 1}}]))
+            rows.append(Row(model, budget, f"skip: ratio, 2% protected{suffix}", [{"skip_experts": fields}]))
+    fraction = 0.5 * (k - 1) / k  # half of the pairs but each token's best one
+    budget = f"{100 * fraction:g}% of pairs skipped"
+    lot(budget, by_lot(fraction))
+    rows.append(Row(model, budget, "skip: ratio below the median", [{"skip_experts": {"beta": "median"}}]))
+    for left in sorted({1, k // 2}, reverse=True):
+        budget = f"{left} expert{'s' if left > 1 else ''} per token"
+        lot(budget, fewer_by_lot(left))
+        rows.append(Row(model, budget, f"skip: top {left}", [{"skip_experts": {"top_k": left}}]))
     return rows
 
 
-def by_lot(fraction: float, either: bool = False) -> Callable[[Editor, Structure, int], None]:
-    """An edit by which tokens skip their second expert of two (or ``either``), whatever it weighs, by a hash of the input."""
+def by_lot(fraction: float) -> Callable[[Editor, Structure, int], None]:
+    """An edit by which this share of all pairs is skipped, each token's best expert aside, whatever the others weigh."""
+
+    def skipped(editor: Editor, weight: fx.Node, phase: fx.Node) -> fx.Node:
+        k = weight.meta["val"].shape[-1]
+        best = editor.call(aten.amax.default, weight, [-1], True)
+        picked = editor.call(aten.lt.Scalar, phase, fraction * k / (k - 1))
+        return editor.call(aten.logical_and.default, picked, editor.call(aten.lt.Tensor, weight, best))
+
+    return _edit(skipped)
+
+
+def fewer_by_lot(left: int) -> Callable[[Editor, Structure, int], None]:
+    """An edit by which each token keeps so many of its experts, whatever they weigh."""
+
+    def skipped(editor: Editor, weight: fx.Node, phase: fx.Node) -> fx.Node:
+        pairs = [editor.call(aten.unsqueeze.default, phase, axis) for axis in (-2, -1)]
+        before = editor.call(aten.sum.dim_IntList, editor.call(aten.gt.Tensor, *pairs), [-1])
+        return editor.call(aten.ge.Scalar, before, left)
+
+    return _edit(skipped)
+
+
+def _edit(skipped: Callable[[Editor, fx.Node, fx.Node], fx.Node]) -> Callable[[Editor, Structure, int], None]:
+    """An edit that skips what is drawn, by a hash of the mixture's input for every pair of a token and an expert."""
 
     def edit(editor: Editor, structure: Structure, seed: int) -> None:
         for site in structure.moes():
-            moe = site.part
+            moe, k = site.part, site.part.top_k
             with editor.before(moe.node):
                 # the digits behind the fourth say nothing of the token
-                phase = editor.call(aten.mul.Scalar, editor.call(aten.slice.Tensor, moe.input, 1, seed, seed + 1), 1e4)
+                columns = editor.call(aten.slice.Tensor, moe.input, 1, k * seed, k * (seed + 1))
+                phase = editor.call(aten.mul.Scalar, columns, 1e4)
                 phase = editor.call(aten.sub.Tensor, phase, editor.call(aten.floor.default, phase))
-                picked = editor.call(aten.lt.Scalar, phase, 0.5 if either else 2 * fraction)
-                second = editor.call(aten.lt.Tensor, moe.weight, editor.call(aten.amax.default, moe.weight, [-1], True))
-                skipped = editor.call(aten.eq.Tensor if either else aten.logical_and.default, picked, second)
-                kept = editor.call(aten.masked_fill.Scalar, moe.weight, skipped, 0.0)
+                kept = editor.call(aten.masked_fill.Scalar, moe.weight, skipped(editor, moe.weight, phase), 0.0)
                 shared = editor.call(aten.div.Tensor, kept, editor.call(aten.sum.dim_IntList, kept, [-1], True))
             editor.redirect(moe.node, moe.weight, shared)
 

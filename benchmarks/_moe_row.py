@@ -22,6 +22,28 @@ Claims = list[tuple[str, str, str, str]]
 
 
 @dataclass(frozen=True)
+class Mixtures:
+    """A trained model of mixtures.
+
+    Attributes:
+        model: folder in ``examples/models``.
+        experts: of every mixture.
+        top_k: experts per token.
+    """
+
+    model: str
+    experts: int
+    top_k: int
+
+    def kept(self, *parts: int) -> list[int]:
+        """So many quarters of the experts."""
+        return [part * self.experts // 4 for part in parts]
+
+
+MIXTURES = (Mixtures("tiny-mixtral", 8, 2), Mixtures("tiny-upcycled", 16, 4))
+
+
+@dataclass(frozen=True)
 class Row:
     """One method at one budget.
 

@@ -1,8 +1,9 @@
 """Every way between dense networks and experts on the trained models: held-out loss, size, latency, seconds.
 
-    python benchmarks/moe.py                 all rows (about half an hour on one core)
-    python benchmarks/moe.py --only 'kmeans*'  some rows; the others keep the figures that are there
-    python benchmarks/moe.py --missing         rows that have no figures yet
+    python benchmarks/moe.py                 all rows (about an hour on one core)
+    python benchmarks/moe.py --only 'kmeans*'  some rows, by method or by 'model | budget | method'; the others keep the
+                                             figures that are there
+    python benchmarks/moe.py --missing         rows that have no figures yet, or no latency (unless --no-latency)
 
 The rows are in ``_moe_split.py``, ``_moe_densify.py``, ``_moe_merge.py`` and ``_moe_drop.py``.
 Writes ``benchmarks/results/moe.json`` and ``moe.md``.  A new method is one more ``Row``; a claim of a paper about
@@ -31,7 +32,8 @@ import _moe_drop
 import _moe_merge
 import _moe_split
 import torch
-from _moe_row import Row
+from _moe_facts import FACTS, facts
+from _moe_row import MIXTURES, Row
 from _rows import RESULTS, arguments, earlier, is_wanted
 from torch import Tensor
 
@@ -55,7 +57,7 @@ WINDOWS, LENGTH = 64, 128  # of held-out text; half as many windows of calibrati
 ROWS: list[Row] = [
     Row("tiny-llama", "untouched", "dense", []),
     *_moe_split.rows(),
-    Row("tiny-mixtral", "untouched", "mixture", []),
+    *(Row(mixtures.model, "untouched", "mixture", []) for mixtures in MIXTURES),
     *_moe_densify.rows(),
     *_moe_merge.rows(),
     *_moe_drop.rows(),
@@ -65,7 +67,7 @@ CLAIMS = [*_moe_split.CLAIMS, *_moe_densify.CLAIMS, *_moe_merge.CLAIMS, *_moe_dr
 """Source, better and worse methods, budgets at which they are compared (a pattern)."""
 
 WHY = {**_moe_densify.WHY, **_moe_merge.WHY}
-"""Why a method does not beat chance, by pattern."""
+"""Why a method does not beat chance, by pattern over ``model | budget | method``."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Bench:
 
 @cache
 def bench(model: str) -> Bench:
-    graph = trace(EXAMPLES / model)
+    graph = trace(EXAMPLES / model, dtype="float32")
     spec = Calibration(text=EXAMPLES / "calibration.txt", samples=WINDOWS // 2, length=LENGTH)
     rows = tokenize_file(EXAMPLES / "heldout.txt", graph, LENGTH, None, lines=False, limit=WINDOWS, seed=1)
     held_out = collate(rows, graph, tokenizer_for(graph))
@@ -105,7 +107,7 @@ def lowered(graph: Graph, folder: Path) -> Artifact:
 def operate(row: Row, seed: int) -> tuple[Graph, float]:
     """The model after the row's passes, and the seconds they took."""
     base = bench(row.model)
-    graph, start = base.graph, time.perf_counter()
+    graph, start = base.graph, time.process_time()  # one thread: seconds of a core, also where others use the machine
     for number, item in enumerate(row.steps):
         (name, fields), last = next(iter(item.items())), number == len(row.steps) - 1
         step = make_pass({name: {key: seed if value == "$seed" else value for key, value in fields.items()}})
@@ -116,7 +118,7 @@ def operate(row: Row, seed: int) -> tuple[Graph, float]:
         plan = row.plan(graph, structure, seed) if row.plan is not None and last else None
         run_pass(step, editor, structure, lambda: base.calibration, plan, Progress(False))
         editor.finish()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if row.edit is not None:
         editor = Editor(graph)
         row.edit(editor, discover(graph), seed)
@@ -205,6 +207,8 @@ def measure(row: Row, with_latency: bool) -> dict[str, Any]:
         "parameters": parameter_count(graph), "active": active_parameters(graph, bench(row.model).held_out),
         "seconds": seconds, "recipe": [dict(step) for step in row.steps],
     }  # fmt: skip
+    if not row.steps:
+        found["experts"] = facts(graph, bench(row.model).calibration)
     return found | (latency(row, graph) if with_latency else {})
 
 
@@ -218,7 +222,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "for `merge` with the same combination, for `densify` with or without refit alike. Latency is the artefact's "
         "(onnxruntime, float32, one thread, fastest run) for 1 x 16 and 8 x 128 tokens, as a multiple of the untouched "
         "model's artefact measured in turn with it; rows whose graphs differ in weights only share one measurement. On models "
-        "as small as these it is mostly overhead of operators.",
+        "as small as these it is mostly overhead of operators. Seconds are those that the passes keep one core busy.",
     ]
     chance = _chances()
     for model in dict.fromkeys(row["model"] for row in results.values()):
@@ -236,21 +240,49 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 ]
                 figures = [f"{row['loss']:.4f}", gain, f"{row['parameters']:,}", f"{row['active']:,}", *times]
                 lines.append(f"| {budget} | {row['method']} | {' | '.join(figures)} | {row['seconds']:.1f} |")
-    lines += ["", "## Orders that papers claim", "", "| claim | budget | better | worse | holds |", "|---|---|--:|--:|---|"]
+    lines += ["", "## What the experts are like", ""]
+    lines.append("On calibration data, mean over the mixtures of a model (in brackets least and most).")
+    lines += ["", f"| | {' | '.join(mixtures.model for mixtures in MIXTURES)} |", f"|---|{'--:|' * len(MIXTURES)}"]
+    for name, title in FACTS.items():
+        cells = []
+        for mixtures in MIXTURES:
+            own = [each[name] for each in results.get(f"{mixtures.model} | untouched | mixture", {}).get("experts", [])]
+            cells.append(f"{statistics.mean(own):.2f} ({min(own):.2f} to {max(own):.2f})" if own else "")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", "## Orders that papers claim", ""]
+    lines += ["| claim | model | budget | better | worse | holds |", "|---|---|---|--:|--:|---|"]
     for text, better, worse, pattern in CLAIMS:
         for row in results.values():
             other = results.get(f"{row['model']} | {row['budget']} | {worse}")
             if row["method"] == better and other is not None and fnmatchcase(row["budget"], pattern):
                 holds = "yes" if row["loss"] < other["loss"] else "**no**"
-                lines.append(f"| {text} | {row['budget']} | {row['loss']:.4f} | {other['loss']:.4f} | {holds} |")
+                where = f"{row['model']} | {row['budget']}"
+                lines.append(f"| {text} | {where} | {row['loss']:.4f} | {other['loss']:.4f} | {holds} |")
+    lines += ["", "## Methods and chance", "", "At how many budgets of each model a method beats chance.", ""]
+    models = list(dict.fromkeys(row.model for row in ROWS))
+    lines += [f"| method | {' | '.join(models)} |", f"|---|{'--:|' * len(models)}"]
+    for method in dict.fromkeys(results[key]["method"] for key in results if key in chance):
+        cells = []
+        for model in models:
+            keys = [key for key in chance if key in results and results[key]["method"] == method]
+            own = [key for key in keys if results[key]["model"] == model]
+            better = sum(results[key]["loss"] < results[chance[key]]["loss"] for key in own)
+            cells.append(("" if better == len(own) else "**") + f"{better} of {len(own)}" * bool(own))
+            cells[-1] += "" if better == len(own) else "**"
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", "## Methods that do not beat chance", ""]
     beaten = [row for key, row in results.items() if key in chance and row["loss"] >= results[chance[key]]["loss"]]
-    lines += ["| method | budget | loss | chance | why |", "|---|---|--:|--:|---|"] if beaten else ["None."]
+    lines += ["| model | method | budget | loss | chance | why |", "|---|---|---|--:|--:|---|"] if beaten else ["None."]
+    reasons: list[str] = []
     for row in beaten:
         lot = results[chance[_key(row)]]
-        why = next((text for pattern, text in WHY.items() if fnmatchcase(row["method"], pattern)), "")
+        why = next((text for pattern, text in WHY.items() if fnmatchcase(_key(row), pattern)), "")
+        if why and why not in reasons:
+            reasons.append(why)
+        number = str(reasons.index(why) + 1) if why else ""
         spread = f"{lot['loss']:.4f} ({min(lot['losses']):.2f} to {max(lot['losses']):.2f})"
-        lines.append(f"| {row['method']} | {row['budget']} | {row['loss']:.4f} | {spread} | {why} |")
+        lines.append(f"| {row['model']} | {row['method']} | {row['budget']} | {row['loss']:.4f} | {spread} | {number} |")
+    lines += ["", *(f"{number}. {why}" for number, why in enumerate(reasons, 1))]
     return "\n".join([*lines, ""])
 
 
@@ -280,7 +312,8 @@ def main() -> None:
     before, path = earlier("moe.json"), RESULTS / "moe.json"
     results: dict[str, Any] = {}
     for row in ROWS:
-        if is_wanted(options, row.method, row.key in before):
+        known = row.key in before and (options.no_latency or "short_ms" in before[row.key])
+        if any(is_wanted(options, name, known) for name in (row.method, row.key)):
             found = measure(row, not options.no_latency)
             results[row.key] = {**before.get(row.key, {}), **found} if options.no_latency else found
             print(f"{row.key:90}{results[row.key]['loss']:9.4f}{results[row.key]['seconds']:8.1f} s", flush=True)

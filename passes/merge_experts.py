@@ -3,21 +3,26 @@
 Paper:
     M-SMoE, "Merge, Then Compress" (Li et al. 2023, arXiv:2310.01334): leaders by frequency, router logits, alignment.
     HC-SMoE (Chen et al. 2024, arXiv:2410.08589): hierarchical clustering of mean outputs; dominant neurons fixed in zip.
-    Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means, joint singular vectors.  ZipIt (Stoica et al. 2023,
-    arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
+    Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means by the cosine of outputs, joint singular vectors.  ZipIt (Stoica et
+    al. 2023, arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
     arXiv:2510.14436): least squares on outputs.  EEP (Liu et al. 2024, arXiv:2407.00945): weighted sums of experts for each
     choice of the router, which it finds by an evolutionary search on a task (the search is not part of this pass).
 Formula:
     Features f_e of the experts: ``router_logits``: the column of router scores of e over calibration tokens; ``outputs``:
     ``mean_t E_e(x_t)`` over all tokens, whether routed to e or not; ``token_outputs``: ``E_e(x_t)`` of all tokens side by
-    side; ``weights``: all of e's weights, its neurons aligned with those of expert 0; ``random``: by lot.
+    side; ``output_cosines``: the same, each divided by its norm, so that ``<f_i, f_j> = mean_t cos(E_i(x_t), E_j(x_t))``;
+    ``weights``: all of e's weights, its neurons aligned with those of expert 0; ``random``: by lot.
     Groups: ``dominant``: the g most chosen experts lead (a copy of one only where nothing else is left), every other e
     joins the leader of largest ``cos(f_e, f_d)``.  ``hierarchical``: the two clusters of least mean ``|f_i - f_j|`` are
     joined until g are left.  ``ward``: those whose union raises ``sum_e c_e |f_e - mean f of its group|^2`` least, means
     weighted by c_e, how often e is chosen.  ``kmeans``: the same sum by Lloyd's iteration (Sub-MoE and HC-SMoE have
     c_e = 1: ``weighted: false``).
-    On the models of benchmarks/results/moe.md ``hierarchical`` on mean ``outputs``, HC-SMoE's form, and k-means with
-    c_e = 1 do worse than groups by lot: they may join two experts that are in use all the time.  So ``outputs`` has ward.
+    Neither HC-SMoE nor Sub-MoE aligns neurons: experts that grew out of one network have them in one order.  Their forms
+    are ``{grouping: outputs, clustering: hierarchical, align: false}`` and ``{grouping: output_cosines, clustering: kmeans,
+    weighted: false, combination: svd, align: false}``.
+    Both, and k-means with c_e = 1, do not know how often an expert is chosen.  On the models of benchmarks/results/moe.md
+    they beat groups by lot where experts have a common origin and are evenly used (tiny-upcycled), and not where they are
+    strangers and unevenly used (tiny-mixtral): there they join two that are in use all the time.  So ``outputs`` has ward.
     With ``budget: global`` every layer's k most chosen experts count first, then experts of all layers by
     ``c_e / sum c`` until the budget is reached; so many groups the layer gets.
     Alignment with the group's most chosen expert d: the permutation p of neurons that maximises
@@ -37,7 +42,7 @@ Units:
     c_e counts tokens.
 Reads:
     Routing decisions of every selected mixture; router scores for ``router_logits``; a sample of the tokens with their
-    routing for ``outputs``, ``token_outputs``, ``align_by: activations`` and ``refit``.
+    routing for ``outputs``, ``token_outputs``, ``output_cosines``, ``align_by: activations`` and ``refit``.
 Changes:
     Expert tensors shrink to g; the index that reaches the mixture passes through the map.
 Errors:
@@ -106,12 +111,12 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     """Share of the experts to merge away, rounded down; give this or groups."""
     budget: Literal["layer", "global"] = "layer"
     """Whether every mixture keeps that many, or all together keep that many on average: more where many are in use."""
-    grouping: Literal["router_logits", "outputs", "token_outputs", "weights", "random"] = "router_logits"
-    """What makes experts alike: their router scores over tokens, their mean outputs, their outputs token by token, their
-    weights, or nothing (a lot)."""
+    grouping: Literal["router_logits", "outputs", "token_outputs", "output_cosines", "weights", "random"] = "router_logits"
+    """What makes experts alike: their router scores over tokens, their mean outputs, their outputs token by token, the
+    directions of these alone, their weights, or nothing (a lot)."""
     clustering: Literal["dominant", "hierarchical", "ward", "kmeans"] | None = None
     """How groups are found: around the most chosen experts, by average linkage, by Ward's linkage weighted by how often
-    experts are chosen, or by k-means; by default dominant for router_logits, hierarchical for weights, ward for outputs."""
+    experts are chosen, or by k-means; by default dominant for router_logits, hierarchical for weights, ward for all outputs."""
     weighted: bool = True
     """For kmeans: experts count as often as they are chosen, as they do in ward; false: all alike, as published."""
     combination: Literal["frequency", "mean", "zip", "svd"] = "frequency"
@@ -161,7 +166,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             logits = moe.logits if self.grouping == "router_logits" and _scores_experts(moe) else None
             if self.grouping != "random" or self.combination != "mean" or self.budget == "global":
                 found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, logits, moe.experts)
-            if self.grouping in ("outputs", "token_outputs") or self.apply_reads_statistics:
+            if self.grouping in ("outputs", "token_outputs", "output_cosines") or self.apply_reads_statistics:
                 operands = [argument for argument in moe.node.args[:3] if isinstance(argument, fx.Node)]
                 found[f"{site.name}.sample"] = Sample(*operands, limit=self.tokens, seed=self.seed)
         return found
@@ -234,8 +239,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
         if self.grouping == "weights":
             return stack.weight_gram(stack.aligned() if self.align else None)
         x = _routed(statistics, site.name).x
-        if self.grouping == "token_outputs":
-            return stack.output_gram(x)
+        if self.grouping in ("token_outputs", "output_cosines"):
+            return stack.output_gram(x, directions=self.grouping == "output_cosines")
         outputs = stack.mean_outputs(x)
         return outputs @ outputs.T
 

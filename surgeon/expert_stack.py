@@ -127,8 +127,13 @@ class ExpertStack:
             rows.append(mean if self.b_out is None else mean + self.b_out[expert].double())
         return torch.stack(rows)
 
-    def output_gram(self, x: Tensor) -> Tensor:
-        """``mean_t <E_i(x_t), E_j(x_t)>`` of every two experts over all tokens, [T, H] -> [E, E] float64."""
+    def output_gram(self, x: Tensor, *, directions: bool = False) -> Tensor:
+        """``mean_t <E_i(x_t), E_j(x_t)>`` of every two experts over all tokens, [T, H] -> [E, E] float64.
+
+        Args:
+            x: [T, H].
+            directions: the mean of the cosines instead; an output of zero has cosine 0 with every other.
+        """
         gram = torch.zeros(self.experts, self.experts, dtype=torch.float64)
         step = max(32, _CHUNK // (self.experts * self.w_out.shape[1]))
         for start in range(0, x.shape[0], step):
@@ -137,6 +142,8 @@ class ExpertStack:
             for expert in range(self.experts):
                 output = self.hidden(expert, rows) @ self.outputs(expert)
                 every[expert] = output if self.b_out is None else output + self.b_out[expert].to(self.dtype)
+            if directions:
+                every = torch.nn.functional.normalize(every, dim=-1, eps=torch.finfo(every.dtype).tiny)
             flat = every.flatten(1)
             gram.addmm_(flat, flat.T)
         return gram / max(x.shape[0], 1)

@@ -85,7 +85,7 @@ class Trained(Patient):
 
 
 def _trained(name: str) -> Trained:
-    graph = trace(MODELS / name)
+    graph = trace(MODELS / name, dtype="float32")
     data = load_data(Calibration(text=MODELS / "calibration.txt", samples=32, length=128), graph)
     rows = tokenize_file(MODELS / "heldout.txt", graph, 128, None, lines=False, limit=32, seed=1)
     held_out = collate(rows, graph, tokenizer_for(graph))
@@ -100,6 +100,12 @@ def tiny_llama() -> Trained:
 @pytest.fixture(scope="session")
 def tiny_mixtral() -> Trained:
     return _trained("tiny-mixtral")
+
+
+@pytest.fixture(scope="session")
+def tiny_upcycled() -> Trained:
+    """Sixteen experts that are four copies of four parts of one network, trained further and about equally used."""
+    return _trained("tiny-upcycled")
 
 
 @pytest.fixture(scope="session")

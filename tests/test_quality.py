@@ -29,14 +29,15 @@ def compare(subject: Trained, step: dict[str, Any], random_plans: list[Any]) -> 
     return chosen, statistics.mean(subject.operate(step, plan).loss(subject.held_out) for plan in random_plans)
 
 
-def test_trained_models_are_trained(tiny_llama: Trained, tiny_mixtral: Trained) -> None:
-    for model, name in ((tiny_llama, "tiny-llama"), (tiny_mixtral, "tiny-mixtral")):
+def test_trained_models_are_trained(tiny_llama: Trained, tiny_mixtral: Trained, tiny_upcycled: Trained) -> None:
+    models = ((tiny_llama, "tiny-llama"), (tiny_mixtral, "tiny-mixtral"), (tiny_upcycled, "tiny-upcycled"))
+    for model, name in models:
         assert model.held_out is not None
         loss = model.loss(model.held_out)
         assert loss < 3.0  # ln(1024) = 6.93 nats is knowing nothing
         log = [json.loads(line) for line in (MODELS / name / "training_log.jsonl").read_text().splitlines()]
         assert log[-1]["heldout_loss"] == pytest.approx(loss, abs=0.35)  # shorter windows of the same text
-        assert log[-1]["heldout_loss"] < log[0]["heldout_loss"] - 1
+        assert log[-1]["heldout_loss"] < log[0]["heldout_loss"] - (0.5 if name == "tiny-upcycled" else 1)
         assert 1e6 < parameter_count(model.graph) < 5e6
     assert {site.part.experts for site in tiny_mixtral.structure.moes()} == {8}
 

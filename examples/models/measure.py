@@ -1,4 +1,4 @@
-"""What the two small models are measured by, and the README that ``train.py`` writes from it.
+"""What the small models are measured by, and the README that ``train.py`` writes from it.
 
 Everything is measured on ``heldout.txt``, tokenised without special tokens and cut into windows of ``WINDOW`` tokens:
 the loss itself, the loss with one block or one expert deleted (a test of a choice among blocks or experts needs them to
@@ -14,11 +14,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 256
 """Tokens per training sequence and per window of the held-out evaluation."""
+
+ORIGINS = {
+    "tiny-upcycled": "It is `../tiny-llama` without the two blocks that matter least, every feed-forward network made sixteen\n"
+    "experts by surgeon's `upcycle_ffn`: four copies cut into four parts each, half of the neurons of all copies\n"
+    "but the first drawn anew. It was trained further with a balancing loss of weight 0.01 in every layer, so\n"
+    "that experts i, i + 4, i + 8 and i + 12 have a common origin, and all are in use.",
+}
+"""Where a model comes from, by its name, as its README says it."""
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, float]:
@@ -97,6 +105,7 @@ def describe(name: str) -> str:
     """
     directory = HERE / name
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    dtype = str(AutoConfig.from_pretrained(directory).dtype).removeprefix("torch.")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     windows, bytes_per_token = held_out_windows(tokenizer)
     log = [json.loads(line) for line in (directory / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -120,6 +129,7 @@ def describe(name: str) -> str:
         f"A small trained `{type(model).__name__}` on which the tests judge quality. It predicts Python source code",
         "and is of no other use.",
         "",
+        *([ORIGINS[name], ""] if name in ORIGINS else []),
         table(
             ["", "value"],
             [
@@ -128,7 +138,7 @@ def describe(name: str) -> str:
                 ["vocabulary", f"{config.vocab_size} (byte-level BPE, {bytes_per_token:.2f} bytes per token)"],
                 ["embeddings", "tied" if config.tie_word_embeddings else "untied"],
                 ["parameters", f"{parameters:,}"],
-                ["weights file", f"{(directory / 'model.safetensors').stat().st_size:,} bytes, float32"],
+                ["weights file", f"{(directory / 'model.safetensors').stat().st_size:,} bytes, {dtype}"],
                 ["trained on", f"{last['tokens']:,} tokens in {last['step']:,} steps, {minutes:.0f} minutes"],
                 ["**held-out loss**", f"**{full:.4f} nats per token**"],
                 ["in bits per byte", f"{full / math.log(2) / bytes_per_token:.4f}"],

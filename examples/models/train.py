@@ -1,10 +1,15 @@
-"""Train the two small language models that the tests judge quality on.
+"""Train the three small language models that the tests and benchmarks judge quality on.
 
-Both are byte-level BPE language models of Python source code, small enough to sit in the repository as float32
+All are byte-level BPE language models of Python source code, small enough to sit in the repository as float32
 safetensors and trained far enough that their blocks and experts carry real signal:
 
 * ``tiny-llama``: a dense decoder (``LlamaForCausalLM``), untied embeddings, two key/value heads for four query heads;
-* ``tiny-mixtral``: a sparse decoder (``MixtralForCausalLM``), eight experts of which two run, tied embeddings.
+* ``tiny-mixtral``: a sparse decoder (``MixtralForCausalLM``), eight experts of which two run, tied embeddings; trained from
+  random weights with little balancing, so that its experts are strangers to each other and unequally used;
+* ``tiny-upcycled``: a sparse decoder whose experts have a common origin and are about equally used, as in Qwen1.5-MoE and
+  its like: ``tiny-llama`` less the two blocks that matter least, every feed-forward network made four copies of four parts
+  each, sixteen experts of which four run, half of the neurons of all copies but the first drawn anew (Drop-Upcycling,
+  arXiv:2502.19261), by surgeon's own passes; then trained further with the customary balancing loss.
 
 The text is the Python standard library of the interpreter that runs this script, split by file into a training and a
 held-out part by a hash of each file's relative path. Written beside this file::
@@ -14,10 +19,11 @@ held-out part by a hash of each file's relative path. Written beside this file::
     calibration.txt      excerpts of training files, for passes that look at data
     tiny-llama/ ...      config, weights, tokenizer, training_log.jsonl, README.md with measured numbers
     tiny-mixtral/ ...
+    tiny-upcycled/ ...
 
 Usage::
 
-    python examples/models/train.py                          # everything, half an hour on two CPU cores
+    python examples/models/train.py                          # everything, 40 minutes on two CPU cores
     python examples/models/train.py --models tiny-llama      # one model (tokenizer and texts are rebuilt, identically)
     python examples/models/train.py --describe               # measure the saved models again and rewrite their READMEs
 
@@ -33,8 +39,10 @@ import json
 import math
 import platform
 import sysconfig
+import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +53,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -52,6 +61,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import surgeon
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 VOCABULARY = 1024
@@ -76,29 +88,30 @@ class Recipe:
     """How one model is built and trained.
 
     Attributes:
-        config: the transformers configuration, as saved.
-        architecture: class of the model.
+        build: the model before the first step.
         steps: optimiser steps.
         batch: sequences of ``WINDOW`` tokens per step.
         peak: learning rate after the warm-up; it falls to a twentieth of that along half a cosine.
         autocast: run the forward pass in bfloat16 where torch considers that safe. Measured on a CPU with AVX512-BF16
             it makes the dense model 1.6x faster and the sparse one 1.6x slower, because experts see few rows each.
-        router_loss: weight of the load-balancing loss. Small, so that experts specialise and their use is uneven.
-        forward: further keyword arguments of the forward call in training.
+        router_loss: weight of the load-balancing loss; 0 for a model without experts.
+        each_layer: balance the use of experts in every layer, as the papers do; transformers balances the sum over layers,
+            which lets single layers go uneven.
+        dtype: of the saved weights; the last figures of the log are those of the weights rounded to it.
     """
 
-    config: LlamaConfig | MixtralConfig
-    architecture: type[PreTrainedModel]
+    build: Callable[[], PreTrainedModel]
     steps: int
     batch: int = 16
     peak: float = 3e-3
     autocast: bool = False
     router_loss: float = 0.0
-    forward: dict[str, Any] = field(default_factory=dict)
+    each_layer: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 def recipes(bos: int, eos: int, pad: int) -> dict[str, Recipe]:
-    """The two models by directory name, given the ids of the special tokens."""
+    """The models by directory name, given the ids of the special tokens."""
     shared: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
@@ -124,15 +137,47 @@ def recipes(bos: int, eos: int, pad: int) -> dict[str, Recipe]:
         tie_word_embeddings=True,
     )
     return {
-        "tiny-llama": Recipe(llama, LlamaForCausalLM, steps=2200, autocast=True),
+        "tiny-llama": Recipe(lambda: LlamaForCausalLM(llama), steps=2200, autocast=True),
+        # A small balancing loss, so that experts specialise and their use is uneven.
         "tiny-mixtral": Recipe(
-            mixtral,
-            MixtralForCausalLM,
-            steps=1700,
-            router_loss=mixtral.router_aux_loss_coef,
-            forward={"output_router_logits": True},
+            lambda: MixtralForCausalLM(mixtral), steps=1700, router_loss=mixtral.router_aux_loss_coef
+        ),
+        "tiny-upcycled": Recipe(
+            lambda: upcycled(HERE / "tiny-llama"),
+            steps=1000,
+            batch=8,
+            peak=2e-3,
+            router_loss=0.01,  # of Switch Transformers, arXiv:2101.03961
+            each_layer=True,
+            dtype=torch.bfloat16,
         ),
     }
+
+
+def upcycled(dense: Path) -> PreTrainedModel:
+    """The two least needed blocks of a dense checkpoint dropped, the FFNs of the others made mixtures."""
+    passes = [
+        {"drop_blocks": {"count": 2}},
+        {"upcycle_ffn": {"experts": 16, "granularity": 4, "top_k": 4, "reinitialise": 0.5}},
+    ]
+    data = {"text": HERE / "calibration.txt", "samples": 32, "length": 128}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "model"
+        surgeon.compile(dense, passes, calibration=data, backend="huggingface", output=output, progress=False)
+        return AutoModelForCausalLM.from_pretrained(output)
+
+
+def balancing_loss(logits: tuple[torch.Tensor, ...], config: MixtralConfig, each_layer: bool) -> torch.Tensor:
+    """``E sum_e f_e p_e`` with shares f of choices and mean probabilities p: top-k at least, where all are used alike.
+
+    Args:
+        logits: router scores of every layer, [tokens, experts].
+        config: of the model.
+        each_layer: the mean over layers of their own losses; otherwise f and p are those of all layers together.
+    """
+    sizes = config.num_local_experts, config.num_experts_per_tok
+    parts = [(layer,) for layer in logits] if each_layer else [logits]
+    return torch.stack([load_balancing_loss_func(part, *sizes) for part in parts]).mean()
 
 
 def progress() -> Progress:
@@ -284,11 +329,15 @@ def train(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream:
     windows, _ = held_out_windows(tokenizer)
     torch.manual_seed(SEED)
     offsets_of = torch.Generator().manual_seed(SEED)
-    model = recipe.architecture(recipe.config)
+    model = recipe.build()
+    sparse = isinstance(model.config, MixtralConfig)
+    extra = {"output_router_logits": True} if sparse else {}
     # Of the implementations for CPU the plain loop over experts trains fastest (1.15x grouped_mm); the dense model
     # has none to choose.
-    if isinstance(recipe.config, MixtralConfig):
+    if sparse:
         model.set_experts_implementation("eager")
+        model.config.router_aux_loss_coef = recipe.router_loss
+        model.router_aux_loss_coef = 0.0  # the balancing loss is added below, so that output.loss is cross entropy
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimiser = torch.optim.AdamW(
@@ -310,19 +359,23 @@ def train(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream:
             offsets = torch.randint(stream.numel() - WINDOW, (recipe.batch, 1), generator=offsets_of)
             batch = stream[offsets + span]
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
-                output = model(input_ids=batch, labels=batch, use_cache=False, **recipe.forward)
-            output.loss.backward()
+                output = model(input_ids=batch, labels=batch, use_cache=False, **extra)
+            total = output.loss
+            if sparse:
+                balance = balancing_loss(output.router_logits, model.config, recipe.each_layer)
+                total = total + recipe.router_loss * balance
+            total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
             loss = output.loss.item()
-            if recipe.router_loss:
-                # The log and the bar show cross entropy alone, comparable with the held-out loss.
-                loss -= recipe.router_loss * output.aux_loss.item()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"{name}: training loss is {loss} at step {step + 1}; lower the learning rate")
             losses.append(loss)
-            if (step + 1) % interval == 0 or step + 1 == recipe.steps:
+            last = step + 1 == recipe.steps
+            if last:
+                model.to(recipe.dtype).float()  # judged as it is saved
+            if (step + 1) % interval == 0 or last:
                 held_out = evaluate(model, windows)
                 row = {
                     "step": step + 1,
@@ -336,15 +389,15 @@ def train(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream:
                 log.flush()
                 losses.clear()
             bar.update(task, advance=1, note=f"loss {loss:.3f}")
-    model.eval()
+    model.eval().to(recipe.dtype)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def main() -> None:
-    names = ["tiny-llama", "tiny-mixtral"]
+    names = ["tiny-llama", "tiny-mixtral", "tiny-upcycled"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", choices=names, default=names, help="which models (default: both)")
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="which models (default: all)")
     parser.add_argument("--describe", action="store_true", help="only measure saved models and rewrite their READMEs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     arguments = parser.parse_args()
