@@ -133,7 +133,8 @@ def load_source(
         module = with_fake_weights(module, wanted)
     elif wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
         module = _converted(module, wanted)
-    example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
+    with calling(module):  # which may run it
+        example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
     notes: tuple[str, ...] = ()
     causal = None
     own_choice = task is None and path is not None and inputs is None and not fake
