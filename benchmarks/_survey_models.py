@@ -141,15 +141,24 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "seggpt": {"merge_index": 0, "intermediate_hidden_state_indices": [1, 2]},
     "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4},
+    "qwen2_5_omni": {"thinker_config": {"text_config": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}},
+    "timm_backbone": {"backbone": "resnet18"},
+    "vitmatte": {"convstream_hidden_sizes": [48, 96, 192], "fusion_hidden_sizes": [256, 128, 64, 32]},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
     "blip-2": {"image_token_index": 150},
     "instructblip": {"image_token_index": 150},
 }
 
 
 # What a model makes of its fields in its own code, where that is not what their names say.
-_MADE: dict[str, dict[str, set[int]]] = {
+_MADE: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"kv": {2, 4}},  # layers with a window have twice as many heads of keys
     "recurrent_gemma": {"widths": {56}},  # intermediate_size is that of gate and up together
+    "xmod": {"widths": {32, 112}},  # an adapter of half the model's width behind every network
+    "align": {"vision_config": {"layers": {48}}},  # of the 55 layers the first of each of the 7 stages has no shortcut
+    "efficientnet": {"layers": {48}},
     "swiftformer": {"layers": {12}},  # the last layer of each of the four stages has a second mixer, with a residual of its own
 }
 
@@ -169,11 +178,16 @@ def build_transformers(kind: str) -> Built:
                 base = cls.config_class  # that of the text model in a model of images and text
             config = base(**small(base(), level, filled, _FIELDS.get(kind)))
             module = _with_forward(_made(cls, config))
-            parts = [replace(part, **_MADE.get(kind, {})) for part in with_tables(said(module.config), module)]
+            parts = [_as_made(kind, part) for part in with_tables(said(module.config), module)]
             return Built(module, find_inputs(module), parts, level)
         except Exception as error:  # a class may raise anything on sizes that it was not made for
             failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
     raise NotBuilt(" || ".join(dict.fromkeys(failures)))
+
+
+def _as_made(kind: str, part: Part) -> Part:
+    made = _MADE.get(kind, {})
+    return replace(part, **made.get(part.name, {key: value for key, value in made.items() if isinstance(value, set)}))
 
 
 def _with_timm() -> None:

@@ -88,6 +88,19 @@ def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
     return {0: "batch"}
 
 
+def agreed_dims(inputs: Inputs) -> dict[str, dict[int, str]]:
+    """The default dimensions of all inputs, without those of one name whose sizes differ, which are to stay fixed.
+
+    Ids of several codebooks have more rows than their mask; texts of two tokenizers are of two lengths.
+    """
+    found = {name: default_dims(name, tensor) for name, tensor in inputs.items()}
+    sizes: dict[str, set[int]] = {}
+    for name, dims in found.items():
+        for dim, label in dims.items():
+            sizes.setdefault(label, set()).add(inputs[name].shape[dim])
+    return {name: {dim: label for dim, label in dims.items() if len(sizes[label]) == 1} for name, dims in found.items()}
+
+
 def _has(config: Any, name: str) -> bool:
     return getattr(config, name, None) is not None
 

@@ -146,7 +146,7 @@ def _size(config: Any) -> tuple[int, int, int, int | None, int | None] | None:
 
 
 def _images(config: Any) -> Iterator[Tensor]:
-    """[batch, channels, height, width], with frames after the batch where there are any.
+    """[batch, channels, height, width], after the batch with frames where there are any; beside a text also one of several.
 
     Where nothing is said of a size, images of a usual size, which a model without learned positions takes, or pairs of them.
     """
@@ -157,6 +157,8 @@ def _images(config: Any) -> Iterator[Tensor]:
         return
     channels, height, width, frames, _ = size
     yield _noise(BATCH, *(() if frames is None else (int(frames),)), channels, height, width)
+    if frames is None and isinstance(getattr(_text(config), "vocab_size", None), int):
+        yield _noise(BATCH, 1, channels, height, width)
 
 
 def _videos(config: Any) -> Iterator[Tensor]:

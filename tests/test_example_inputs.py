@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import TraceError
-from surgeon.example_inputs import default_inputs
+from surgeon.example_inputs import agreed_dims, default_inputs
 from surgeon.example_layouts import layouts
 from surgeon.fake import with_fake_weights
+from surgeon.tracing import trace
 
 
 class _Model(nn.Module):
@@ -44,8 +45,9 @@ def test_a_model_of_tokens_is_not_run_for_its_inputs() -> None:
 
 
 class _Codebooks(_Model):
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.read(input_ids.reshape(-1, self.config.num_codebooks, input_ids.shape[-1]))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.read(input_ids.reshape(-1, self.config.num_codebooks, input_ids.shape[-1])).sum(1)
+        return hidden if attention_mask is None else hidden * attention_mask[..., None]
 
 
 class _Columns(_Model):
@@ -58,6 +60,13 @@ class _Columns(_Model):
 @pytest.mark.parametrize(("kind", "shape"), [(_Codebooks, [8, 7]), (_Columns, [2, 7, 5])])
 def test_ids_of_several_codebooks(kind: type[_Model], shape: list[int]) -> None:
     assert list(default_inputs(kind(num_codebooks=4))["input_ids"].shape) == shape
+
+
+def test_dimensions_of_one_name_and_two_sizes_stay_fixed() -> None:
+    inputs = {"input_ids": torch.zeros(8, 7, dtype=torch.int64), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    assert agreed_dims(inputs) == {"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}
+    graph = trace(_Codebooks(num_codebooks=4).eval())
+    assert [port.shape for port in graph.inputs] == [(8, "sequence"), (2, "sequence")]
 
 
 class _Beside(_Model):
