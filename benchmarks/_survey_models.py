@@ -159,6 +159,9 @@ _MADE: dict[str, dict[str, Any]] = {
     "xmod": {"widths": {32, 112}},  # an adapter of half the model's width behind every network
     "align": {"vision_config": {"layers": {48}}},  # of the 55 layers the first of each of the 7 stages has no shortcut
     "efficientnet": {"layers": {48}},
+    "clap": {"audio_config": {"widths": {384, 768, 1536, 3072}}},  # twice as wide from stage to stage
+    **{kind: {"encoder": {"layers": {15}}} for kind in ("conditional_detr", "deformable_detr", "table-transformer")},
+    "dab-detr": {"encoder": {"layers": {16}}},  # in the stream of the encoder lie 12 blocks of its backbone
     "swiftformer": {"layers": {12}},  # the last layer of each of the four stages has a second mixer, with a residual of its own
 }
 
@@ -344,21 +347,20 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
         {**_SMALL, "num_layers": 2, "num_single_layers": 3, "in_channels": 16, "joint_attention_dim": 32,
          "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
         lambda: {**_tensors(hidden_states=(2, 16, 16), encoder_hidden_states=(2, 5, 32), pooled_projections=(2, 32))(),
-                 "timestep": torch.tensor([0.1, 0.7]), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3),
-                 "guidance": torch.tensor([3.5, 3.5])},
+                 "timestep": torch.tensor([0.1, 0.7]), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)},
     ),
     "HunyuanDiT2DModel": (
         {**_SMALL, "num_layers": 4, "in_channels": 4, "sample_size": 8, "hidden_size": 64, "patch_size": 2,
          "cross_attention_dim": 32, "cross_attention_dim_t5": 32, "pooled_projection_dim": 16, "text_len": 5, "text_len_t5": 5,
          "activation_fn": "gelu-approximate", "use_style_cond_and_image_meta_size": False},
-        _tensors(hidden_states=(2, 4, 8, 8), timestep=(2,), encoder_hidden_states=(2, 5, 32),
-                 text_embedding_mask=(2, 5), encoder_hidden_states_t5=(2, 5, 32), text_embedding_mask_t5=(2, 5),
-                 image_rotary_emb=(2, 16, 16)),
+        lambda: {**_tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), text_embedding_mask=(2, 5),
+                            encoder_hidden_states_t5=(2, 5, 32), text_embedding_mask_t5=(2, 5),
+                            image_rotary_emb=(2, 16, 16))(), "timestep": torch.tensor([7.0, 400.0])},
     ),
     "LTXVideoTransformer3DModel": (
         {**_SMALL, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "caption_channels": 32},
-        lambda: {**_tensors(hidden_states=(2, 16, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,))(),
-                 "encoder_attention_mask": torch.ones(2, 5)},
+        lambda: {**_tensors(hidden_states=(2, 16, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,),
+                            video_coords=(2, 3, 16))(), "encoder_attention_mask": torch.ones(2, 5)},
     ),
     "AuraFlowTransformer2DModel": (
         {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 2,

@@ -547,7 +547,8 @@ def test_cross_attention_makes_encoder_and_decoder() -> None:
     }
 
 
-def test_positions_beside_the_features_of_a_query_add_no_heads() -> None:
+@pytest.mark.parametrize("constant", [False, True])
+def test_positions_beside_the_features_of_a_query_add_no_heads(constant: bool) -> None:
     class Placed(Attend):
         """Every head of queries and keys has as many features of positions behind its own."""
 
@@ -556,6 +557,7 @@ def test_positions_beside_the_features_of_a_query_add_no_heads() -> None:
             self.place = nn.Linear(8, 32)
 
         def forward(self, x: Tensor, source: Tensor | None = None, code: Tensor | None = None) -> Tensor:
+            code = torch.arange(8.0).expand(2, 6, 8) if constant else code
             q, k, v, at = (p(t).unflatten(-1, (4, -1)) for p, t in ((self.q, x), (self.k, x), (self.v, x), (self.place, code)))
             q, k = torch.cat([q, at], dim=-1), torch.cat([k, at], dim=-1)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -229,7 +229,7 @@ def _projection(
         elif operators.kind(node) in operators.LOOKUPS and not flow.inputs(node):
             blocked = node
         else:
-            beside = beside or (inside and _joins_features(flow, entry, node))
+            beside = beside or _joins_features(flow, entry if inside else None, node)
             stack.extend(flow.inputs(node))
     last = [n for n in found if not any(other is not n and flow.depends(other, n) for other in found)]
     if len(last) == 1:
@@ -244,12 +244,21 @@ def _projection(
     return None, False, between + (f"; {blocked.name} blocks" if blocked else "")
 
 
-def _joins_features(flow: Flow, entry: fx.Node, node: fx.Node) -> bool:
-    """Whether features from outside of a region are put behind those of the region; positions, as of a cache, are not."""
-    if operators.kind(node) != operators.CONCATENATE or all(flow.depends(part, entry) for part in flow.inputs(node)):
+def _joins_features(flow: Flow, entry: fx.Node | None, node: fx.Node) -> bool:
+    """Whether constant features, or such from outside of a region, are put behind others; further positions do not count.
+
+    Args:
+        flow: the graph's data flow.
+        entry: of the region, None for what comes from outside of it.
+        node: any.
+    """
+    if operators.kind(node) != operators.CONCATENATE:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return dim in (-1, len(operators.shape(node)) - 1)
+    if dim not in (-1, len(operators.shape(node)) - 1):
+        return False
+    outer = entry is not None and not all(flow.depends(part, entry) for part in flow.inputs(node))
+    return outer or any(part in flow.constant for part in node.all_input_nodes)
 
 
 def _following(flow: Flow, linears: Linears, path: frozenset[fx.Node], node: fx.Node) -> list[fx.Node]:
