@@ -171,7 +171,6 @@ _MAKERS: dict[str, Callable[[Any], Tensor]] = {
     "returns_to_go": lambda config: _noise(BATCH, SEQUENCE, 1),
     "timesteps": lambda config: torch.arange(SEQUENCE).expand(BATCH, SEQUENCE).clone(),
     "task_inputs": lambda config: _ids(config, _get(config, "task_seq_len", default=77)),
-    "decoder_input_values": lambda config: _noise(BATCH, TARGET, _get(config, "num_mel_bins", default=80)),
     "past_values_padding": lambda config: torch.zeros(BATCH, _past(config)),
     "freq": lambda config: torch.zeros(BATCH, 1, dtype=torch.int64),
     "image_embeds_position_mask": lambda config: torch.tensor([[1, 1, 0, 0, 0, 0, 0]] * BATCH),
@@ -181,5 +180,5 @@ _MAKERS: dict[str, Callable[[Any], Tensor]] = {
 }
 _WELCOME = frozenset({
     "input_ids", "attention_mask", "pixel_values", "decoder_input_ids", "past_observed_mask", "bbox", "states", "actions",
-    "rewards", "returns_to_go", "timesteps", "decoder_input_values",
+    "rewards", "returns_to_go", "timesteps",
 })  # fmt: skip

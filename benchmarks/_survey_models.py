@@ -162,6 +162,9 @@ _MADE: dict[str, dict[str, Any]] = {
     "clap": {"audio_config": {"widths": {384, 768, 1536, 3072}}},  # twice as wide from stage to stage
     **{kind: {"encoder": {"layers": {15}}} for kind in ("conditional_detr", "deformable_detr", "table-transformer")},
     "dab-detr": {"encoder": {"layers": {16}}},  # in the stream of the encoder lie 12 blocks of its backbone
+    "mask2former": {"decoder": {"layers": {2}}},  # one less than the field says
+    "oneformer": {"decoder": {"layers": {4}}},  # so here, and two layers on the queries in front of them
+    "maskformer": {"layers": {"certain": False}, "decoder_config.encoder": {"certain": False}},  # read by nothing
     "swiftformer": {"layers": {12}},  # the last layer of each of the four stages has a second mixer, with a residual of its own
 }
 

@@ -142,13 +142,14 @@ def _set(config: Any) -> dict[str, Any]:
 
 
 def _stages(config: Any, fewer: dict[str, Any]) -> dict[str, Any]:
-    """Which stages a smaller backbone gives, as many as the whole takes."""
+    """Which stages a smaller backbone gives, as many as the whole takes, the last of these its last."""
     wanted = getattr(config, "out_indices", None)
     if not wanted or not getattr(config, "stage_names", None):
         return {}
     names, count = type(config)(**fewer).stage_names, len(config.stage_names)
     last = len(names) - 1
-    chosen = sorted({index % count * last // (count - 1) for index in wanted})
+    places = [index % count for index in wanted]
+    chosen = sorted({place * last // max(1, *places) for place in places})
     if len(chosen) < len(wanted):
         chosen = list(range(max(0, len(names) - len(wanted)), len(names)))
     return {"out_indices": list(wanted) if names == config.stage_names else chosen}

@@ -28,6 +28,9 @@ _COMPARED = ("input_ids", "pixel_values", "input_features", "input_values")
 _COMPANIONS = (*_COMPARED, "pixel_values_videos", "bbox", "past_time_features", "past_observed_mask")
 """Arguments that some models do not run without although their signatures give them a default."""
 
+_DECODED = ("decoder_input_ids", "decoder_input_values", "future_values", "future_time_features")
+"""What the decoder of an encoder-decoder reads; without it some run on nothing."""
+
 
 def default_inputs(module: nn.Module, path: Path | None = None) -> Inputs:
     """Example inputs of a transformers model.
@@ -143,7 +146,7 @@ def _sets(module: nn.Module, start: list[str], path: Path | None) -> list[Callab
     """What makes the inputs of each set of arguments, in the order that ``default_inputs`` says."""
     config: Any = module.config
     accepted = inspect.signature(module.forward).parameters
-    target = ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted else []
+    target = [name for name in _DECODED if name in accepted and getattr(config, "is_encoder_decoder", False)]
     compares = _has(config, "text_config") and ("pixel_values" in start or ("input_ids" in start and not _generates(module)))
     others = [name for name in _COMPARED if name in accepted and compares and layouts(name, config)]
     known = [name for name in accepted if (name in _COMPANIONS or is_sized(name, config)) and layouts(name, config)]

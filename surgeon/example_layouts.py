@@ -246,6 +246,20 @@ def _times(config: Any) -> Iterator[Tensor]:
         yield _noise(BATCH, _past(config), count)
 
 
+def _ahead(config: Any, values: Iterator[Tensor]) -> Iterator[Tensor]:
+    """As many steps of series as are predicted."""
+    length = getattr(config, "prediction_length", None)
+    if isinstance(length, int):
+        yield from (series[:, :1].expand(-1, length, *series.shape[2:]).clone() for series in values)
+
+
+def _frames(config: Any) -> Iterator[Tensor]:
+    """Spectrograms that a decoder writes [batch, frames, bins]."""
+    bins = getattr(config, "num_mel_bins", None)
+    if isinstance(bins, int):
+        yield _noise(BATCH, TARGET, bins)
+
+
 LAYOUTS: dict[str, Callable[[Any], Iterator[Tensor]]] = {
     "input_ids": _tokens,
     "decoder_input_ids": _targets,
@@ -259,4 +273,7 @@ LAYOUTS: dict[str, Callable[[Any], Iterator[Tensor]]] = {
     "past_values": _series,
     "past_observed_mask": _observed,
     "past_time_features": _times,
+    "future_values": lambda config: _ahead(config, _series(config)),
+    "future_time_features": lambda config: _ahead(config, _times(config)),
+    "decoder_input_values": _frames,
 }

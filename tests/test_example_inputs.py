@@ -187,9 +187,11 @@ def test_what_only_values_decide_does_not_rule_out_inputs_of_fake_weights() -> N
 
 
 def test_series_reach_back_by_the_longest_lag() -> None:
-    config = SimpleNamespace(context_length=10, lags_sequence=[1, 4], input_size=1, num_time_features=3)
+    config = SimpleNamespace(context_length=10, lags_sequence=[1, 4], input_size=1, num_time_features=3, prediction_length=6)
     assert [list(t.shape) for t in layouts("past_values", config)] == [[2, 14], [2, 14, 1]]
     assert [list(t.shape) for t in layouts("past_time_features", config)] == [[2, 14, 3]]
+    assert [list(t.shape) for t in layouts("future_values", config)] == [[2, 6], [2, 6, 1]]
+    assert [list(t.shape) for t in layouts("future_time_features", config)] == [[2, 6, 3]]
     assert layouts("past_time_features", SimpleNamespace()) == []
 
 
