@@ -157,6 +157,7 @@ _MADE: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"kv": {2, 4}},  # layers with a window have twice as many heads of keys
     "recurrent_gemma": {"widths": {56}},  # intermediate_size is that of gate and up together
     "xmod": {"widths": {32, 112}},  # an adapter of half the model's width behind every network
+    "kyutai_speech_to_text": {"widths": {56}},  # ffn_dim is that of gate and up together
     "align": {"vision_config": {"layers": {48}}},  # of the 55 layers the first of each of the 7 stages has no shortcut
     "efficientnet": {"layers": {48}},
     "clap": {"audio_config": {"widths": {384, 768, 1536, 3072}}},  # twice as wide from stage to stage

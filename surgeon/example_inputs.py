@@ -92,11 +92,15 @@ def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
 
 
 def agreed_dims(inputs: Inputs) -> dict[str, dict[int, str]]:
-    """The default dimensions of all inputs, without those of one name whose sizes differ, which are to stay fixed.
+    """The default dimensions of inputs that surgeon made, without those of one name whose sizes differ, which stay fixed.
 
-    Ids of several codebooks have more rows than their mask; texts of two tokenizers are of two lengths.
+    Ids of several codebooks have more rows than their mask; texts of two tokenizers are of two lengths.  Integers of three
+    dimensions, boxes or codebooks, are several for each token.
     """
     found = {name: default_dims(name, tensor) for name, tensor in inputs.items()}
+    for name, tensor in inputs.items():
+        if tensor.dim() == 3 and not tensor.is_floating_point() and tensor.shape[1] == SEQUENCE:
+            found[name] = {0: "batch", 1: "sequence"}
     sizes: dict[str, set[int]] = {}
     for name, dims in found.items():
         for dim, label in dims.items():

@@ -69,6 +69,15 @@ def test_dimensions_of_one_name_and_two_sizes_stay_fixed() -> None:
     assert [port.shape for port in graph.inputs] == [(8, "sequence"), (2, "sequence")]
 
 
+def test_boxes_and_columns_of_codebooks_are_as_long_as_their_texts() -> None:
+    class Boxed(_Model):
+        def forward(self, input_ids: Tensor, bbox: Tensor) -> Tensor:
+            return self.read(input_ids) + bbox.sum(-1, keepdim=True)
+
+    graph = trace(Boxed().eval())
+    assert [port.shape for port in graph.inputs] == [("batch", "sequence"), ("batch", "sequence", 4)]
+
+
 class _Beside(_Model):
     """Refuses to run without what the signature calls optional."""
 
