@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import TraceError
-from surgeon.example_inputs import BATCH, SEQUENCE, TARGET, default_inputs
+from surgeon.example_inputs import default_inputs
+from surgeon.example_layouts import BATCH, SEQUENCE, TARGET
+from surgeon.source import calling
 
 Inputs = dict[str, Tensor]
 
@@ -24,10 +26,10 @@ def find_inputs(module: nn.Module) -> Inputs:
     failures = []
     for make in (default_inputs, _own, _by_names, _by_names_without_optional):
         try:
-            inputs = make(module)
-            with torch.no_grad():
+            with torch.no_grad(), calling(module):
+                inputs = make(module)
                 module(**inputs)
-            return _with_states(module, inputs)
+                return _with_states(module, inputs)
         except Exception as error:  # a model may raise anything
             text = (str(error).splitlines() or [""])[0]
             failures.append(f"{type(error).__name__}: {text}"[:160])
@@ -168,8 +170,15 @@ _MAKERS: dict[str, Callable[[Any], Tensor]] = {
     "rewards": lambda config: _noise(BATCH, SEQUENCE, 1),
     "returns_to_go": lambda config: _noise(BATCH, SEQUENCE, 1),
     "timesteps": lambda config: torch.arange(SEQUENCE).expand(BATCH, SEQUENCE).clone(),
+    "task_inputs": lambda config: _ids(config, _get(config, "task_seq_len", default=77)),
+    "past_values_padding": lambda config: torch.zeros(BATCH, _past(config)),
+    "freq": lambda config: torch.zeros(BATCH, 1, dtype=torch.int64),
+    "image_embeds_position_mask": lambda config: torch.tensor([[1, 1, 0, 0, 0, 0, 0]] * BATCH),
     "flattened_patches": lambda config: torch.cat(
         [torch.ones(BATCH, SEQUENCE, 2), _noise(BATCH, SEQUENCE, _get(config, "patch_embed_hidden_size", default=768))], -1
     ),
 }
-_WELCOME = frozenset({"input_ids", "attention_mask", "pixel_values", "decoder_input_ids", "past_observed_mask", "bbox"})
+_WELCOME = frozenset({
+    "input_ids", "attention_mask", "pixel_values", "decoder_input_ids", "past_observed_mask", "bbox", "states", "actions",
+    "rewards", "returns_to_go", "timesteps",
+})  # fmt: skip

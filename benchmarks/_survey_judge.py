@@ -160,6 +160,7 @@ _SHARED = re.compile(r"(n|num|moe_num)_shared_experts?|(moe_)?shared_(expert_)?i
 def said(config: Any, name: str = "") -> list[Part]:
     """The stacks of layers that a configuration of transformers and its parts name."""
     values = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+    values |= {k: _value(config, k) for k in _by_layer(config) if k in values}
     found = list(_stacks(config, values, name))
     for key, value in values.items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -173,8 +174,20 @@ def with_tables(parts: list[Part], module: nn.Module) -> list[Part]:
     return [replace(part, widths=part.widths | {1}) if part.experts & rows else part for part in parts]
 
 
+def _by_layer(config: Any) -> set[str]:
+    """The fields that differ between the layers of a model."""
+    return set(config._heterogeneity_spec.per_layer_attributes) if getattr(config, "is_heterogeneous", False) else set()
+
+
+def _value(config: Any, name: str) -> Any:
+    """A field; a list with that of each layer where they differ."""
+    if name in _by_layer(config):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    return getattr(config, name, None)
+
+
 def _first(config: Any, names: Iterable[str]) -> Any:
-    return next((v for n in names if (v := getattr(config, n, None)) is not None and not isinstance(v, bool)), None)
+    return next((v for n in names if (v := _value(config, n)) is not None and not isinstance(v, bool)), None)
 
 
 def _numbers(value: Any) -> set[int]:

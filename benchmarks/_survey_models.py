@@ -27,7 +27,7 @@ from tests.optional import timm as import_timm  # noqa: E402
 RANDOM = 0.08
 """Standard deviation of the random matrices."""
 
-LARGEST = 60_000_000
+LARGEST = 130_000_000
 """Parameters of the largest model that is looked at."""
 
 
@@ -104,18 +104,68 @@ def is_mixture(kind: str) -> bool:
 # What the rules of the shrinker cannot know: fields that depend on each other in one model's own way.
 _FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "doge": {"is_moe": True, "num_experts": 16},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh", "local"], "num_buckets": 4,
+                 "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    "xmod": {"default_language": "en_XX"},
+    "chameleon": {"vocabulary_map": {"<image>": 100, "IMGIMGA": 101, "IMGIMGB": 102}},
+    "cohere_compass": {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}}},
+    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+                  "indexer_compress_ratio": 2, "ngram_vocab_size_base": 160},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "wavtokenizer": {"codebook_dim": 64},
+    "mimi": {"upsample_groups": 64},
+    "csm": {"codec_config": {"upsample_groups": 64}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+                "vision_config": {"architecture": "resnet10t"}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 0}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                            "mrope_section": [3, 3, 2]}}},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                       "mrope_section": [2, 2, 2, 2]}}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2"},
+    "perception_lm": {"vision_config": {"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": 192}}},
+    "pe_video": {"video_config": {"vision_config": {"architecture": "vit_tiny_patch16_224"}}},
+    "pe_audio_video": {"audio_video_config": {"video_config": {"vision_config": {"architecture": "vit_tiny_patch16_224"}}}},
+    "edgetam": {"vision_config": {"backbone_config": {"architecture": "repvit_m1"}}},
+    "seggpt": {"merge_index": 0, "intermediate_hidden_state_indices": [1, 2]},
+    "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}}},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 4},
+    "qwen2_5_omni": {"thinker_config": {"text_config": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}},
+    "timm_backbone": {"backbone": "resnet18"},
+    "vitmatte": {"convstream_hidden_sizes": [48, 96, 192], "fusion_hidden_sizes": [256, 128, 64, 32]},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
+    "blip-2": {"image_token_index": 150},
+    "instructblip": {"image_token_index": 150},
 }
 
 
 # What a model makes of its fields in its own code, where that is not what their names say.
-_MADE: dict[str, dict[str, set[int]]] = {
+_MADE: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"kv": {2, 4}},  # layers with a window have twice as many heads of keys
     "recurrent_gemma": {"widths": {56}},  # intermediate_size is that of gate and up together
+    "xmod": {"widths": {32, 112}},  # an adapter of half the model's width behind every network
+    "kyutai_speech_to_text": {"widths": {56}},  # ffn_dim is that of gate and up together
+    "align": {"vision_config": {"layers": {48}}},  # of the 55 layers the first of each of the 7 stages has no shortcut
+    "efficientnet": {"layers": {48}},
+    "clap": {"audio_config": {"widths": {384, 768, 1536, 3072}}},  # twice as wide from stage to stage
+    **{kind: {"encoder": {"layers": {15}}} for kind in ("conditional_detr", "deformable_detr", "table-transformer")},
+    "dab-detr": {"encoder": {"layers": {16}}},  # in the stream of the encoder lie 12 blocks of its backbone
+    "mask2former": {"decoder": {"layers": {2}}},  # one less than the field says
+    "oneformer": {"decoder": {"layers": {4}}},  # so here, and two layers on the queries in front of them
+    "maskformer": {"layers": {"certain": False}, "decoder_config.encoder": {"certain": False}},  # read by nothing
     "swiftformer": {"layers": {12}},  # the last layer of each of the four stages has a second mixer, with a residual of its own
 }
 
@@ -125,20 +175,46 @@ def build_transformers(kind: str) -> Built:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    _with_timm()
     cls: Any = getattr(transformers, transformers_models()[kind])
     failures = []
-    for level in (0, 1, 2):
+    for level, filled in ((0, False), (0, True), (1, True), (2, False), (2, True)):
         try:
             base = CONFIG_MAPPING[kind]
             if cls.config_class is not None and not issubclass(base, cls.config_class):
                 base = cls.config_class  # that of the text model in a model of images and text
-            config = base(**{**small(base(), level), **_FIELDS.get(kind, {})})
-            module = _made(cls, config)
-            parts = [replace(part, **_MADE.get(kind, {})) for part in with_tables(said(module.config), module)]
+            config = base(**small(base(), level, filled, _FIELDS.get(kind)))
+            module = _with_forward(_made(cls, config))
+            parts = [_as_made(kind, part) for part in with_tables(said(module.config), module)]
             return Built(module, find_inputs(module), parts, level)
         except Exception as error:  # a class may raise anything on sizes that it was not made for
             failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
-    raise NotBuilt(" || ".join(failures))
+    raise NotBuilt(" || ".join(dict.fromkeys(failures)))
+
+
+def _as_made(kind: str, part: Part) -> Part:
+    made = _MADE.get(kind, {})
+    return replace(part, **made.get(part.name, {key: value for key, value in made.items() if isinstance(value, set)}))
+
+
+def _with_timm() -> None:
+    """Lets transformers use timm, whose models need no torchvision."""
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    import_timm()
+    utils.is_timm_available = import_utils.is_timm_available = lambda: True
+    import_utils.BACKENDS_MAPPING["timm"] = (lambda: True, import_utils.BACKENDS_MAPPING["timm"][1])
+
+
+def _with_forward(module: nn.Module) -> nn.Module:
+    """The model, or where it only generates the first of its parts that is one."""
+    if getattr(type(module), "forward", None) is not getattr(nn.Module, "forward", None):
+        return module
+    part = next((part for part in module.children() if hasattr(part, "main_input_name")), None)
+    if part is None:
+        raise NotBuilt(f"{type(module).__name__} has no forward")
+    return _with_forward(part)
 
 
 def _made(cls: Any, config: Any) -> nn.Module:
@@ -275,21 +351,20 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
         {**_SMALL, "num_layers": 2, "num_single_layers": 3, "in_channels": 16, "joint_attention_dim": 32,
          "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
         lambda: {**_tensors(hidden_states=(2, 16, 16), encoder_hidden_states=(2, 5, 32), pooled_projections=(2, 32))(),
-                 "timestep": torch.tensor([0.1, 0.7]), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3),
-                 "guidance": torch.tensor([3.5, 3.5])},
+                 "timestep": torch.tensor([0.1, 0.7]), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)},
     ),
     "HunyuanDiT2DModel": (
         {**_SMALL, "num_layers": 4, "in_channels": 4, "sample_size": 8, "hidden_size": 64, "patch_size": 2,
          "cross_attention_dim": 32, "cross_attention_dim_t5": 32, "pooled_projection_dim": 16, "text_len": 5, "text_len_t5": 5,
          "activation_fn": "gelu-approximate", "use_style_cond_and_image_meta_size": False},
-        _tensors(hidden_states=(2, 4, 8, 8), timestep=(2,), encoder_hidden_states=(2, 5, 32),
-                 text_embedding_mask=(2, 5), encoder_hidden_states_t5=(2, 5, 32), text_embedding_mask_t5=(2, 5),
-                 image_rotary_emb=(2, 16, 16)),
+        lambda: {**_tensors(hidden_states=(2, 4, 8, 8), encoder_hidden_states=(2, 5, 32), text_embedding_mask=(2, 5),
+                            encoder_hidden_states_t5=(2, 5, 32), text_embedding_mask_t5=(2, 5),
+                            image_rotary_emb=(2, 16, 16))(), "timestep": torch.tensor([7.0, 400.0])},
     ),
     "LTXVideoTransformer3DModel": (
         {**_SMALL, "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "caption_channels": 32},
-        lambda: {**_tensors(hidden_states=(2, 16, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,))(),
-                 "encoder_attention_mask": torch.ones(2, 5)},
+        lambda: {**_tensors(hidden_states=(2, 16, 8), encoder_hidden_states=(2, 5, 32), timestep=(2,),
+                            video_coords=(2, 3, 16))(), "encoder_attention_mask": torch.ones(2, 5)},
     ),
     "AuraFlowTransformer2DModel": (
         {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 2,

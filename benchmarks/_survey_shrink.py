@@ -30,7 +30,7 @@ def _few(value: int) -> int:
 
 _RULES: tuple[tuple[str, Rule], ...] = (
     (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|model_dim|hidden_dim|word_embed_proj_dim", _exactly(HIDDEN)),
-    (r"(out|output|text|encoder|decoder|vision|audio|projector|projection|image_text|cross|pooler)_hidden_(size|dim)",
+    (r"(out|output|text|encoder|decoder|vision|audio|projector|projection|image_text|cross|pooler|reassemble|backbone)_hidden_(size|dim)",
      _exactly(HIDDEN)),
     (r"projection_(dim|size)|output_dim|latent_dim|encoder_embed_dim|decoder_embed_dim|token_embedding_size|width",
      _exactly(HIDDEN)),
@@ -60,7 +60,8 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", _few),
     (r"first_k_dense_replace|moe_layer_start_index|num_kv_shared_layers|num_dense_layers|num_first_dense_layers", _at_most(1)),
     (r"num_queries|num_query_tokens|resampler_n_latents|num_latents|query_length", _at_most(10)),
-    (r"codebook_size", _at_most(128)),
+    (r"(\w+_)?codebook_size", _at_most(128)),
+    (r"\w+_hash_\w*vocab\w*", _at_most(VOCABULARY)),
     (r"num_embeddings", _at_most(VOCABULARY)),
     (r"attention_window", _at_most(8)),
 )  # fmt: skip
@@ -70,6 +71,11 @@ _OPEN: dict[str, Callable[[int], Any]] = {
     "layer_types": lambda count: ["full_attention"] * count,
     "mlp_layer_types": lambda count: ["dense"] + ["sparse"] * (count - 1),
     "num_experts": lambda _: EXPERTS,
+    "n_routed_experts": lambda _: EXPERTS,
+    "num_key_value_heads": lambda _: HEADS,
+    "n_shared_experts": lambda _: 1,
+    "vocab_size": lambda _: VOCABULARY,
+    "pad_token_id": lambda _: 0,
     "top_k_experts": lambda _: 2,
     "num_experts_per_tok": lambda _: 2,
     "prediction_length": lambda _: 8,
@@ -86,25 +92,28 @@ _KV = re.compile(r"(\w+_)?num_key_value_heads|num_kv_heads|n_kv_heads|n_head_kv|
 _KINDS = re.compile(r"layer_types|block_types?|layers_block_type|_period|_interval|_step|sparse_|pattern")
 
 
-def small(config: Any, level: int = 0) -> dict[str, Any]:
+def small(config: Any, level: int = 0, filled: bool = False, own: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments of a small configuration of the same class.
 
     Args:
         config: the class's default configuration.
-        level: 0 for the smallest; 1 leaves images, pyramids, kinds of layers and the size of a head,
-            and fills in what is left open; 2 shrinks only depth,
+        level: 0 for the smallest; 1 leaves images, pyramids, kinds of layers and the size of a head; 2 shrinks only depth,
             vocabularies, positions and experts, and leaves the widths.
+        filled: fill in what is left open.
+        own: what fields are instead; a dictionary where a field is a configuration.
     """
+    own = own or {}
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     found: dict[str, Any] = {}
-    depth = _depth(fields)
+    depth = None if level > 0 and _counts_stages(fields) else _depth(fields)
     ids = _Ids(int(fields.get("vocab_size") or 0))
     for name, value in fields.items():
         if _is_config(value):
-            found[name] = type(value)(**small(value, level))
+            fewer = {**_set(value), **small(value, level, filled, own.get(name))}
+            found[name] = type(value)(**fewer, **_stages(value, fewer))
         elif name == "head_dim" and value is None and level == 0 and "qk_rope_head_dim" not in fields:
             found[name] = HEAD  # some models do not derive it
-        elif value is None and level == 1 and name in _OPEN:
+        elif value is None and filled and name in _OPEN:
             found[name] = _OPEN[name](layers(fields))
         elif isinstance(value, bool) or value is None:
             continue
@@ -119,7 +128,31 @@ def small(config: Any, level: int = 0) -> dict[str, Any]:
         elif isinstance(value, dict) and level < 2:
             changed = _sections(value, fields) if level == 0 else _with_sections(name, value, fields)
             found |= {name: changed} if changed != value else {}
-    return found
+    return {**found, **{name: value for name, value in own.items() if not _is_config(fields.get(name))}}
+
+
+def _set(config: Any) -> dict[str, Any]:
+    """The fields of a part that the whole has set otherwise than the part's class does."""
+    try:
+        usual = vars(type(config)())
+    except Exception:  # a class may demand more than its defaults
+        return {}
+    fields = {name: value for name, value in vars(config).items() if not name.startswith(("_", "out_", "stage_"))}
+    return {name: v for name, v in fields.items() if name in usual and not _is_config(v) and v != usual[name]}
+
+
+def _stages(config: Any, fewer: dict[str, Any]) -> dict[str, Any]:
+    """Which stages a smaller backbone gives, as many as the whole takes, the last of these its last."""
+    wanted = getattr(config, "out_indices", None)
+    if not wanted or not getattr(config, "stage_names", None):
+        return {}
+    names, count = type(config)(**fewer).stage_names, len(config.stage_names)
+    last = len(names) - 1
+    places = [index % count for index in wanted]
+    chosen = sorted({place * last // max(1, *places) for place in places})
+    if len(chosen) < len(wanted):
+        chosen = list(range(max(0, len(names) - len(wanted)), len(names)))
+    return {"out_indices": list(wanted) if names == config.stage_names else chosen}
 
 
 def _is_config(value: Any) -> bool:
@@ -134,6 +167,12 @@ def _depth(fields: dict[str, Any]) -> int | None:
     return next((v for k, v in fields.items() if _LAYERS.fullmatch(k) and isinstance(v, int) and not isinstance(v, bool)), None)
 
 
+def _counts_stages(fields: dict[str, Any]) -> bool:
+    """Whether the number of layers is that of stages, each of which has a depth."""
+    depths = fields.get("depths")
+    return isinstance(depths, list | tuple) and len(depths) == _depth(fields)
+
+
 def layers(fields: dict[str, Any]) -> int:
     """Few layers, four where their kinds may differ."""
     return 4 if any(_KINDS.search(name) for name in fields) else 3
@@ -141,6 +180,8 @@ def layers(fields: dict[str, Any]) -> int:
 
 def _integer(name: str, value: int, fields: dict[str, Any], level: int) -> int:
     if _LAYERS.fullmatch(name):
+        if level > 0 and _counts_stages(fields):
+            return value
         return min(value, layers(fields))
     if re.fullmatch(r"attn_layer_period|expert_layer_period", name):
         return min(value, 2)

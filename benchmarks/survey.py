@@ -38,6 +38,7 @@ from _survey_passes import run_passes
 
 import surgeon
 from surgeon.errors import DiscoverError, TraceError
+from surgeon.example_inputs import agreed_dims
 
 SECONDS = 90
 """Processor seconds for one model; eight times as many by the clock, for what waits."""
@@ -76,7 +77,7 @@ def _traced(built: _survey_models.Built, fixed: bool) -> tuple[surgeon.Graph, bo
     """The graph, and whether sizes had to be fixed for it."""
     try:
         if not fixed:
-            return surgeon.trace(built.module, built.inputs), False
+            return surgeon.trace(built.module, built.inputs, dynamic=agreed_dims(built.inputs)), False
     except TraceError as error:
         if "dynamic" not in str(error):
             raise

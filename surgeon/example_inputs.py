@@ -1,8 +1,8 @@
 """Example inputs of transformers models, read from the forward signature and the configuration.
 
 The kinds of input follow from the names of the forward arguments, which are the library's conventions: tokens, images,
-log-mel features, waveforms, and the tokens of a decoder.  Where a configuration does not say how a tensor is laid out, the
-model is tried on the layouts in use, in order.
+videos, log-mel features, waveforms, series, boxes, hidden states, and the tokens of a decoder.  Where a configuration does not
+say how a tensor is laid out, or the signature not which arguments go together, the model is tried on those in use, in order.
 """
 
 from __future__ import annotations
@@ -10,35 +10,48 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from surgeon.errors import TraceError
+from surgeon.example_layouts import BATCH, LAYOUTS, SEQUENCE, is_sized, layouts, patches
 
-BATCH, SEQUENCE, TARGET = 2, 7, 5
-"""Sizes of examples: rows, tokens, and tokens of a decoder that has an encoder before it; equal to no other size."""
+Inputs = dict[str, Tensor]
 
-_FRAMES, _IMAGE, _CHANNELS = 32, 224, 3
-_MAKERS = ("input_ids", "pixel_values", "input_features", "input_values")
-_MEL = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size")
+_COMPARED = ("input_ids", "pixel_values", "input_features", "input_values")
+"""What a model that compares texts with something else takes besides its main input."""
+_COMPANIONS = (*_COMPARED, "pixel_values_videos", "bbox", "past_time_features", "past_observed_mask")
+"""Arguments that some models do not run without although their signatures give them a default."""
+
+_DECODED = ("decoder_input_ids", "decoder_input_values", "future_values", "future_time_features")
+"""What the decoder of an encoder-decoder reads; without it some run on nothing."""
 
 
-def default_inputs(module: nn.Module, path: Path | None = None) -> dict[str, Tensor]:
+def default_inputs(module: nn.Module, path: Path | None = None) -> Inputs:
     """Example inputs of a transformers model.
 
+    These sets of arguments are tried in this order, each in the layouts that the configuration leaves open; the first that the
+    model runs on is taken.  Where there is only one, the model is not run.
+
+    1. the main input and what has no default; for a model that compares texts with something, both of these;
+    2. only the main input and what has no default;
+    3. the same with images, for each of which the text holds the tokens that stand for it;
+    4. every argument of a known kind.
+
     Args:
-        module: the model.
+        module: the model, in evaluation mode.
         path: its checkpoint directory, whose tokenizer says whether it tells segments apart.
 
     Returns:
         By name, of what the model takes: ``input_ids``, ``attention_mask``, ``token_type_ids`` [batch, sequence] int64;
-        ``pixel_values`` [batch, channels, height, width], ``input_features`` and ``input_values`` (audio) in the model's type;
-        ``decoder_input_ids`` [batch, target] int64 of an encoder-decoder.  A model that generates text from tokens and images
-        gets tokens only; a model that compares them gets both.
+        ``pixel_values`` [batch, channels, height, width], ``input_features``, ``input_values`` (audio) and others of
+        ``surgeon.example_layouts``, in the model's type; ``decoder_input_ids`` [batch, target] int64 of an encoder-decoder.
+        A model that generates text from tokens and images gets tokens only; a model that compares them gets both.
 
     Raises:
         TraceError: the model is not of that library, or none of the known inputs is what it takes.
@@ -48,25 +61,22 @@ def default_inputs(module: nn.Module, path: Path | None = None) -> dict[str, Ten
         raise TraceError(
             f"{type(module).__name__} is not a transformers model, so its inputs are not known: pass inputs={{name: tensor}}"
         )
-    accepted = inspect.signature(module.forward).parameters
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    compares = _has(config, "text_config") and (main == "pixel_values" or (main == "input_ids" and not _generates(module)))
-    others = [name for name in _MAKERS if name != main and name in accepted and compares]
-    if main not in _MAKERS:
-        needed = ", ".join(n for n, p in accepted.items() if p.default is inspect.Parameter.empty) or main
-        raise TraceError(
-            f"{type(module).__name__} starts from {needed}; surgeon makes example inputs for {', '.join(_MAKERS)} only: "
-            "pass inputs={name: tensor}"
-        )
-    found: dict[str, Tensor] = {}
-    for name in sorted((main, *others), key=_MAKERS.index):
-        found.update(_tokens(module, path) if name == "input_ids" else {})
-        if name != "input_ids":
-            found[name] = torch.empty(0)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        found["decoder_input_ids"] = _ids(_vocabulary(config, "decoder"), (BATCH, TARGET))
-    found = _laid_out(module, found)
-    return {name: tensor.to(device) for name, tensor in found.items()}
+    sets = _sets(module, _start(module), path)
+    tried, reason = [], ""
+    for made in sets:
+        found = list(made())
+        if len(sets) == len(found) == 1:
+            return found[0]
+        for inputs in found:
+            failure = _failure(module, inputs)
+            if failure is None:
+                return inputs
+            reason = reason or failure
+            tried.append(", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()))
+    raise TraceError(
+        f"{type(module).__name__} runs on none of {'; '.join(dict.fromkeys(tried))} (the first: {reason}): "
+        "pass inputs={name: tensor}"
+    )
 
 
 def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
@@ -81,6 +91,23 @@ def default_dims(name: str, tensor: Tensor) -> dict[int, str]:
     return {0: "batch"}
 
 
+def agreed_dims(inputs: Inputs) -> dict[str, dict[int, str]]:
+    """The default dimensions of inputs that surgeon made, without those of one name whose sizes differ, which stay fixed.
+
+    Ids of several codebooks have more rows than their mask; texts of two tokenizers are of two lengths.  Integers of three
+    dimensions, boxes or codebooks, are several for each token.
+    """
+    found = {name: default_dims(name, tensor) for name, tensor in inputs.items()}
+    for name, tensor in inputs.items():
+        if tensor.dim() == 3 and not tensor.is_floating_point() and tensor.shape[1] == SEQUENCE:
+            found[name] = {0: "batch", 1: "sequence"}
+    sizes: dict[str, set[int]] = {}
+    for name, dims in found.items():
+        for dim, label in dims.items():
+            sizes.setdefault(label, set()).add(inputs[name].shape[dim])
+    return {name: {dim: label for dim, label in dims.items() if len(sizes[label]) == 1} for name, dims in found.items()}
+
+
 def _has(config: Any, name: str) -> bool:
     return getattr(config, name, None) is not None
 
@@ -90,33 +117,126 @@ def _generates(module: nn.Module) -> bool:
     return can is not None and bool(can())
 
 
-# -- tokens -----------------------------------------------------------------------------------------------------------
+# -- which arguments --------------------------------------------------------------------------------------------------
 
 
-def _tokens(module: nn.Module, path: Path | None) -> dict[str, Tensor]:
+def _start(module: nn.Module) -> list[str]:
+    """The main input and what has no default; the encoder's main input where that of the whole is of no known kind.
+
+    Raises:
+        TraceError: one of them is of no known kind, or the configuration does not say of which size.
+    """
     config: Any = module.config
     accepted = inspect.signature(module.forward).parameters
+    main: Any = module.main_input_name
+    mains = [main] if isinstance(main, str) else list(main)
+    if not any(layouts(name, config) for name in mains if name in accepted):
+        mains = [getattr(getattr(module, "encoder", None), "main_input_name", mains[0])]
+    varied = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [name for name, p in accepted.items() if p.default is inspect.Parameter.empty and p.kind not in varied]
+    start = list(dict.fromkeys(name for name in (*mains, *needed) if name in accepted))
+    cut = patches(config) or {} if "spatial_shapes" in accepted else {}
+    unknown = [name for name in start if not layouts(name, config) and name not in cut]
+    if unknown or not start:
+        raise TraceError(
+            f"{type(module).__name__} starts from {', '.join(start or mains)}; surgeon makes example inputs for "
+            f"{', '.join(LAYOUTS)} where the configuration gives their sizes, and not here for {', '.join(unknown or mains)}: "
+            "pass inputs={name: tensor}"
+        )
+    return start
+
+
+def _sets(module: nn.Module, start: list[str], path: Path | None) -> list[Callable[[], Iterator[Inputs]]]:
+    """What makes the inputs of each set of arguments, in the order that ``default_inputs`` says."""
+    config: Any = module.config
+    accepted = inspect.signature(module.forward).parameters
+    target = [name for name in _DECODED if name in accepted and getattr(config, "is_encoder_decoder", False)]
+    compares = _has(config, "text_config") and ("pixel_values" in start or ("input_ids" in start and not _generates(module)))
+    others = [name for name in _COMPARED if name in accepted and compares and layouts(name, config)]
+    known = [name for name in accepted if (name in _COMPANIONS or is_sized(name, config)) and layouts(name, config)]
+    first, second, last = (tuple(dict.fromkeys([*start, *more, *target])) for more in (others, [], known))
+    found: dict[Any, Callable[[], Iterator[Inputs]]] = {
+        frozenset(names): partial(_laid_out, module, names, path) for names in (first, second)
+    }
+    if {"input_ids", "pixel_values"} <= set(accepted) and getattr(module, "get_image_features", None) is not None:
+        found["images"] = partial(_with_images, module, second, path)
+    found.setdefault(frozenset(last), partial(_laid_out, module, last, path))
+    return list(found.values())
+
+
+def _failure(module: nn.Module, inputs: Inputs) -> str | None:
+    """Why the model does not run; None where it does, or where only values that fake weights lack would tell."""
+    try:
+        with torch.no_grad():
+            module(**inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None
+    except Exception as error:  # a model may raise anything on inputs that are not its own
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return None
+
+
+# -- their values -----------------------------------------------------------------------------------------------------
+
+
+def _laid_out(module: nn.Module, names: tuple[str, ...], path: Path | None) -> Iterator[Inputs]:
+    """The arguments in each layout in use; images also in patches, where the model asks how many rows and columns of them."""
+    config: Any = module.config
+    choices = {name: tensors for name in names if (tensors := layouts(name, config))}
+    cut = patches(config) if "spatial_shapes" in inspect.signature(module.forward).parameters else None
+    for number in range(max(map(len, choices.values()), default=0)):
+        inputs = {name: tensors[min(number, len(tensors) - 1)] for name, tensors in choices.items()}
+        if "spatial_shapes" not in names:
+            yield _completed(module, inputs, path)
+        if cut is not None and "pixel_values" in names:
+            yield _completed(module, {**inputs, **cut}, path)
+
+
+def _with_images(module: nn.Module, names: tuple[str, ...], path: Path | None) -> Iterator[Inputs]:
+    """Texts that begin with the tokens that stand for an image, as many as the model makes features of it."""
+    config: Any = module.config
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if not isinstance(token, int):
+        return
+    for inputs in _laid_out(module, tuple(dict.fromkeys(("input_ids", *names, "pixel_values"))), path):
+        ids = inputs["input_ids"]
+        try:
+            with torch.no_grad():
+                features: Any = module.get_image_features(inputs["pixel_values"])  # type: ignore[operator]
+        except Exception:  # a model may raise anything on a layout that is not its own
+            continue
+        features = getattr(features, "pooler_output", features)
+        features = features if isinstance(features, Tensor) else torch.cat(list(features))
+        count = features.numel() // features.shape[-1] // BATCH
+        ids = torch.where(ids == token, ids - 1, ids)
+        ids = torch.cat([torch.full((BATCH, count), token, dtype=ids.dtype, device=ids.device), ids], dim=1)
+        yield {name: torch.ones_like(ids) if name == "attention_mask" else tensor for name, tensor in inputs.items()} | {
+            "input_ids": ids
+        }
+
+
+def _completed(module: nn.Module, inputs: Inputs, path: Path | None) -> Inputs:
+    """The inputs with what goes with tokens beside them, on the model's device and in its type."""
+    accepted = inspect.signature(module.forward).parameters
+    found: Inputs = {}
+    for name in sorted(inputs, key=lambda name: (name.startswith("decoder_"), name != "input_ids")):
+        found[name] = inputs[name]
+        if name != "input_ids":
+            continue
+        if "attention_mask" in accepted:
+            found["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
+        kinds = _segment_kinds(module.config)
+        if "token_type_ids" in accepted and kinds > 1 and _segments(path):
+            generator = torch.Generator().manual_seed(1)
+            found["token_type_ids"] = torch.randint(0, kinds, (BATCH, SEQUENCE), generator=generator)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return {n: tensor.to(device, dtype if tensor.is_floating_point() else None) for n, tensor in found.items()}
+
+
+def _segment_kinds(config: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = {"input_ids": _ids(_vocabulary(config, "encoder"), (BATCH, SEQUENCE))}
-    if "attention_mask" in accepted:
-        found["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
-    if "token_type_ids" in accepted and int(getattr(text, "type_vocab_size", 0) or 0) > 1 and _segments(path):
-        generator = torch.Generator().manual_seed(1)
-        found["token_type_ids"] = torch.randint(0, int(text.type_vocab_size), (BATCH, SEQUENCE), generator=generator)
-    return found
-
-
-def _ids(vocabulary: int, size: tuple[int, int]) -> Tensor:
-    return torch.randint(0, vocabulary, size, generator=torch.Generator().manual_seed(0))
-
-
-def _vocabulary(config: Any, part: str) -> int:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for holder in (getattr(config, part, None), text, config):
-        size = getattr(holder, "vocab_size", None)
-        if isinstance(size, int):
-            return size
-    raise TraceError(f"the configuration {type(config).__name__} names no vocab_size: pass inputs={{name: tensor}}")
+    return int(getattr(text, "type_vocab_size", 0) or 0)
 
 
 def _segments(path: Path | None) -> bool:
@@ -126,94 +246,3 @@ def _segments(path: Path | None) -> bool:
         return True
     listed = json.loads(file.read_text(encoding="utf-8")).get("model_input_names")
     return listed is None or "token_type_ids" in listed
-
-
-# -- images and audio -------------------------------------------------------------------------------------------------
-
-
-def _laid_out(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs with images and audio filled in, in the first layout that the model accepts."""
-    open_ = [name for name, tensor in inputs.items() if not tensor.numel()]
-    layouts = {name: list(_LAYOUTS[name](module.config)) for name in open_}
-    for name, shapes in layouts.items():
-        if not shapes:
-            raise TraceError(
-                f"{type(module).__name__} takes {name}, but its configuration does not say of which size: pass "
-                f"inputs={{{name!r}: tensor}}"
-            )
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    tried = []
-    for number in range(max((len(shapes) for shapes in layouts.values()), default=1)):
-        for name, shapes in layouts.items():
-            inputs[name] = _noise(shapes[min(number, len(shapes) - 1)], dtype)
-        if all(len(shapes) == 1 for shapes in layouts.values()) or _runs(module, inputs):
-            return inputs
-        tried.append(", ".join(f"{name} {list(inputs[name].shape)}" for name in open_))
-    raise TraceError(f"{type(module).__name__} runs on none of {'; '.join(tried)}: pass inputs={{name: tensor}}")
-
-
-def _noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def _runs(module: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    try:
-        with torch.no_grad():
-            module(**{name: tensor.to(device) for name, tensor in inputs.items()})
-    except Exception:  # a model may raise anything on a layout that is not its own
-        return False
-    return True
-
-
-def _parts(config: Any, *names: str) -> Iterator[Any]:
-    """The configurations of the parts that may hold a size, the whole's last."""
-    yield from (part for name in names if (part := getattr(config, name, None)) is not None)
-    yield config
-
-
-def _images(config: Any) -> Iterator[tuple[int, ...]]:
-    for part in _parts(config, "vision_config", "image_config", "encoder", "backbone_config"):
-        size, channels = getattr(part, "image_size", None), getattr(part, "num_channels", None)
-        if size is not None or channels is not None:
-            size, channels = size or _IMAGE, channels or _CHANNELS
-            height, width = (size, size) if isinstance(size, int) else tuple(size)
-            frames = getattr(part, "num_frames", None)
-            yield (BATCH, *(() if frames is None else (int(frames),)), int(channels), height, width)
-            return
-
-
-def _features(config: Any) -> Iterator[tuple[int, ...]]:
-    """Log-mel features: [batch, bins, frames], [batch, frames, bins], or with a channel."""
-    for part in _parts(config, "audio_config", "encoder_config", "encoder"):
-        bins = next((int(getattr(part, name)) for name in _MEL if isinstance(getattr(part, name, None), int)), None)
-        if bins is None:
-            continue
-        positions = getattr(part, "max_source_positions", None)
-        frames = [2 * positions] if isinstance(positions, int) else []
-        square = getattr(part, "spec_size", None)
-        frames += [int(square) * (int(square) // bins)] if isinstance(square, int) and square % bins == 0 else []
-        for length in (_FRAMES, *frames):
-            yield (BATCH, bins, length)
-            yield (BATCH, length, bins)
-            yield (BATCH, 1, length, bins)
-        return
-
-
-def _waves(config: Any) -> Iterator[tuple[int, ...]]:
-    """Spectrograms where the configuration has one's size; else samples of a waveform, enough for a few frames."""
-    for part in _parts(config, "encoder", "audio_config"):
-        length, bins = getattr(part, "max_length", None), getattr(part, "num_mel_bins", None)
-        if isinstance(length, int) and isinstance(bins, int) and length > 20:
-            yield (BATCH, length, bins)
-        strides = getattr(part, "conv_stride", None)
-        if isinstance(strides, list | tuple):
-            yield (BATCH, 16 * prod(int(stride) for stride in strides))
-    yield (BATCH, 6400)
-
-
-_LAYOUTS: dict[str, Callable[[Any], Iterator[tuple[int, ...]]]] = {
-    "pixel_values": _images,
-    "input_features": _features,
-    "input_values": _waves,
-}

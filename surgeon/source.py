@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from surgeon.causal import CausalInputs, causal_inputs, of_text
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
 from surgeon.conditional import conditional_inputs, is_conditional
 from surgeon.errors import TraceError, nearest
-from surgeon.example_inputs import default_inputs
+from surgeon.example_inputs import agreed_dims, default_inputs
 from surgeon.fake import fake_weights, with_fake_weights, without_values
 from surgeon.graph import Source
 from surgeon.sampling import Settings
@@ -44,6 +44,7 @@ class LoadedSource:
         missing: names of weights that the checkpoint did not hold.
         causal: how a model that generates text is called with caches (task ``text-generation``).
         notes: what a reader of the report should know.
+        dims: names of the dimensions that vary where surgeon made the inputs, by input; else empty.
     """
 
     module: nn.Module
@@ -53,6 +54,7 @@ class LoadedSource:
     missing: tuple[str, ...] = ()
     causal: CausalInputs | None = None
     notes: tuple[str, ...] = ()
+    dims: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def call(self, forward: Callable[..., Any], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         """Call the model's forward, or what stands in for it, on the example's kind of inputs.
@@ -133,7 +135,8 @@ def load_source(
         module = with_fake_weights(module, wanted)
     elif wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
         module = _converted(module, wanted)
-    example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
+    with calling(module):  # which may run it
+        example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
     notes: tuple[str, ...] = ()
     causal = None
     own_choice = task is None and path is not None and inputs is None and not fake
@@ -161,7 +164,8 @@ def load_source(
         model_class=type(module).__name__,
         generation=_generation(module, plain),
     )
-    return LoadedSource(module, example, source, _tokenizer(path), missing, causal, notes)
+    dims = agreed_dims(example) if inputs is None and causal is None else {}
+    return LoadedSource(module, example, source, _tokenizer(path), missing, causal, notes, dims)
 
 
 # -- calling ----------------------------------------------------------------------------------------------------------

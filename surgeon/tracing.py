@@ -79,7 +79,7 @@ def trace(
 
 def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str] | None] | None = None) -> Graph:
     """Trace a source that is loaded already; see :func:`trace`."""
-    dims = _dims(loaded.inputs, dynamic, loaded.causal.dims if loaded.causal else {})
+    dims = _dims(loaded.inputs, dynamic, loaded.causal.dims if loaded.causal else loaded.dims)
     example = _at_least_two(loaded.inputs, dims)
     with calling(loaded.module):
         fake = loaded.source.weights == "fake"

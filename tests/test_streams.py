@@ -547,6 +547,38 @@ def test_cross_attention_makes_encoder_and_decoder() -> None:
     }
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_positions_beside_the_features_of_a_query_add_no_heads(constant: bool) -> None:
+    class Placed(Attend):
+        """Every head of queries and keys has as many features of positions behind its own."""
+
+        def __init__(self) -> None:
+            super().__init__(heads=4)
+            self.place = nn.Linear(8, 32)
+
+        def forward(self, x: Tensor, source: Tensor | None = None, code: Tensor | None = None) -> Tensor:
+            code = torch.arange(8.0).expand(2, 6, 8) if constant else code
+            q, k, v, at = (p(t).unflatten(-1, (4, -1)) for p, t in ((self.q, x), (self.k, x), (self.v, x), (self.place, code)))
+            q, k = torch.cat([q, at], dim=-1), torch.cat([k, at], dim=-1)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    class Model(Layers):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.attend = Placed()
+
+        def forward(self, x: Tensor, code: Tensor) -> Tensor:
+            x = self.start(x)
+            return self.end(self.run(x + self.attend(F.layer_norm(x, (32,)), code=code)))
+
+    structure = traced(Model(), x=X, code=X + 1)
+    attention = structure.blocks[0].regions[0].attention[0]
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 4, 16)
+    assert attention.q is not None
+    assert attention.q.weight == "attend.q.weight"
+
+
 def test_a_stream_without_any_residual_is_refused_with_the_nearest_part() -> None:
     class Gated(Layers):
         def run(self, x: Tensor) -> Tensor:

@@ -206,12 +206,17 @@ def _stacks(flow: Flow, path: frozenset[fx.Node], core: Core) -> list[str]:
 def _projection(
     flow: Flow, linears: Linears, entry: fx.Node, argument: fx.Node
 ) -> tuple[Linear | None, bool, str]:
-    """The linear that a query, key or value comes from; whether all of it does; why none was found."""
+    """The linear that a query, key or value comes from; whether all of it does; why none was found.
+
+    Not all of it does where features stand beside its own in every head: of another linear that lies before it (a rotary key
+    shared by all heads), or of positions from outside the region.
+    """
     inside = flow.depends(argument, entry)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [argument]
     blocked: fx.Node | None = None
+    beside = False
     while stack:
         node = stack.pop()
         if node in seen or node is entry or (inside and not flow.depends(node, entry)):
@@ -224,11 +229,12 @@ def _projection(
         elif operators.kind(node) in operators.LOOKUPS and not flow.inputs(node):
             blocked = node
         else:
+            beside = beside or _joins_features(flow, entry if inside else None, node)
             stack.extend(flow.inputs(node))
     last = [n for n in found if not any(other is not n and flow.depends(other, n) for other in found)]
     if len(last) == 1:
         linear = linears.whole[last[0]]
-        if len(found) > 1:  # part of it comes past the expansion, e.g. a rotary key shared by all heads
+        if len(found) > 1 or beside:
             return linear, False, ""
         return linears.part(linear, argument), True, ""
     if last:
@@ -236,6 +242,23 @@ def _projection(
         return None, False, f"it is computed from {len(last)} linears ({names}), needed one"
     between = f"no linear lies between {entry.name} and {argument.name}"
     return None, False, between + (f"; {blocked.name} blocks" if blocked else "")
+
+
+def _joins_features(flow: Flow, entry: fx.Node | None, node: fx.Node) -> bool:
+    """Whether constant features, or such from outside of a region, are put behind others; further positions do not count.
+
+    Args:
+        flow: the graph's data flow.
+        entry: of the region, None for what comes from outside of it.
+        node: any.
+    """
+    if operators.kind(node) != operators.CONCATENATE:
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if dim not in (-1, len(operators.shape(node)) - 1):
+        return False
+    outer = entry is not None and not all(flow.depends(part, entry) for part in flow.inputs(node))
+    return outer or any(part in flow.constant for part in node.all_input_nodes)
 
 
 def _following(flow: Flow, linears: Linears, path: frozenset[fx.Node], node: fx.Node) -> list[fx.Node]:
