@@ -198,11 +198,20 @@ def _trials(
                 computed.add(node)
         position = flow.index[exit] + 1
         trials = []
+        terms = cuts.terms(flow, exit)
+        ways: list[frozenset[fx.Node]] = []  # paths from the graph's inputs to the exit: a cut has a node on each of them
         for routing in cuts.routings(flow, exit, x, tokens, experts):
             if any(node in computed for node in routing.nodes):
                 continue
+            if any(way.isdisjoint(routing.nodes) and way.isdisjoint(terms) for way in ways):
+                continue
             bases = tuple(cuts.bases(flow, exit, routing))
-            region = Region(flow, exit, (x, *routing.nodes, *bases), flow.index[x] - cuts.REACH)
+            cut = (x, *routing.nodes, *bases)
+            if any(way.isdisjoint(cut) for way in ways):
+                continue
+            region = Region(flow, exit, cut, flow.index[x] - cuts.REACH)
+            if region.way:
+                ways.append(region.way)
             least = 1 if routing.kind in ("dense", "bound") else (len(names) + 1) // 2
             if region.complete and len(set(names) & set(region.names)) >= least:
                 trial = Trial(region, x, routing, bases)
