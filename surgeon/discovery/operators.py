@@ -72,6 +72,9 @@ SCANS = frozenset(
 )
 """What recurrences and spectral mixers are written with."""
 
+RECURRENCES = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
+"""Whole recurrent layers, whose weights are a list."""
+
 REDUCTIONS = frozenset(
     f"aten::{name}" for name in "mean sum var std var_mean std_mean amax amin norm linalg_vector_norm prod".split()
 )
@@ -80,6 +83,8 @@ CONVOLUTIONS = frozenset(
 )
 PRODUCTS = frozenset(f"aten::{name}" for name in "matmul mm bmm baddbmm addmm addbmm einsum linear mv dot".split())
 LOOKUPS = frozenset({"aten::embedding", "aten::index", "aten::index_select"})
+SAMPLERS = frozenset(f"aten::grid_sampler{suffix}" for suffix in ("", "_2d", "_3d"))
+"""Values between the positions of the first argument, at places that the second one says."""
 
 SELECTIONS = frozenset(f"aten::{name}" for name in "topk sort argsort argmax argmin kthvalue".split())
 """Operators that say which elements are largest or smallest."""
