@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgeon.activations import probe_grid
+from surgeon.activations import ACTIVATIONS, probe_grid
 from surgeon.discovery.operators import is_reshape, kind
 from surgeon.gates import gate
 from surgeon.graph import Graph
@@ -68,7 +68,8 @@ def _stream(stream: Stream) -> dict[str, Any]:
     regions = [region for block in stream.blocks for region in block.regions]
     attentions = [a for r in regions for a in r.attention]
     ffns = [f for r in regions for f in r.ffn]
-    moes = [m for r in regions for m in r.moe]
+    every = [m for r in regions if len(r.moe) > 1 for m in r.moe if m.experts == m.top_k]  # shared experts as a stack
+    moes = [m for r in regions for m in r.moe if m not in every]
     shared = [f for m in moes for f in m.shared]
     across = [  # networks over positions, whose widths no field says
         f for block in stream.blocks for r in block.regions for f in r.ffn
@@ -91,7 +92,7 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "normalised": _set(m.normalised for m in moes),
         "scale": _set(m.scale * _behind(m.node) for m in moes),
         "groups": _set(m.groups for m in moes),
-        "shared": _set(bool(m.shared) for m in moes),
+        "shared": _set(bool(m.shared or every) for m in moes),
     }
 
 
@@ -146,7 +147,7 @@ _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_he
 _KV = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num", "n_head_kv")
 _WIDTH = re.compile(
     r"\w*intermediate_size\w*|\w*ffn\w*(size|dim)|d_ff|n_inner|mlp_dim|d_inner|\w*feedforward_dim|\w*linear_units|dim_feedforward"
-    r"|\w*mlp_hidden\w*"
+    r"|\w*mlp_hidden\w*|hidden_size_per_layer_input"
 )
 _ACTIVATIONS = (
     "hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn", "act_fn", "mlp_hidden_act",
@@ -190,12 +191,12 @@ def with_layers(parts: list[Part], module: nn.Module, inputs: dict[str, Any]) ->
         module: the model.
         inputs: what it is run on, once.
     """
-    groups: dict[tuple[type[nn.Module], int], list[nn.ModuleList]] = {}
+    groups: dict[tuple[type[nn.Module], str], list[nn.ModuleList]] = {}
     for path, part in module.named_modules():
         if isinstance(part, nn.ModuleList) and len(part) > 0:
             owners = [module.get_submodule(path.rsplit(".", n)[0]) for n in range(1, path.count(".") + 1)]
             config = next((owner.config for owner in (*owners, module) if hasattr(owner, "config")), None)
-            groups.setdefault((type(part[0]), id(config)), []).append(part)
+            groups.setdefault((type(part[0]), _but_depth(config)), []).append(part)
     calls: Counter[nn.Module] = Counter()
     layers = {layer for lists in groups.values() for entries in lists for layer in entries}
     hooks = [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in layers]
@@ -215,6 +216,13 @@ def with_layers(parts: list[Part], module: nn.Module, inputs: dict[str, Any]) ->
             counts |= {total} if longest in part.layers and total > longest else set()
         found.append(replace(part, layers=counts, widths=part.widths | {w // 2 for w in part.widths & halves}))
     return found
+
+
+def _but_depth(config: Any) -> str:
+    """A configuration as text, without how many layers there are."""
+    fields = vars(config) if config is not None else {}
+    names = {name for names in _LAYER_FIELDS.values() for name in names}
+    return str(sorted((key, str(value)) for key, value in fields.items() if key not in names))
 
 
 def _halves_of(module: nn.Module) -> set[int]:
@@ -491,6 +499,8 @@ def _same(name: str, library: str, limits: set[float]) -> bool:
     grid = probe_grid().float()
     wanted = ACT2FN[label](grid)
     own = gate(name)
+    if label not in ACTIVATIONS and own.base == label:  # its numbers are learned
+        return True
     if limits and {limit for limit in (own.gate_max, own.cap, own.up_limit) if limit is not None} <= limits:
         own = replace(own, gate_max=None, cap=None, up_limit=None)
     value = own.alone(grid)

@@ -82,7 +82,7 @@ def _traced(built: _survey_models.Built, fixed: bool) -> tuple[surgeon.Graph, bo
         if not fixed:
             return surgeon.trace(built.module, built.inputs), False
     except TraceError as error:
-        if "dynamic" not in str(error):
+        if "dynamic" not in str(error) and "torch.export could not trace" not in str(error):
             raise
     return surgeon.trace(built.module, built.inputs, dynamic=dict.fromkeys(built.inputs)), True
 

@@ -1,4 +1,4 @@
-"""Networks whose neurons are scaled, linears of learned tensors, sampled positions, and convolutions inside of a layer."""
+"""Forms of parts that one rule each finds: scaled neurons, learned queries, sampled positions, short convolutions, skips."""
 
 from __future__ import annotations
 
@@ -266,3 +266,49 @@ def test_shortcuts_around_convolutions_inside_of_a_layer_are_parts_of_it() -> No
     assert len(stream.blocks) == 3
     assert [[len(region.attention) for region in block.regions] for block in stream.blocks] == [[1, 0]] * 3
     assert [[ffn.width for region in block.regions for ffn in region.ffn] for block in stream.blocks] == [[INNER]] * 3
+
+
+class Skipping(nn.Module):
+    """Four experts and a fifth choice that is none: a token that takes it passes by."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k, self.router = top_k, nn.Linear(WIDTH, 5, bias=False)
+        self.w_in, self.w_out = nn.Parameter(torch.randn(4, INNER, WIDTH)), nn.Parameter(torch.randn(4, WIDTH, INNER))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weight, index = self.router(flat).softmax(-1).topk(self.top_k)
+        skipped = index == 4
+        weight, index = weight.masked_fill(skipped, 0.0), index.masked_fill(skipped, 0)
+        hidden = torch.relu(torch.einsum("tkih,th->tki", self.w_in[index], flat))
+        return torch.einsum("tkhi,tki,tk->th", self.w_out[index], hidden, weight).reshape(x.shape)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_router_may_know_a_choice_of_no_expert(top_k: int) -> None:
+    structure = found(Layers([Skipping(top_k) for _ in range(2)]), ids=IDS)
+    assert [block.kind for block in structure.blocks] == ["attention+moe"] * 2
+    for number, site in enumerate(structure.moes()):
+        moe = site.part
+        assert moe.router is not None
+        assert (moe.router.weight, moe.router.out_features) == (f"networks.{number}.router.weight", 5)
+        assert (moe.experts, moe.top_k, moe.scoring, moe.normalised) == (4, top_k, "softmax", False)
+    assert structure.unrecognised == {}
+
+
+class Recurrent(Layers):
+    """A recurrent layer in front of the head."""
+
+    def __init__(self) -> None:
+        super().__init__([nn.Sequential(nn.Linear(WIDTH, INNER), nn.ReLU(), nn.Linear(INNER, WIDTH)) for _ in range(2)])
+        self.last = nn.LSTM(20, 7, num_layers=2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(super().forward(ids))[0]
+
+
+def test_weights_of_a_recurrent_layer_behind_the_blocks_have_roles() -> None:
+    structure = discover(trace(Recurrent().eval(), {"ids": IDS}, dynamic={"ids": None}))
+    assert structure.roles["last.weight_hh_l1"] == "recurrence.0.5"
+    assert structure.unrecognised == {}
