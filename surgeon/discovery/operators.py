@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 _SOME = 2
+_SHAPE = "traced_shape"
+"""Where a node keeps the value whose shape was asked for, and that shape."""
 
 RESHAPES = frozenset(
     f"aten::{name}"
@@ -166,7 +168,13 @@ def is_float(node: fx.Node) -> bool:
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of the node's value with every symbolic size replaced by the size it was traced with."""
     found = value(node)
-    return tuple(hint(size) for size in found.shape) if isinstance(found, Tensor) else ()
+    if not isinstance(found, Tensor):
+        return ()
+    known = node.meta.get(_SHAPE)  # sizes are expressions, which are slow to evaluate and asked for again and again
+    if known is None or known[0] is not found:
+        known = node.meta[_SHAPE] = (found, tuple(size if type(size) is int else hint(size) for size in found.shape))
+    sizes: tuple[int, ...] = known[1]
+    return sizes
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -269,7 +269,6 @@ def _behind(flow: Flow, exit: fx.Node, x: fx.Node) -> list[fx.Node]:
 
 def bases(flow: Flow, exit: fx.Node, routing: Routing) -> list[fx.Node]:
     """Terms of the sum that a mixture ends in that do not depend on its routing: a shared expert, a first hidden state."""
-    after = _after(flow, routing.nodes, exit)
     found: list[fx.Node] = []
     stack, seen = [exit], {exit}
     while stack:
@@ -277,7 +276,7 @@ def bases(flow: Flow, exit: fx.Node, routing: Routing) -> list[fx.Node]:
             if term in seen:
                 continue
             seen.add(term)
-            if term in after:
+            if any(flow.leads_to(node, term) for node in routing.nodes):
                 stack.append(term)
             elif term not in flow.constant and operators.is_float(term) and is_sized(term):
                 if not _is_blank(term):
@@ -307,14 +306,6 @@ def _terms(node: fx.Node) -> list[fx.Node]:
     if operators.is_reshape(node) and node.args and isinstance(node.args[0], fx.Node):
         return [node.args[0]]
     return []
-
-
-def _after(flow: Flow, sources: tuple[fx.Node, ...], last: fx.Node) -> set[fx.Node]:
-    found = set(sources)
-    for node in flow.nodes[min(flow.index[s] for s in sources) : flow.index[last] + 1]:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _places(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

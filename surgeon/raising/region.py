@@ -120,6 +120,8 @@ def _path(node: fx.Node, reader: Mapping[fx.Node, fx.Node | None]) -> frozenset[
 def is_size(node: fx.Node) -> bool:
     """Whether a node's value is a number that is known without running the graph."""
     value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return False
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return not free_unbacked_symbols(value)
     return isinstance(value, int | float | bool)
