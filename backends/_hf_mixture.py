@@ -167,6 +167,8 @@ def _routing(graph: Graph, moe: MoE) -> tuple[Held, float, bool | None] | str:
         return zeros, moe.scale * moe.experts, None
     if moe.router is None or moe.logits is None:
         return "its router is not one linear"
+    if moe.router.out_features != moe.experts:
+        return f"its router knows {moe.router.out_features} choices for {moe.experts} experts"
     if not _by_largest_scores(moe):
         return "its experts are not chosen by the largest scores of a linear router"
     if moe.router.bias is not None:

@@ -33,7 +33,7 @@ def _swiglu(activation: str) -> dict[str, float] | None:
     """Attributes of the kernel's swiglu, g = min(gate, limit): g sigmoid(alpha g) (clamp(up, -limit, limit) + beta)."""
     form = gate(activation)
     alpha = GATED_ALPHA.get(form.base, form.alpha)
-    if alpha is None or form.cap is not None or form.gate_max != form.up_limit:
+    if alpha is None or form.cap is not None or form.scale is not None or form.shift or form.gate_max != form.up_limit:
         return None
     found = {"activation_alpha": alpha}
     found.update({"activation_beta": form.offset} if form.offset else {})

@@ -37,10 +37,14 @@ def find_inputs(module: nn.Module) -> Inputs:
 
 
 def _with_states(module: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs, and the states without which layers of cross-attention lie idle."""
-    if "cross_attention_states" not in inspect.signature(module.forward).parameters:
+    """The inputs, and the states without which layers of cross-attention lie idle, or noise that would be drawn anew."""
+    config: Any = getattr(module, "config", None)
+    parts = (_get(config, "image_size", default=64) // _get(config, "patch_size", default=16)) ** 2
+    made = {"cross_attention_states": lambda: _hidden(config), "noise": lambda: _noise(BATCH, parts)}
+    accepted = inspect.signature(module.forward).parameters
+    more = {**inputs, **{name: make() for name, make in made.items() if name in accepted}}
+    if len(more) == len(inputs):
         return inputs
-    more = {**inputs, "cross_attention_states": _hidden(getattr(module, "config", None))}
     try:
         with torch.no_grad():
             module(**more)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
+from math import ceil
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from surgeon.activations import probe_grid
+from surgeon.activations import ACTIVATIONS, probe_grid
 from surgeon.discovery.operators import is_reshape, kind
 from surgeon.gates import gate
 from surgeon.graph import Graph
@@ -66,8 +68,13 @@ def _stream(stream: Stream) -> dict[str, Any]:
     regions = [region for block in stream.blocks for region in block.regions]
     attentions = [a for r in regions for a in r.attention]
     ffns = [f for r in regions for f in r.ffn]
-    moes = [m for r in regions for m in r.moe]
+    every = [m for r in regions if len(r.moe) > 1 for m in r.moe if m.experts == m.top_k]  # shared experts as a stack
+    moes = [m for r in regions for m in r.moe if m not in every]
     shared = [f for m in moes for f in m.shared]
+    across = [  # networks over positions, whose widths no field says
+        f for block in stream.blocks for r in block.regions for f in r.ffn
+        if r.kind == "mixer" and f.up.in_features != r.entry.meta["val"].shape[block.features]
+    ]  # fmt: skip
     return {
         "label": stream.label,
         "blocks": len(stream.blocks),
@@ -76,7 +83,7 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "heads": _set(a.heads for a in attentions),
         "kv": _set(a.kv_heads for a in attentions),
         "ffns": len(ffns),
-        "widths": _set([*(f.width for f in ffns), *(m.width for m in moes), *(f.width for f in shared)]),
+        "widths": _set([*(f.width for f in ffns if f not in across), *(m.width for m in moes), *(f.width for f in shared)]),
         "activations": _set(str(x.activation) for x in [*ffns, *moes, *shared]),
         "moes": len(moes),
         "experts": _set(m.experts for m in moes),
@@ -85,7 +92,7 @@ def _stream(stream: Stream) -> dict[str, Any]:
         "normalised": _set(m.normalised for m in moes),
         "scale": _set(m.scale * _behind(m.node) for m in moes),
         "groups": _set(m.groups for m in moes),
-        "shared": _set(bool(m.shared) for m in moes),
+        "shared": _set(bool(m.shared or every) for m in moes),
     }
 
 
@@ -140,7 +147,7 @@ _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_he
 _KV = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num", "n_head_kv")
 _WIDTH = re.compile(
     r"\w*intermediate_size\w*|\w*ffn\w*(size|dim)|d_ff|n_inner|mlp_dim|d_inner|\w*feedforward_dim|\w*linear_units|dim_feedforward"
-    r"|\w*mlp_hidden\w*"
+    r"|\w*mlp_hidden\w*|hidden_size_per_layer_input"
 )
 _ACTIVATIONS = (
     "hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn", "act_fn", "mlp_hidden_act",
@@ -186,6 +193,61 @@ def _value(config: Any, name: str) -> Any:
     return getattr(config, name, None)
 
 
+def with_layers(parts: list[Part], module: nn.Module, inputs: dict[str, Any]) -> list[Part]:
+    """The parts, with what their modules add to the fields: layers that run more than once, or in several lists, and widths.
+
+    Layers count as often as they are called, with those of the same class in other lists of the same configuration.  A width
+    is that of gate and up together where one linear makes that many numbers and one beside it reads half of them.
+
+    Args:
+        parts: what the fields say.
+        module: the model.
+        inputs: what it is run on, once.
+    """
+    groups: dict[tuple[type[nn.Module], str], list[nn.ModuleList]] = {}
+    for path, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) > 0:
+            owners = [module.get_submodule(path.rsplit(".", n)[0]) for n in range(1, path.count(".") + 1)]
+            config = next((owner.config for owner in (*owners, module) if hasattr(owner, "config")), None)
+            groups.setdefault((type(part[0]), _but_depth(config)), []).append(part)
+    calls: Counter[nn.Module] = Counter()
+    layers = {layer for lists in groups.values() for entries in lists for layer in entries}
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in layers]
+    try:
+        with torch.no_grad():
+            module(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    halves = _halves_of(module)
+    for part in parts:
+        counts = set(part.layers)
+        for lists in groups.values():
+            total = sum(calls[layer] for entries in lists for layer in entries)
+            longest = max(len(entries) for entries in lists)
+            counts |= {total} if longest in part.layers and total > longest else set()
+        found.append(replace(part, layers=counts, widths=part.widths | {w // 2 for w in part.widths & halves}))
+    return found
+
+
+def _but_depth(config: Any) -> str:
+    """A configuration as text, without how many layers there are."""
+    fields = vars(config) if config is not None else {}
+    names = {name for names in _LAYER_FIELDS.values() for name in names}
+    return str(sorted((key, str(value)) for key, value in fields.items() if key not in names))
+
+
+def _halves_of(module: nn.Module) -> set[int]:
+    """Numbers of outputs of linears beside which another one reads half as many."""
+    found = set()
+    for part in module.modules():
+        linears = [m for m in part.modules() if isinstance(m, nn.Linear)]
+        if len(linears) == 2:
+            found |= {a.out_features for a in linears for b in linears if a is not b and a.out_features == 2 * b.in_features}
+    return found
+
+
 def _first(config: Any, names: Iterable[str]) -> Any:
     return next((v for n in names if (v := _value(config, n)) is not None and not isinstance(v, bool)), None)
 
@@ -215,6 +277,10 @@ def _stacks(config: Any, values: dict[str, Any], name: str) -> Iterator[Part]:
     if latents and "encoder" in sides:  # a stream of their own; that of the last layer is not read
         count = max(_numbers(_first(config, _LAYER_FIELDS["encoder"])))
         yield replace(_part(config, values, f"{name}.global tokens".strip("."), {count, count - 1}, "encoder"), certain=False)
+    for ratio in _numbers(values.get("channel_shrink_ratio")):  # a narrow stream beside; that of the last layer may not be read
+        count = max(_numbers(_first(config, _LAYER_FIELDS[""])))
+        beside = _part(config, values, f"{name}.beside".strip("."), {count, count - 1}, "")
+        yield replace(beside, widths={width // ratio for width in beside.widths}, certain=False)
     for side in sides:
         yield _part(config, values, f"{name}.{side}".strip("."), _numbers(_first(config, _LAYER_FIELDS[side])), side)
     alone = _numbers(_first(config, _LAYER_FIELDS[""]))
@@ -241,6 +307,8 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
 
     heads = _numbers(own(_HEADS)) or _numbers(values.get(f"{side}_attention_heads"))
     others = every(r"(\w+_)?num_heads|\w*attention_heads")
+    for ratio in every("head_ratio"):  # of the heads that a convolution takes the place of
+        heads, others = {h // ratio for h in heads}, {h // ratio for h in others}
     kv = _numbers(own(_KV)) | every(r"\w+_num_key_value_heads")
     widths = every(_WIDTH.pattern)
     hidden = _numbers(_first(config, ("hidden_size", "d_model", "n_embd"))) | _numbers(values.get("hidden_sizes"))
@@ -251,6 +319,8 @@ def _part(config: Any, values: dict[str, Any], name: str, count: set[int], side:
     ratio = own(("mlp_ratio", "mlp_ratios", "ffn_ratio", "mlp_expansion", "expansion_factor"))
     for factor in ratio if isinstance(ratio, list | tuple) else [ratio] if ratio is not None else []:
         widths |= {int(h * factor) for h in hidden if isinstance(factor, int | float)}
+    for unit in every(r"\w*(ff|ffn|block)\w*multiple_of"):  # two thirds of them, rounded up, where a third matrix is a gate
+        widths |= {unit * ceil(share * w / unit) for w in set(widths) for share in (1, 2 / 3)}
     widths |= {n * w for w in set(widths) for k, v in values.items() if "shared_expert" in k for n in _numbers(v) if n < 9}
     act = own(_ACTIVATIONS)
     if values.get("swiglu_alpha") == 1.702:  # x sigmoid(1.702 x), whatever the field says that the library reads elsewhere
@@ -360,7 +430,7 @@ def _by_stream(structure: Structure, parts: list[Part]) -> list[Part]:
 def _distance(stream: dict[str, Any], reasons: list[str], part: Part) -> tuple[bool, int, bool, str]:
     """How far a part is from being what a stream is: of as many layers, alike in most, and of the same side."""
     side = stream["label"].partition(".")[0]
-    return stream["blocks"] not in part.layers, len(reasons), not part.name.endswith(side), part.name
+    return stream["blocks"] not in part.layers, len(reasons), side not in part.name.rpartition(".")[2], part.name
 
 
 def _aligned(stream: Stream, part: Part) -> bool:
@@ -378,9 +448,17 @@ def _aligned(stream: Stream, part: Part) -> bool:
     return held == set(part.modules)
 
 
+def _attending(stream: Stream) -> int:
+    """The number of blocks without those in front of the first attention that only convolve, behind a change of size."""
+    first = next((i for i, block in enumerate(stream.blocks) if any(r.attention for r in block.regions)), 0)
+    ends = {region.entry for region in stream.transitions}
+    front = first and stream.blocks[first - 1].exit in ends and {block.kind for block in stream.blocks[:first]} == {"mixer"}
+    return len(stream.blocks) - (first if front else 0)
+
+
 def _unlike(stream: dict[str, Any], part: Part, found_in: Stream) -> list[str]:
     found = []
-    if stream["blocks"] not in part.layers and not (part.modules and _aligned(found_in, part)):
+    if not {stream["blocks"], _attending(found_in)} & part.layers and not (part.modules and _aligned(found_in, part)):
         found.append(f"{stream['blocks']} blocks, said {_text(part.layers)} layers")
     for key, wanted in (("heads", part.heads), ("kv", part.kv), ("widths", part.widths)):
         wrong = [v for v in stream[key] if wanted and v not in wanted]
@@ -434,6 +512,8 @@ def _same(name: str, library: str, limits: set[float]) -> bool:
     grid = probe_grid().float()
     wanted = ACT2FN[label](grid)
     own = gate(name)
+    if label not in ACTIVATIONS and own.base == label:  # its numbers are learned
+        return True
     if limits and {limit for limit in (own.gate_max, own.cap, own.up_limit) if limit is not None} <= limits:
         own = replace(own, gate_max=None, cap=None, up_limit=None)
     value = own.alone(grid)

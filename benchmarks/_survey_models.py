@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _survey_inputs import find_inputs
-from _survey_judge import Part, said, with_tables
+from _survey_judge import Part, said, with_layers, with_tables
 from _survey_shrink import small
 from torch import Tensor, nn
 
@@ -185,8 +185,9 @@ def build_transformers(kind: str) -> Built:
                 base = cls.config_class  # that of the text model in a model of images and text
             config = base(**small(base(), level, filled, _FIELDS.get(kind)))
             module = _with_forward(_made(cls, config))
-            parts = [_as_made(kind, part) for part in with_tables(said(module.config), module)]
-            return Built(module, find_inputs(module), parts, level)
+            inputs = find_inputs(module)
+            parts = with_layers(with_tables(said(module.config), module), module, inputs)
+            return Built(module, inputs, [_as_made(kind, part) for part in parts], level)
         except Exception as error:  # a class may raise anything on sizes that it was not made for
             failures.append(f"size {level}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
     raise NotBuilt(" || ".join(dict.fromkeys(failures)))

@@ -40,8 +40,12 @@ import surgeon
 from surgeon.errors import DiscoverError, TraceError
 from surgeon.example_inputs import agreed_dims
 
-SECONDS = 90
+SECONDS = 150
 """Processor seconds for one model; eight times as many by the clock, for what waits."""
+
+
+class OutOfTimeError(BaseException):
+    """A model took more processor seconds than it may; no :class:`Exception`, which what is run may catch."""
 
 
 def survey(name: str, passes: bool, fixed: bool = False) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _traced(built: _survey_models.Built, fixed: bool) -> tuple[surgeon.Graph, bo
         if not fixed:
             return surgeon.trace(built.module, built.inputs, dynamic=agreed_dims(built.inputs)), False
     except TraceError as error:
-        if "dynamic" not in str(error):
+        if "dynamic" not in str(error) and "torch.export could not trace" not in str(error):
             raise
     return surgeon.trace(built.module, built.inputs, dynamic=dict.fromkeys(built.inputs)), True
 
@@ -123,8 +127,21 @@ def _load() -> None:
 # -- processes ----------------------------------------------------------------------------------------------------
 
 
+def _late(*_: Any) -> None:
+    raise OutOfTimeError
+
+
+def _place(error: BaseException) -> str:
+    """The innermost place of surgeon that was at work, and of the library's model where that was called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).parent.name in ("surgeon", "discovery", "raising", "canonical")]
+    model = [f for f in frames if Path(f.filename).name.startswith("modeling_")]
+    return ", ".join(f"{Path(f.filename).name}:{f.name}" for f in (*own[-1:], *model[-1:])) or "the model's construction"
+
+
 def _child(name: str, passes: bool, seconds: int, fixed: bool, end: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    signal.signal(signal.SIGXCPU, _late)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 20))
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         if not os.environ.get("SURVEY_SHOW"):
@@ -133,6 +150,9 @@ def _child(name: str, passes: bool, seconds: int, fixed: bool, end: Any) -> None
     torch.set_num_threads(1)
     try:
         end.send(survey(name, passes, fixed))
+    except OutOfTimeError as error:
+        why = f"over {seconds} processor seconds, the last of them in {_place(error)}"
+        end.send({"status": "timed out", "reason": why})
     except BaseException as error:  # whatever escapes is a defect, and shown as one
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
@@ -164,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dense", action="store_true", help="only the others")
     parser.add_argument("--passes", action="store_true", help="also run passes on every model that was discovered")
     parser.add_argument("--status", nargs="+", help="only rows that ended so before, such as 'differs'")
+    parser.add_argument("--fixed", action="store_true", help="at fixed sizes of the inputs, as what times out is tried again")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--show", action="store_true", help="print the rows, write nothing")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="processor seconds for one model")
@@ -174,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [name for name in _survey_models.names() if _is_asked_for(options, name, rows)]
         _load()
         for number, name in enumerate(wanted, 1):
-            row = apart(name, options.passes, options.seconds)
-            if row["status"] == "timed out":  # sizes that vary are what an export takes longest for, in loops over chunks
+            row = apart(name, options.passes, options.seconds, fixed=options.fixed)
+            if row["status"] == "timed out" and not options.fixed:  # loops over chunks take longest where sizes vary
                 row = apart(name, options.passes, options.seconds, fixed=True)
             why = row.get("differs") or row.get("opaque") or row.get("reason", "")
             print(f"{number}/{len(wanted)} {name}: {row['status']} {why}"[:300], flush=True)

@@ -1,10 +1,13 @@
 """Gates: how a gated feed-forward network joins its two halves, with the constants that some models put into it.
 
-    h(g, u) = min(act(min(g, gate_max)), cap) * (clamp(u, -up_limit, up_limit) + offset)
+    h(g, u) = (scale min(act(min(g, gate_max)), cap) + shift) * (clamp(u, -up_limit, up_limit) + offset)
 
 Every constant is optional; without any, h = act(g) * u.  A gate has a name that says all of it, which is what the
 operators take and what plans and reports show: ``silu``, ``quick_gelu(gate_max=7,up_limit=7,offset=1)``,
-``swish(alpha=1.25)``.  ``swish`` is x sigmoid(alpha x), the one activation with a parameter.
+``swish(alpha=1.25)``, ``relu2(scale=0.8944,shift=-0.4472)``.  Two activations have parameters of their own:
+
+    swish    x sigmoid(alpha x)
+    xielu    rise x^2 + lift x where x > 0, fall (exp(x) - 1 - x) + lift x elsewhere        (Huang 2024, arXiv:2411.13010)
 """
 
 from __future__ import annotations
@@ -33,18 +36,26 @@ class Gate:
     """A gate h(g, u), or, for a plain network, the activation h(g) with the same constants and without the last factor.
 
     Attributes:
-        base: a name in :data:`surgeon.activations.ACTIVATIONS`, or ``swish``.
+        base: a name in :data:`surgeon.activations.ACTIVATIONS`, or ``swish`` or ``xielu``.
         alpha: of ``swish`` only.
+        rise, fall, lift: of ``xielu`` only.
         gate_max: upper clamp of g before the activation.
         cap: upper clamp of the activation's value.
+        scale: factor of the activation's value, behind its clamp.
+        shift: added behind that.
         up_limit: symmetric clamp of u.
         offset: added to u after its clamp.
     """
 
     base: str
     alpha: float | None = None
+    rise: float | None = None
+    fall: float | None = None
+    lift: float | None = None
     gate_max: float | None = None
     cap: float | None = None
+    scale: float | None = None
+    shift: float = 0.0
     up_limit: float | None = None
     offset: float = 0.0
 
@@ -56,9 +67,11 @@ class Gate:
         return f"{self.base}({text})" if text else self.base
 
     def alone(self, g: Tensor) -> Tensor:
-        """min(act(min(g, gate_max)), cap), element by element."""
+        """Compute scale min(act(min(g, gate_max)), cap) + shift, element by element."""
         value = self._function(g if self.gate_max is None else g.clamp(max=self.gate_max))
-        return value if self.cap is None else value.clamp(max=self.cap)
+        value = value if self.cap is None else value.clamp(max=self.cap)
+        value = value if self.scale is None else self.scale * value
+        return value + self.shift if self.shift else value
 
     def slope(self, g: Tensor) -> Tensor:
         """Derivative of :meth:`alone`; 1 at the edge of a clamp, as PyTorch's autograd has it."""
@@ -66,6 +79,7 @@ class Gate:
         value = self._derivative(inner)
         if self.gate_max is not None:
             value = value * (g <= self.gate_max)
+        value = value if self.scale is None else self.scale * value
         return value if self.cap is None else value * (self._function(inner) <= self.cap)
 
     def factor(self, u: Tensor) -> Tensor:
@@ -82,13 +96,23 @@ class Gate:
         return self.alone(g) * self.factor(u)
 
     def _function(self, x: Tensor) -> Tensor:
+        if self.base == "xielu":
+            rise, fall, lift = self._bends()
+            below = x.clamp(max=0)  # expm1 of large numbers would overflow where it is not used
+            return torch.where(x > 0, rise * x * x, fall * (torch.expm1(below) - below)) + lift * x
         return activation(self.base).function(x) if self.alpha is None else x * torch.sigmoid(self.alpha * x)
 
     def _derivative(self, x: Tensor) -> Tensor:
+        if self.base == "xielu":
+            rise, fall, lift = self._bends()
+            return torch.where(x > 0, 2 * rise * x, fall * torch.expm1(x.clamp(max=0))) + lift
         if self.alpha is None:
             return activation(self.base).derivative(x)
         s = torch.sigmoid(self.alpha * x)
         return s + self.alpha * x * s * (1 - s)
+
+    def _bends(self) -> tuple[float, float, float]:
+        return self.rise or 0.0, self.fall or 0.0, self.lift or 0.0
 
 
 _CONSTANTS = tuple(f.name for f in fields(Gate) if f.name != "base")
@@ -115,7 +139,9 @@ def gate(name: str) -> Gate:
             raise RegistryError(f"the activation {name!r} gives {value!r} for {key}, needed a number") from error
     if (base == "swish") != ("alpha" in constants):
         raise RegistryError(f"the activation {name!r}: swish, and only swish, has a parameter alpha")
-    if base != "swish":
+    if (base == "xielu") != bool(constants.keys() & {"rise", "fall", "lift"}):
+        raise RegistryError(f"the activation {name!r}: xielu, and only xielu, has parameters rise, fall and lift")
+    if base not in ("swish", "xielu"):
         activation(base)
     return Gate(base, **constants)
 
@@ -163,10 +189,28 @@ def recognise_alone(function: Callable[[Tensor], Tensor], *, tolerance: float = 
     """As :func:`recognise_gate`, for a plain network: a function of one tensor [N]."""
     grid = torch.cat([probe_grid(), torch.tensor([-_FAR, _FAR], dtype=torch.float64)])
     values = function(grid).double()
-    for found in _shapes(grid, values):
+    for found in [*_shapes(grid, values), *_moved(grid, values)]:
         if bool(((found.alone(grid) - values).abs() <= tolerance * (1 + values.abs())).all()):
             return found
     return None
+
+
+def _moved(grid: Tensor, values: Tensor) -> list[Gate]:
+    """``xielu`` and activations with a factor and an offset, such as learned ones, that fit an unknown one's values best."""
+    near = {point: int((grid - point).abs().argmin()) for point in (-1.0, 1.0, 3.0)}
+    (a, low), (b, one), (c, high) = ((float(grid[i]), float(values[i])) for i in near.values())
+    rise = (high / c - one / b) / (c - b)
+    lift = one / b - rise * b
+    found = [Gate("xielu", rise=_neat(rise), fall=_neat((low - lift * a) / (math.exp(a) - 1 - a)), lift=_neat(lift))]
+    within = grid.abs() <= 6
+    for name, entry in ACTIVATIONS.items():
+        x, y = entry.function(grid[within]), values[within]
+        spread = float((x - x.mean()).square().sum())
+        if name == "identity" or spread == 0:
+            continue
+        scale = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
+        found.append(Gate(name, scale=_neat(scale), shift=_neat(float(y.mean()) - scale * float(x.mean()))))
+    return found
 
 
 def _shapes(grid: Tensor, values: Tensor) -> list[Gate]:

@@ -146,8 +146,8 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
         ffn: the FFN.
 
     Raises:
-        PlanError: its weights are quantized or factored, its activation was not recognised, its neurons are normalised,
-            or its down projection is one matrix with that of an attention beside it.
+        PlanError: its weights are quantized or factored, its activation was not recognised, its neurons are normalised or
+            scaled by something beside its weights, or its down projection is one matrix with that of an attention beside it.
     """
     for part in (ffn.gate, ffn.up, ffn.down):
         if part is None:
@@ -165,6 +165,11 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
         raise PlanError(f"{site}: its activation function was not recognised, so its neurons cannot be told apart")
     if ffn.normed:
         raise PlanError(f"{site}: a normalisation over all neurons stands in front of down, so they cannot be told apart")
+    if ffn.scaled:
+        raise PlanError(
+            f"{site}: its neurons are multiplied by a learned vector or by another input of the layer, or their activation has "
+            f"learned numbers; {name} takes networks of two or three matrices and biases alone"
+        )
 
 
 def rows(graph: Graph, linear: Linear) -> Tensor:

@@ -99,6 +99,8 @@ class FFN:
         layout: how gate and up are stored: ``separate``, ``concatenated`` ([gate | up]), ``interleaved``; ``plain``
             without gate.
         normed: a normalisation stands in front of ``down``, so that its neurons depend on each other.
+        scaled: its neurons are multiplied by learned vectors, or by another input of the layer, or their activation has
+            learned numbers, beside its own weights.
     """
 
     input: fx.Node
@@ -110,6 +112,7 @@ class FFN:
     width: int
     layout: str = "plain"
     normed: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ class MoE:
         input: its x, [tokens, hidden].
         router: the router's linear, None where it was not recognised (see ``reason``).
         logits: node of the router's scores before selection, [tokens, experts]; behind a soft cap or a temperature, which
-            the routing is told without.  Of experts that were merged, [tokens, choices]: the router has rows for more
-            choices than there are experts, and groups, corrections and factors are those of choices.
+            the routing is told without.  Of experts that were merged, or where no expert is a choice too, [tokens, choices]:
+            the router has rows for more choices than there are experts, and groups, corrections and factors are those of
+            choices.
         index: node of the selected experts, [tokens, top_k].
         weight: node of their weights, [tokens, top_k].
         experts: number of experts E.

@@ -235,7 +235,7 @@ def detr() -> Family:
         ],
     }
     ends = ("model.encoder.layers", "model.decoder.layers")
-    return Family(module, inputs, streams, dynamic=static(inputs), opaque=1, ends=ends)
+    return Family(module, inputs, streams, dynamic=static(inputs), ends=ends)
 
 
 # -- towers -------------------------------------------------------------------------------------------------------

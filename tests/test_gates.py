@@ -48,6 +48,30 @@ def test_a_plain_activation_may_be_clamped() -> None:
     assert found.name == "silu(cap=6)"
 
 
+def xielu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, 1.3 * x * x + 0.5 * x, (torch.expm1(x.clamp(max=-1e-6)) - x) * 0.9 + 0.5 * x)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (xielu, "xielu(rise=1.3,fall=0.9,lift=0.5)"),
+        (lambda x: 0.8944 * F.relu(x) ** 2 - 0.4472, "relu2(scale=0.8944,shift=-0.4472)"),
+        (lambda x: 1.5 * F.silu(x), "silu(scale=1.5)"),
+        (lambda x: torch.tanh(x) * 2 + 1, "tanh(scale=2,shift=1)"),
+    ],
+)
+def test_a_plain_activation_may_have_learned_numbers(function: Callable[[Tensor], Tensor], name: str) -> None:
+    found = recognise_alone(lambda x: function(x.float()))
+    assert found is not None
+    assert found.name == name
+    assert gate(name) == found
+    points = torch.linspace(-4, 4, 32, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(found.alone(points), function(points), rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(function(points).sum(), points)
+    torch.testing.assert_close(found.slope(points.detach()), slope, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_the_operator_and_its_forms_agree_and_differentiate(name: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -163,7 +163,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Any]]]] = {
     "grouped": (Grouped, [{"experts": 3, "top_k": 3, "width": INNER, "shared": ()}] * 2),
     "retrieved": (lambda: Retrieved(1), [{"experts": 16, "top_k": CHOSEN, "width": 1, "router": None}]),
     "retrieved by two heads": (lambda: Retrieved(2), [{"experts": 16, "top_k": 2 * CHOSEN, "width": 1}]),
-    "idle": (Idle, [{"experts": 4, "top_k": CHOSEN, "activation": "silu", "router": None}]),
+    "idle": (Idle, [{"experts": 4, "top_k": CHOSEN, "activation": "silu", "masked": True}]),
 }
 
 

@@ -213,6 +213,7 @@ def _projection(
     """
     inside = flow.depends(argument, entry)
     found: set[fx.Node] = set()
+    learned: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [argument]
     blocked: fx.Node | None = None
@@ -224,6 +225,8 @@ def _projection(
         seen.add(node)
         if node in linears.whole:
             found.add(node)
+        elif node in linears.learned:
+            learned.add(node)
         elif product(flow, node) is not None or operators.kind(node) in operators.SOFTMAXES | operators.ATTENTIONS:
             blocked = node
         elif operators.kind(node) in operators.LOOKUPS and not flow.inputs(node):
@@ -231,6 +234,8 @@ def _projection(
         else:
             beside = beside or _joins_features(flow, entry if inside else None, node)
             stack.extend(flow.inputs(node))
+    if not found and len(learned) == 1:
+        found = {linears.adopt(node).node for node in learned}
     last = [n for n in found if not any(other is not n and flow.depends(other, n) for other in found)]
     if len(last) == 1:
         linear = linears.whole[last[0]]

@@ -128,8 +128,9 @@ def _letters(classifier: Classifier, sublayers: list[Sublayer]) -> list[str]:
             found.append("X" if all(attention.cross for attention in region.attention) else "M")
         else:
             convolves = behind_attention and classifier.only_convolves(region)
-            starts = region.kind == "other" and classifier.starts_without_input(region)
-            found.append("X" if starts else "M" if region.kind == "mixer" and not convolves else "F")
+            outside = region.kind == "other" and classifier.starts_without_input(region)
+            outside |= region.kind == "mixer" and classifier.samples(region.entry, region.nodes)
+            found.append("X" if outside else "M" if region.kind == "mixer" and not convolves else "F")
         behind_attention = bool(region.attention)
     return found
 

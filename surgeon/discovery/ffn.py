@@ -9,12 +9,16 @@ forms of ``surgeon.gates`` are tried both ways round.  A normalisation may stand
 
 Two linears with nothing between them that is not linear (a latent, an adapter) are no FFN.  Nor is one whose neurons further
 linears read, such as several gates.  ``down`` may read its neurons beside the output of an attention, as one matrix.
+
+Neurons may be *scaled*: multiplied by a learned vector, or by a tensor that is not computed from what the sublayer starts
+with (embeddings of the tokens for this layer).  The activation is then that at scales of 1.  So they are where the activation
+has learned numbers; it is named with the values that these have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -43,8 +47,39 @@ class Half:
     nodes: tuple[fx.Node, ...]
 
 
-def find_ffns(flow: Flow, linears: Linears, path: frozenset[fx.Node]) -> tuple[list[FFN], list[str]]:
-    """FFNs of a region, in graph order, and why further linears that follow others are the ``down`` of none."""
+@dataclass(frozen=True)
+class _Middle:
+    """The element-wise work between the linears, up to what ``down`` reads.
+
+    Attributes:
+        flow: the graph's data flow.
+        hidden: its result.
+        scales: tensors that neurons are multiplied with, beside what the linears compute.
+    """
+
+    flow: Flow
+    hidden: fx.Node
+    scales: tuple[fx.Node, ...]
+
+    def evaluate(self, given: Mapping[Half, Tensor]) -> Tensor:
+        """H [N] at values [N] of the halves, all scales 1."""
+        values = {node: x for half, x in given.items() for node in half.nodes}
+        like = next(iter(given.values()))
+        ones = {node: torch.ones_like(like) for node in self.scales}
+        return probe.elementwise(self.flow, self.hidden, ones | values)
+
+
+def find_ffns(
+    flow: Flow, linears: Linears, path: frozenset[fx.Node], entry: fx.Node
+) -> tuple[list[FFN], list[str]]:
+    """FFNs of a region, in graph order, and why further linears that follow others are the ``down`` of none.
+
+    Args:
+        flow: the graph's data flow.
+        linears: its linears.
+        path: nodes on paths through the region.
+        entry: the cut where it starts.
+    """
     found: list[FFN] = []
     reasons: list[str] = []
     for node in flow.ordered(path):
@@ -52,7 +87,7 @@ def find_ffns(flow: Flow, linears: Linears, path: frozenset[fx.Node]) -> tuple[l
         if down is None:
             continue
         for part in [down, *(part for _, part in linears.sections(down))]:
-            ffn = _match(flow, linears, path, part)
+            ffn = _match(flow, linears, path, entry, part)
             if isinstance(ffn, FFN):
                 found.append(ffn)
             elif ffn:
@@ -67,13 +102,18 @@ def find_ffns(flow: Flow, linears: Linears, path: frozenset[fx.Node]) -> tuple[l
     return kept, reasons
 
 
-def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear) -> FFN | str:
+def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], entry: fx.Node, down: Linear) -> FFN | str:
     ups: list[Linear] = []
     middle: set[fx.Node] = set()
+    scales: dict[fx.Node, None] = {}
+    learned = False
     stack = [down.input]
     while stack:
         node = stack.pop()
         if node in middle:
+            continue
+        if _scales(flow, node, entry, middle):
+            scales[node] = None
             continue
         if node in linears.whole:
             if node not in path:
@@ -92,8 +132,10 @@ def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear)
             return f"{node.name} = {name} lies in between, needed element-wise work" if ups else ""
         middle.add(node)
         stack.extend(flow.active(node))
+        scales.update(dict.fromkeys(_vectors(flow, node, down.in_features)))
+        learned = learned or _has_numbers(flow, node)
     ups.sort(key=lambda linear: flow.index[linear.node])
-    if not any(_bends(flow, node) for node in middle):
+    if not any(_bends(flow, node, scales) for node in middle):
         return ""
     if len(ups) > 2:
         return f"it reads {len(ups)} linears ({', '.join(u.node.name for u in ups)}), needed one or two"
@@ -105,17 +147,43 @@ def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], down: Linear)
     widths = {len(half.numbers) for half in halves}
     if widths != {down.in_features}:
         return f"it reads {down.in_features} features and what it is computed from has {sorted(widths)}, needed the same"
-    return _assemble(flow, linears, halves, down)
+    ffn = _assemble(flow, linears, halves, down, tuple(scales))
+    return replace(ffn, scaled=True) if learned and isinstance(ffn, FFN) else ffn
 
 
 _LINEAR = frozenset(f"aten::{name}" for name in "add sub mul div neg rsub".split())
 
 
-def _bends(flow: Flow, node: fx.Node) -> bool:
+def _bends(flow: Flow, node: fx.Node, scales: Container[fx.Node]) -> bool:
     """Whether an element-wise node is not linear: another function than sums and products, or a product of activations."""
     if not operators.is_pointwise(node):
         return False
-    return operators.kind(node) not in _LINEAR or (operators.kind(node) != operators.ADD and len(flow.active(node)) > 1)
+    if operators.kind(node) not in _LINEAR:
+        return True
+    return operators.kind(node) != operators.ADD and sum(n not in scales for n in flow.active(node)) > 1
+
+
+def _scales(flow: Flow, node: fx.Node, entry: fx.Node, middle: Collection[fx.Node]) -> bool:
+    """Whether a node only multiplies neurons, and is neither on the way to the sublayer nor computed from its entry."""
+    if node not in flow or flow.depends(node, entry) or flow.depends(entry, node):
+        return False
+    readers = [user for user in node.users if user in middle]
+    return bool(readers) and all(operators.kind(user) == "aten::mul" for user in readers)
+
+
+def _vectors(flow: Flow, node: fx.Node, width: int) -> list[fx.Node]:
+    """Learned vectors of as many numbers as there are neurons that a node multiplies by."""
+    if operators.kind(node) != "aten::mul" or width == 1:
+        return []
+    constants = [n for n in node.all_input_nodes if n in flow.constant and flow.weights.get(n)]
+    return [n for n in constants if [size for size in operators.shape(n) if size != 1] == [width]]
+
+
+def _has_numbers(flow: Flow, node: fx.Node) -> bool:
+    """Whether an element-wise node reads single numbers that are trained, such as a slope."""
+    names = {name for n in node.all_input_nodes if n in flow.constant for name in flow.weights.get(n, ())}
+    tensors = [flow.graph.tensor(name) for name in names] if operators.is_pointwise(node) else []
+    return any(tensor.numel() == 1 and isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def _is_gain(flow: Flow) -> Callable[[fx.Node], bool]:
@@ -134,58 +202,61 @@ def _halves(flow: Flow, linears: Linears, ups: list[Linear], hidden: fx.Node) ->
     return halves
 
 
-def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear) -> FFN | str:
+def _assemble(
+    flow: Flow, linears: Linears, halves: list[Half], down: Linear, scales: tuple[fx.Node, ...]
+) -> FFN | str:
     width = down.in_features
     inner = normalised(flow, flow.strip(down.input, _is_gain(flow)))
-    normed, hidden = inner is not None, inner or down.input
+    normed, scaled = inner is not None, bool(scales)
+    middle = _Middle(flow, inner or down.input, scales)
     if len(halves) == 1:
         (half,) = halves
-        activation = _recognise(lambda x: _evaluate(flow, hidden, {half: x}), recognise, recognise_alone)
-        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed)
-    if _adds(flow, hidden, halves):
+        activation = _recognise(lambda x: middle.evaluate({half: x}), recognise, recognise_alone)
+        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed, scaled)
+    if _adds(middle, halves):
         names = " and ".join(half.linear.node.name for half in halves)
         return f"it reads a function of a weighted sum of {names}, needed one linear (an adapter beside a weight is another)"
-    gate, up = _gate_and_up(flow, hidden, halves)
-    activation = _recognise(lambda x: _evaluate(flow, hidden, {gate: x, up: torch.ones_like(x)}), recognise)
+    gate, up = _gate_and_up(middle, halves)
+    activation = _recognise(lambda x: middle.evaluate({gate: x, up: torch.ones_like(x)}), recognise)
     for first, second in ((gate, up), (up, gate)):
         if activation is None:
             pair = (first, second)
             activation = _recognise(
-                lambda g, u, pair=pair: _evaluate(flow, hidden, dict(zip(pair, (g, u), strict=True))), recognise_gate
+                lambda g, u, pair=pair: middle.evaluate(dict(zip(pair, (g, u), strict=True))), recognise_gate
             )
             gate, up = pair if activation is not None else (gate, up)
     if gate.linear is not up.linear:
-        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate", normed)
+        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate", normed, scaled)
     parts = [linears.take(half.linear, half.numbers) for half in (up, gate)]
     layout = "concatenated" if all(part.rows for part in parts) else "interleaved"
-    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout, normed)
+    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout, normed, scaled)
 
 
-def _gate_and_up(flow: Flow, hidden: fx.Node, halves: list[Half]) -> tuple[Half, Half]:
+def _gate_and_up(middle: _Middle, halves: list[Half]) -> tuple[Half, Half]:
     """Which half is the gate: h is linear in the other one; where that does not decide, the first is."""
     first, second = halves
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 64, generator=generator, dtype=torch.float64)
     ones = torch.ones_like(a)
     try:
-        if _close(_evaluate(flow, hidden, {first: a, second: b}), b * _evaluate(flow, hidden, {first: a, second: ones})):
+        if _close(middle.evaluate({first: a, second: b}), b * middle.evaluate({first: a, second: ones})):
             return first, second
-        if _close(_evaluate(flow, hidden, {first: a, second: b}), a * _evaluate(flow, hidden, {first: ones, second: b})):
+        if _close(middle.evaluate({first: a, second: b}), a * middle.evaluate({first: ones, second: b})):
             return second, first
     except RuntimeError:  # a learned vector in between: its size is not the probe's
         return first, second
     return first, second
 
 
-def _adds(flow: Flow, hidden: fx.Node, halves: list[Half]) -> bool:
+def _adds(middle: _Middle, halves: list[Half]) -> bool:
     """Whether h = f(a, b) depends on a sum of multiples of a and b only: then its two derivatives are proportional."""
     first, second = halves
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 64, generator=generator, dtype=torch.float64)
     step = 1e-5
     try:
-        by_a = _evaluate(flow, hidden, {first: a + step, second: b}) - _evaluate(flow, hidden, {first: a - step, second: b})
-        by_b = _evaluate(flow, hidden, {first: a, second: b + step}) - _evaluate(flow, hidden, {first: a, second: b - step})
+        by_a = middle.evaluate({first: a + step, second: b}) - middle.evaluate({first: a - step, second: b})
+        by_b = middle.evaluate({first: a, second: b + step}) - middle.evaluate({first: a, second: b - step})
     except RuntimeError:  # a learned vector in between: its size is not the probe's
         return False
     ratio = (by_a * by_b).sum() / by_b.square().sum()
@@ -195,10 +266,6 @@ def _adds(flow: Flow, hidden: fx.Node, halves: list[Half]) -> bool:
 
 def _close(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-7)
-
-
-def _evaluate(flow: Flow, hidden: fx.Node, given: Mapping[Half, Tensor]) -> Tensor:
-    return probe.elementwise(flow, hidden, {node: x for half, x in given.items() for node in half.nodes})
 
 
 def _recognise(function: Callable[..., Tensor], *rules: Callable[..., str | Gate | None]) -> str | None:

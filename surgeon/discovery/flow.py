@@ -41,6 +41,7 @@ class Flow:
         self.readers: dict[str, list[fx.Node]] = {}
         self._ancestors: dict[fx.Node, int] = {}
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
+        self._every: dict[fx.Node, int] = {}
         self.outputs: list[fx.Node] = []
         self.kept: set[fx.Node] = set()
         self.cuts: set[fx.Node] = set()
@@ -88,6 +89,16 @@ class Flow:
     def ancestors(self, node: fx.Node) -> int:
         """The node and the floating-point tensors that it is computed from, as bits at their positions."""
         return self._ancestors.get(node, 0) | 1 << self.index[node]
+
+    def leads_to(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether a node is computed from another one in any way, through numbers, marks and sizes too, or is it."""
+        if not self._every:
+            for here in self.nodes:
+                mask = 1 << self.index[here]
+                for one in here.all_input_nodes:
+                    mask |= self._every[one]
+                self._every[here] = mask
+        return bool(self._every[node] >> self.index[source] & 1)
 
     def active(self, node: fx.Node) -> list[fx.Node]:
         """Tensors the node reads that depend on an input of the graph, integers included."""

@@ -77,6 +77,9 @@ class Linears:
         inner: inner halves: inner node to outer node.
         stored: where the weight of a raw linear is stored.
         core: the matrix product of each raw linear (another node where the bias is added apart).
+        learned: linears whose input is computed from stored tensors alone, such as queries that are learned, or the tokens
+            that a decoder starts with.  They are none of the others until :meth:`adopt` finds one a part: what a table of
+            positions or a packed weight is computed with is none.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -84,8 +87,9 @@ class Linears:
         self.raw: dict[fx.Node, Linear] = {}
         self.stored: dict[fx.Node, Stored] = {}
         self.core: dict[fx.Node, fx.Node] = {}
+        self.learned: dict[fx.Node, tuple[Linear, Stored]] = {}
         for node in flow.nodes:
-            if node.op == "call_function" and node in flow and node not in flow.constant:
+            if node.op == "call_function" and node in flow:
                 self._match(node)
         self.whole = dict(self.raw)
         self.inner: dict[fx.Node, fx.Node] = {}
@@ -99,7 +103,10 @@ class Linears:
         x, weight, bias, in_last = operands
         if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
             return
-        if x in self.flow.constant or weight not in self.flow.constant or len(operators.shape(weight)) != 2:
+        learned = x in self.flow.constant
+        if learned and operators.kind(node) != "aten::linear":  # which of two stored matrices is the weight, it alone says
+            return
+        if weight not in self.flow.constant or len(operators.shape(weight)) != 2:
             return
         found = stored(weight, self.flow)
         if found is None:
@@ -116,6 +123,9 @@ class Linears:
         source = x.args[0] if operators.kind(x) == operators.FAKE_QUANTIZE else x
         assert isinstance(source, fx.Node)
         linear = Linear(node, source, found.name, bias_name, transposed, in_features, out_features)
+        if learned:
+            self.learned[node] = linear, found
+            return
         linear = self._with_bias(linear)
         self.raw[linear.node], self.stored[linear.node], self.core[linear.node] = linear, found, node
 
@@ -134,6 +144,13 @@ class Linears:
             if held is not None and operators.shape(other) == (linear.out_features,) and other in self.flow.constant:
                 return replace(linear, node=user, bias=held.name)
         return linear
+
+    def adopt(self, node: fx.Node) -> Linear:
+        """Count one of the learned linears among the others from now on."""
+        if node not in self.whole:
+            linear, found = self.learned[node]
+            self.raw[node], self.stored[node], self.core[node], self.whole[node] = linear, found, node, linear
+        return self.whole[node]
 
     def _join(self, outer: Linear) -> None:
         inner = self.raw.get(self.flow.plain(outer.input))

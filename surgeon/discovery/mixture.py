@@ -6,11 +6,13 @@ every pair of a token and an expert is a row of its own:
     moe(x, index, weight)        sum over j of moe(weight_j x, index_j, 1)
 
 Where experts were merged, the router still chooses among as many as it did, and a table of the choices' experts stands in
-front of the node: ``index = table[choice]``.  Its routing is told by the choices.
+front of the node: ``index = table[choice]``.  Its routing is told by the choices.  So it is where a router knows a few choices
+more than there are experts, such as none of them: a token that takes one weighs 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -59,6 +61,11 @@ def _mixture(
             router = None
     elif operators.shape(choice)[1] == (choices or experts):
         routing = without_router(flow, weight)
+    else:
+        larger = _more_choices(flow, linears, path, choice, weight, choices or experts)
+        told = None if larger is None else recognise_routing(flow, larger.node, choice, weight)
+        if told is not None and told.scoring != "other" and not told.reason:
+            router, routing, reason = larger, told, ""
     mixture = MoE(
         node=node,
         input=flow.plain(x) if operators.kind(x) == operators.FAKE_QUANTIZE else x,
@@ -123,9 +130,28 @@ def _router(
     flow: Flow, linears: Linears, path: frozenset[fx.Node], index: fx.Node, weight: fx.Node, experts: int
 ) -> tuple[Linear | None, str]:
     """The one linear with a row per expert that the selection is computed from."""
+    found = _behind(flow, linears, path, (index, weight))
+    fitting = [n for n in found if linears.whole[n].out_features == experts]
+    if len(fitting) == 1:
+        return linears.whole[fitting[0]], ""
+    sizes = ", ".join(f"{n.name} [{linears.whole[n].out_features}]" for n in flow.ordered(found)) or "none"
+    return None, f"the router is the linear with {experts} outputs that selects the experts; found {sizes}"
+
+
+def _more_choices(
+    flow: Flow, linears: Linears, path: frozenset[fx.Node], index: fx.Node, weight: fx.Node, experts: int
+) -> Linear | None:
+    """The linear that knows a choice or a few beyond the experts, such as none of them, and that the selection follows from."""
+    found = _behind(flow, linears, path, (index, weight))
+    fitting = [n for n in found if experts < linears.whole[n].out_features < 2 * experts]
+    return linears.whole[fitting[0]] if len(fitting) == 1 else None
+
+
+def _behind(flow: Flow, linears: Linears, path: frozenset[fx.Node], ends: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nearest linears that nodes are computed from."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
-    stack = [index, weight]
+    stack = list(ends)
     while stack:
         node = stack.pop()
         if node in seen or node in flow.constant:
@@ -135,11 +161,7 @@ def _router(
             found.add(node)
         elif node.op == "call_function" and (node in path or node not in flow or any(n in path for n in flow.inputs(node))):
             stack.extend(node.all_input_nodes)
-    fitting = [n for n in found if linears.whole[n].out_features == experts]
-    if len(fitting) == 1:
-        return linears.whole[fitting[0]], ""
-    sizes = ", ".join(f"{n.name} [{linears.whole[n].out_features}]" for n in flow.ordered(found)) or "none"
-    return None, f"the router is the linear with {experts} outputs that selects the experts; found {sizes}"
+    return found
 
 
 def _scaled_inputs(flow: Flow, x: fx.Node, index: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

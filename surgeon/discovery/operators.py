@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 _SOME = 2
+_SHAPE = "traced_shape"
+"""Where a node keeps the value whose shape was asked for, and that shape."""
 
 RESHAPES = frozenset(
     f"aten::{name}"
@@ -72,6 +74,9 @@ SCANS = frozenset(
 )
 """What recurrences and spectral mixers are written with."""
 
+RECURRENCES = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
+"""Whole recurrent layers, whose weights are a list."""
+
 REDUCTIONS = frozenset(
     f"aten::{name}" for name in "mean sum var std var_mean std_mean amax amin norm linalg_vector_norm prod".split()
 )
@@ -80,6 +85,8 @@ CONVOLUTIONS = frozenset(
 )
 PRODUCTS = frozenset(f"aten::{name}" for name in "matmul mm bmm baddbmm addmm addbmm einsum linear mv dot".split())
 LOOKUPS = frozenset({"aten::embedding", "aten::index", "aten::index_select"})
+SAMPLERS = frozenset(f"aten::grid_sampler{suffix}" for suffix in ("", "_2d", "_3d"))
+"""Values between the positions of the first argument, at places that the second one says."""
 
 SELECTIONS = frozenset(f"aten::{name}" for name in "topk sort argsort argmax argmin kthvalue".split())
 """Operators that say which elements are largest or smallest."""
@@ -161,7 +168,13 @@ def is_float(node: fx.Node) -> bool:
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of the node's value with every symbolic size replaced by the size it was traced with."""
     found = value(node)
-    return tuple(hint(size) for size in found.shape) if isinstance(found, Tensor) else ()
+    if not isinstance(found, Tensor):
+        return ()
+    known = node.meta.get(_SHAPE)  # sizes are expressions, which are slow to evaluate and asked for again and again
+    if known is None or known[0] is not found:
+        known = node.meta[_SHAPE] = (found, tuple(size if type(size) is int else hint(size) for size in found.shape))
+    sizes: tuple[int, ...] = known[1]
+    return sizes
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -1,10 +1,13 @@
 """What a sublayer is: attention, FFN, mixture of experts, several of them side by side, another mixer, or opaque.
 
 A region is classified by its parts.  Where no attention was found, it is a *mixer* if the output at one position depends on
-the input at another: ruled out by the operators where all of them work position by position, measured otherwise.
+the input at another: ruled out by the operators where all of them work position by position, measured otherwise.  So it is
+where it reads positions of another tensor, at places that it computes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -19,6 +22,9 @@ from surgeon.discovery.mixture import find_mixtures
 from surgeon.discovery.norms import is_affine, is_normalisation
 from surgeon.discovery.residuals import mixed_streams, reads_weights, works, writes_streams
 from surgeon.structure import FFN, Attention, Region, RegionKind
+
+_OF_ORDER = frozenset({"aten::linalg_vector_norm", "aten::norm"})
+"""Reductions whose second argument is the order of the norm, and the third the dimensions."""
 
 
 class Classifier:
@@ -44,7 +50,7 @@ class Classifier:
             path: nodes on paths between them.
         """
         attentions, unattended = find_attentions(self.flow, self.linears, path, entry)
-        ffns, unfed = find_ffns(self.flow, self.linears, path)
+        ffns, unfed = find_ffns(self.flow, self.linears, path, entry)
         outputs = {attention.o.node for attention in attentions if attention.o}
         ffns = [ffn for ffn in ffns if ffn.up.node not in outputs]  # a gate on the output of an attention
         ffns = [ffn for ffn in ffns if not gates_its_input(self.flow, path, ffn)]
@@ -75,6 +81,9 @@ class Classifier:
             elif mixtures or ffns:
                 kind = "moe" if mixtures else "ffn"
                 reasons.extend([] if mixtures or experts else _left_experts(self.flow, path))
+            elif self.samples(entry, path):
+                kind = "mixer"
+                reasons.append("reads another tensor at places that it computes, without softmax attention over positions")
             else:
                 kind = "other"
                 reasons = reasons or [_opaque(self.flow, path, unfed)]
@@ -110,6 +119,16 @@ class Classifier:
         if not kinds & operators.CONVOLUTIONS or kinds & (operators.SCANS | {"aten::select"}):
             return False
         return all(node in self._products for node in region.nodes if operators.kind(node) in operators.PRODUCTS)
+
+    def samples(self, entry: fx.Node, nodes: Iterable[fx.Node]) -> bool:
+        """Whether a region reads positions of a tensor from elsewhere, at places that it computes (deformable attention)."""
+        found = [node for node in nodes if operators.kind(node) in operators.SAMPLERS]
+        values = [(node.args[0], node.args[1]) for node in found]
+        return any(
+            isinstance(source, fx.Node) and isinstance(places, fx.Node)
+            and not self.flow.depends(source, entry) and self.flow.depends(places, entry)
+            for source, places in values
+        )
 
     def feature_axes(self, entry: fx.Node, path: frozenset[fx.Node]) -> set[int]:
         """Which dimensions of the hidden state the first products and convolutions in a region sum over.
@@ -205,7 +224,7 @@ class Classifier:
         if name in ("aten::view", "aten::reshape", "aten::_unsafe_view"):  # batch and positions may be merged and split
             return operators.shape(node)[-1:] == operators.shape(self.flow.inputs(node)[0])[-1:]
         if name in operators.REDUCTIONS:
-            dims = operators.argument(node, 1, "dim")
+            dims = operators.argument(node, 2 if name in _OF_ORDER else 1, "dim")
             dims = [dims] if isinstance(dims, int) else dims
             return bool(dims) and all(dim in last for dim in dims)
         if name in operators.SOFTMAXES:

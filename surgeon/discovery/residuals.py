@@ -10,8 +10,8 @@
    Where a part of the positions alone goes through f, x with the rows x[i] + f at i is the sum of x and f put at i.
    Where x is joined with other positions, of which nothing is kept, cat(x, z) + f cut down to x's place is the sum of x and
    a part of f; z, such as a message computed from x, belongs to f.
-3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other, that each mix
-   positions with weights.  Then it is a skip around a stack, and the inner ones count.
+3. Where sublayers nest, the outer one counts, unless layers stand in it: two sublayers, one behind the other on a stream of
+   their own, that each mix positions with weights.  Then it is a skip around a stack, and the inner ones count.
 4. A sum with a term that is the end of another sublayer with weights, with nothing but norms or scales behind it, is no
    sublayer: the hidden state goes on there, and x is added to it, such as position codes that enter every layer, or a skip.
    Neither is one into which another sublayer leads that starts elsewhere: then x is context, and the hidden state passes by.
@@ -332,14 +332,20 @@ def _goes_on(flow: Flow, outer: Residual, ending: list[Residual]) -> bool:
 
 
 def _is_stack(flow: Flow, inside: list[Residual], mixes: Callable[[Residual], bool]) -> bool:
-    first: Residual | None = None
+    """Whether two sublayers that mix positions follow each other on one stream: nothing works between an end and a start.
+
+    Those that do not, such as convolutions with a shortcut around the keys and behind the output of one attention, are parts
+    of one layer.
+    """
+    mixing: dict[fx.Node, bool] = {}
     for residual in sorted(inside, key=lambda r: flow.index[r.exit]):
         if not any(reads_weights(flow, node) for node in residual.path):
             continue
-        if first is not None and not flow.depends(residual.entry, first.exit):
-            continue
-        if mixes(residual):
-            if first is not None:
-                return True
-            first = residual
+        before = [exit for exit in mixing if flow.depends(residual.entry, exit)]
+        last = max(before, key=flow.index.__getitem__, default=None)
+        follows = last is not None and not works(flow, flow.between(last, residual.entry) - {last})
+        mixed = mixes(residual)
+        if mixed and last is not None and follows and mixing[last]:
+            return True
+        mixing[residual.exit] = mixed or (last is not None and follows and mixing[last])
     return False

@@ -7,7 +7,9 @@
     patch_embedding.J, convolution.J    kernels, before the blocks and elsewhere
     blocks.I.mixer.J, blocks.I.other.J  matrices of a sublayer that no rule takes apart
     blocks.I.attention.position.J       further matrices that the scores of an attention are computed with
-    projection.J                        matrices in a product that is no linear, such as one with three dimensions
+    recurrence.J.K                      the K-th weight of a recurrent layer outside of the sublayers, in the operator's order
+    projection.J                        matrices in a product that is no linear, such as one with three dimensions, or one with
+                                        what is computed from stored tensors alone
     constant.J                          what is no trained weight: tables, masks, positions; and trained scalars
 
 A trained matrix that fits nowhere is *unrecognised*, with the operator that reads it.
@@ -115,6 +117,10 @@ class Remaining:
             label = "patch_embedding" if self.places.prefix(reader) else "convolution"
             part = "weight" if reader.args[1] is operand else "bias"
             role = f"{self._group(f'{place}{label}', reader)}.{part}"
+        elif kind in operators.RECURRENCES and part is None:
+            weights = reader.args[2] if isinstance(reader.args[2], list | tuple) else ()
+            number = weights.index(operand) if operand in weights else "state"
+            role = f"{self._group(f'{place}recurrence', reader)}.{number}"
         elif trained and self.places.prefix(reader) and kind == operators.ADD and len(operators.shape(operand)) > 1:
             role = self._next("position_embedding")
         elif trained and tensor.dim() > 1 and kind == operators.CONCATENATE:
@@ -129,6 +135,8 @@ class Remaining:
             role = self._next(f"{place}{part}")
         elif kind in _ELEMENTWISE:
             role = self._next(f"{place}{_effect(reader, operand)}")
+        elif self._meets_constants(node):
+            role = self._next(f"{place}projection")
         elif kind in operators.PRODUCTS and (place or not self._may_be_an_expert(name, operand)):
             role = self._next(f"{place}projection")
         else:
@@ -141,6 +149,10 @@ class Remaining:
             )
             return
         self.naming.claim(name, role)
+
+    def _meets_constants(self, node: fx.Node) -> bool:
+        """Whether a weight is that of a linear whose input no input of the graph leads to."""
+        return any(user in self.naming.linears.learned and user.args[1] is node for user in node.users)
 
     def _may_be_an_expert(self, name: str, operand: fx.Node) -> bool:
         """Whether a weight looked like one of experts; not where it meets another weight first, as learned queries do."""

@@ -348,7 +348,8 @@ def _selecting(routing: Routing, runs: _Runs) -> Routing:
     experts, k = runs.z.shape[1], runs.chosen.shape[1]
     if k == experts:
         return routing
-    kept = runs.found.ne(0).any(-1)  # a token that was dropped has no choice
+    kept = runs.found.ne(0).all(-1)  # what weighs 0 may be no choice: a token that was dropped, a number of no expert
+    kept = kept if bool(kept.any()) else runs.found.ne(0).any(-1)
     if not bool(kept.any()):
         return routing
     wanted = runs.chosen[kept].sort(-1).values

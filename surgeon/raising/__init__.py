@@ -72,6 +72,7 @@ def find_mixtures(flow: Flow) -> tuple[list[Mixture], dict[str, str]]:
         return [], {}
     follower = cuts.followers(flow)
     proofs: dict[Any, Mixture | str] = {}
+    counts: dict[Any, set[int]] = {}
     found: list[Mixture] = []
     reasons: dict[str, str] = {}
     taken: set[str] = set()
@@ -81,7 +82,7 @@ def find_mixtures(flow: Flow) -> tuple[list[Mixture], dict[str, str]]:
             names = tuple(str(node.target) for node in reads)
             result: Mixture | str = ""
             for read in reads[:SKIP]:
-                result = _search(flow, follower, read, names, experts, proofs, ends)
+                result = _search(flow, follower, read, names, experts, proofs, counts, ends)
                 if isinstance(result, Mixture):
                     break
             if not isinstance(result, Mixture):
@@ -134,6 +135,7 @@ def _search(
     names: tuple[str, ...],
     experts: set[int],
     proofs: dict[Any, Mixture | str],
+    counts: dict[Any, set[int]],
     ends: Collection[fx.Node],
 ) -> Mixture | str:
     reader = cuts.first_reader(flow, read)
@@ -144,7 +146,7 @@ def _search(
     for x in cuts.inputs(flow, reader[1]):
         if best is not None and not cuts.is_dispatched(flow, best.x):
             break
-        trials, unfit = _trials(flow, follower, read, x, names, experts, ends)
+        trials, unfit = _trials(flow, follower, read, x, names, experts, counts, ends)
         reason = reason or unfit
         for trial in reversed(trials):  # as much as possible, so last exits first
             key = (trial.routing.kind, trial.routing.k, len(trial.bases), trial.region.signature())
@@ -174,6 +176,7 @@ def _trials(
     x: fx.Node,
     names: tuple[str, ...],
     experts: set[int],
+    counts: dict[Any, set[int]],
     ends: Collection[fx.Node],
 ) -> tuple[list[Trial], str]:
     """Exits outside of ``ends`` with the cuts that they follow from and weights that fit, and why none was found.
@@ -198,15 +201,24 @@ def _trials(
                 computed.add(node)
         position = flow.index[exit] + 1
         trials = []
+        terms = cuts.terms(flow, exit)
+        ways: list[frozenset[fx.Node]] = []  # paths from the graph's inputs to the exit: a cut has a node on each of them
         for routing in cuts.routings(flow, exit, x, tokens, experts):
             if any(node in computed for node in routing.nodes):
                 continue
+            if any(way.isdisjoint(routing.nodes) and way.isdisjoint(terms) for way in ways):
+                continue
             bases = tuple(cuts.bases(flow, exit, routing))
-            region = Region(flow, exit, (x, *routing.nodes, *bases), flow.index[x] - cuts.REACH)
+            cut = (x, *routing.nodes, *bases)
+            if any(way.isdisjoint(cut) for way in ways):
+                continue
+            region = Region(flow, exit, cut, flow.index[x] - cuts.REACH)
+            if region.way:
+                ways.append(region.way)
             least = 1 if routing.kind in ("dense", "bound") else (len(names) + 1) // 2
             if region.complete and len(set(names) & set(region.names)) >= least:
                 trial = Trial(region, x, routing, bases)
-                if trial.fits():
+                if trial.fits(counts):
                     trials.append(trial)
                 else:
                     unfit = unfit or trial.misfit()

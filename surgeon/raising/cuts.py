@@ -269,24 +269,14 @@ def _behind(flow: Flow, exit: fx.Node, x: fx.Node) -> list[fx.Node]:
 
 def bases(flow: Flow, exit: fx.Node, routing: Routing) -> list[fx.Node]:
     """Terms of the sum that a mixture ends in that do not depend on its routing: a shared expert, a first hidden state."""
-    after = _after(flow, routing.nodes, exit)
     found: list[fx.Node] = []
     stack, seen = [exit], {exit}
     while stack:
-        node = stack.pop()
-        name = operators.kind(node)
-        terms: list[fx.Node] = []
-        if name == operators.ADD:
-            terms = [n for n in node.args[:2] if isinstance(n, fx.Node)]
-        elif name in ("aten::index_add", "aten::index_put", "aten::scatter_add", "aten::scatter", "aten::slice_scatter"):
-            terms = [n for n in node.args[:1] if isinstance(n, fx.Node)]
-        elif operators.is_reshape(node) and node.args and isinstance(node.args[0], fx.Node):
-            terms = [node.args[0]]
-        for term in terms:
+        for term in _terms(stack.pop()):
             if term in seen:
                 continue
             seen.add(term)
-            if term in after:
+            if any(flow.leads_to(node, term) for node in routing.nodes):
                 stack.append(term)
             elif term not in flow.constant and operators.is_float(term) and is_sized(term):
                 if not _is_blank(term):
@@ -294,12 +284,28 @@ def bases(flow: Flow, exit: fx.Node, routing: Routing) -> list[fx.Node]:
     return found
 
 
-def _after(flow: Flow, sources: tuple[fx.Node, ...], last: fx.Node) -> set[fx.Node]:
-    found = set(sources)
-    for node in flow.nodes[min(flow.index[s] for s in sources) : flow.index[last] + 1]:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
+def terms(flow: Flow, exit: fx.Node) -> set[fx.Node]:
+    """The terms of the sum that ends in a node, those of terms included: :func:`bases` of any routing are among them."""
+    found: set[fx.Node] = set()
+    stack = [exit]
+    while stack:
+        for term in _terms(stack.pop()):
+            if term not in found and term not in flow.constant:
+                found.add(term)
+                stack.append(term)
     return found
+
+
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """The terms of a sum, or what one is added to at some places, or what is only reshaped."""
+    name = operators.kind(node)
+    if name == operators.ADD:
+        return [n for n in node.args[:2] if isinstance(n, fx.Node)]
+    if name in ("aten::index_add", "aten::index_put", "aten::scatter_add", "aten::scatter", "aten::slice_scatter"):
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    if operators.is_reshape(node) and node.args and isinstance(node.args[0], fx.Node):
+        return [node.args[0]]
+    return []
 
 
 def _places(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

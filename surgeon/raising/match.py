@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -70,8 +72,12 @@ class Trial:
         self.out_width = operators.shape(self.region.exit)[-1]
         self.tokens = _count(self.x) // self.width
         self.dtype = operators.value(self.region.exit).dtype
+
+    @cached_property
+    def like(self) -> dict[str, Tensor]:
+        """The region's weights by name."""
         graph = self.region.flow.graph
-        self.like = {name: graph.tensor(name) for name in self.region.names}
+        return {name: graph.tensor(name) for name in self.region.names}
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -217,9 +223,16 @@ class Trial:
             return name if _equal(crowded, self.run(x, values, tensors), self.dtype) else None
         return None
 
-    def fits(self) -> bool:
-        """Whether the weights are matrices and biases of as many experts as the router knows, by their shapes."""
-        return any(self._fits(roles.second.stack.shape[0]) for roles in self.roles())
+    def fits(self, known: dict[Any, set[int]]) -> bool:
+        """Whether the weights are matrices and biases of as many experts as the router knows, by their shapes.
+
+        Args:
+            known: numbers of experts that weights may belong to, which regions of the same weights share; filled in.
+        """
+        key = (self.region.names, self.width, self.out_width)
+        if key not in known:
+            known[key] = {roles.second.stack.shape[0] for roles in self.roles()}
+        return any(self._fits(experts) for experts in known[key])
 
     def misfit(self) -> str:
         """Why the weights are none of experts."""

@@ -22,6 +22,7 @@ class Region:
         program: the nodes to run, in order, sizes and weights among them.
         names: names of the floating-point tensors that it reads, in the order in which they are read.
         complete: whether the exit follows from the cut and stored tensors alone, and from all of the cut.
+        way: nodes of one path that leads past the cut, from an input of the graph to the exit; none where there is no such.
     """
 
     def __init__(self, flow: Flow, exit: fx.Node, cut: Collection[fx.Node], reach: int | None = None) -> None:
@@ -36,8 +37,9 @@ class Region:
         self.flow = flow
         self.exit = exit
         self.cut = tuple(cut)
-        self.complete = True
-        found: set[fx.Node] = set()
+        self.complete = False
+        self.way: frozenset[fx.Node] = frozenset()
+        reader: dict[fx.Node, fx.Node | None] = {exit: None}
         used: set[fx.Node] = set()
         stack = [exit]
         while stack:
@@ -45,17 +47,19 @@ class Region:
             if node in self.cut:
                 used.add(node)
                 continue
-            if node in found:
-                continue
-            found.add(node)
             early = reach is not None and flow.index[node] < reach and node not in flow.constant
             if (node.op == "placeholder" or early) and isinstance(operators.value(node), Tensor):
-                self.complete = False
+                self.way = _path(node, reader)
                 return
             if not is_size(node):
-                stack.extend(node.all_input_nodes)
-        self.complete = len(used) == len(self.cut)
-        self.program = flow.ordered(found)
+                for source in node.all_input_nodes:
+                    if source not in reader:
+                        reader[source] = node
+                        stack.append(source)
+        if len(used) < len(self.cut):
+            return
+        self.complete = True
+        self.program = flow.ordered(node for node in reader if node not in used)
         reads = [node for node in self.program if node.op == "get_attr" and operators.is_float(node)]
         self.names = tuple(dict.fromkeys(str(node.target) for node in reads))
 
@@ -105,9 +109,19 @@ class Region:
         return (*rows, place[self.exit])
 
 
+def _path(node: fx.Node, reader: Mapping[fx.Node, fx.Node | None]) -> frozenset[fx.Node]:
+    """A node, what reads it, and so on up to the last reader."""
+    found = [node]
+    while (following := reader[found[-1]]) is not None:
+        found.append(following)
+    return frozenset(found)
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether a node's value is a number that is known without running the graph."""
     value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return False
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return not free_unbacked_symbols(value)
     return isinstance(value, int | float | bool)
