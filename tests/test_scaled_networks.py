@@ -312,3 +312,22 @@ def test_weights_of_a_recurrent_layer_behind_the_blocks_have_roles() -> None:
     structure = discover(trace(Recurrent().eval(), {"ids": IDS}, dynamic={"ids": None}))
     assert structure.roles["last.weight_hh_l1"] == "recurrence.0.5"
     assert structure.unrecognised == {}
+
+
+class PerPosition(nn.Module):
+    """A network whose neurons are multiplied by one learned number per position, of a length that is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.positions = nn.Parameter(torch.ones(TOKENS, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x) + self.positions))
+
+
+def test_numbers_per_position_between_linears_leave_the_activation_open() -> None:
+    torch.manual_seed(0)
+    model = Layers([PerPosition(), PerPosition()]).eval()
+    structure = discover(trace(model, {"ids": IDS}, dynamic={"ids": {0: "batch"}}))
+    assert [site.part.activation for site in structure.ffns()] == [None, None]

@@ -270,9 +270,16 @@ def _close(x: Tensor, y: Tensor) -> bool:
 
 def _recognise(function: Callable[..., Tensor], *rules: Callable[..., str | Gate | None]) -> str | None:
     """The name that the first rule gives that recognises the function."""
+
+    def checked(*values: Tensor) -> Tensor:
+        result = function(*values)
+        if result.shape != values[0].shape:
+            raise RuntimeError("a learned tensor, one number per position say, makes more numbers of one")
+        return result
+
     try:
         for rule in rules:
-            found = rule(function)
+            found = rule(checked)
             if found is not None:
                 return found.name if isinstance(found, Gate) else found
     except RuntimeError:  # likewise
