@@ -18,7 +18,8 @@ Rules, with x the input and y the output of a node:
 10. small tensors computed from no input and no parameter (slopes, relative positions): a buffer.
 11. glu(x): a sigmoid(b) of its halves [a | b].
 12. chunk, narrow, expand_as, mT ...: the operator that they are defined by.
-13. op_(x), a write into a tensor of which no view is read afterwards: op(x), which x is from there on.
+13. op_(x), a write into a tensor of which no view is read afterwards: op(x), which x is from there on.  A write into rows of x:
+    x with the new rows scattered into it.
 14. a convolution with a kernel of one position: a linear over the channels, between permutations.  Its weight, where nothing
     else reads it, becomes the matrix [out, in] over the same memory.
 15. a split of a concatenation where its pieces meet: the pieces.
@@ -57,7 +58,7 @@ from surgeon.canonical_facts import (
 )
 from surgeon.canonical_rules import RULES
 from surgeon.errors import TraceError
-from surgeon.functional import Aliases, in_place_form
+from surgeon.functional import SCATTERS, Aliases, in_place_form
 from surgeon.graph import assign_tensor
 
 aten = torch.ops.aten
@@ -187,15 +188,22 @@ class _Builder:
 
     def _write(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> bool:
         """Rule 13; False where it does not apply."""
-        x, pure = node.args[0], in_place_form(target)
-        if pure is None or not isinstance(x, fx.Node) or not self.aliases.alone(node):
+        pure = in_place_form(target)
+        if pure is None or not self.aliases.alone(node):
             return False
         result = self._apply(pure, args, kwargs, node)
         if result.meta["val"].dtype != node.meta["val"].dtype:
             result = self.emit(aten._to_copy.default, (result,), {"dtype": node.meta["val"].dtype})
+        x, *rows = self.aliases.rows(node)
         names = self.written.setdefault(x, [x])
-        names.append(node)
-        self.written[node] = names
+        if rows:
+            self.became[node] = result
+        else:
+            names.append(node)
+            self.written[node] = names
+        for taken in reversed(rows):
+            tensor, *where = fx.node.map_arg(taken.args, self._read)
+            result = self.emit(SCATTERS[cast("torch._ops.OpOverload", taken.target)], (tensor, result, *where), {})
         self.became.update(dict.fromkeys(names, result))
         return True
 

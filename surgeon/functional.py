@@ -7,7 +7,8 @@ which are defined by others are replaced where they may return their input.  Bot
 1. An operator that neither writes, nor returns its input or a view of it under the name of another operator, stays.
 2. One that does the latter (``chunk``, ``reshape``, ``to`` ...) stays where canonical form respells it itself.
 3. ``y = op_(x, ...)`` is ``y = op(x, ...)``, and ``x`` is ``y`` from there on, where no view of x that was made before is read
-   afterwards, and x is neither an input nor a weight.
+   afterwards, and x is neither an input nor a weight.  Likewise ``op_(v, ...)`` of rows v of x (``select``, ``slice``): x is x
+   with ``op(v, ...)`` scattered into these rows from there on.
 4. Anything else, a nested graph or a mapped function (``vmap``) among them, needs the slow way.
 """
 
@@ -23,6 +24,9 @@ from torch._decomp import _should_decompose_because_unsafe_op
 from surgeon.canonical_rules import RULES
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_aten = torch.ops.aten
+SCATTERS = {_aten.select.int: _aten.select_scatter.default, _aten.slice.Tensor: _aten.slice_scatter.default}
+"""What writes rows back into the tensor that an operator took them of: (tensor, rows, further arguments of the operator)."""
 
 
 def is_functional(graph: fx.Graph) -> bool:
@@ -103,14 +107,23 @@ class Aliases:
             return None
         return node.args[0]
 
-    def alone(self, write: fx.Node) -> bool:
-        """Whether nothing but the written tensor itself is read after a write into it."""
+    def rows(self, write: fx.Node) -> tuple[fx.Node, ...]:
+        """What a node writes into: a whole tensor, rows of it, rows of these ...; () where it is no such rows."""
         x = write.args[0]
-        if not isinstance(x, fx.Node):
+        chain: list[fx.Node] = []
+        while isinstance(x, fx.Node):
+            chain.insert(0, x)
+            if self._is_whole(x):
+                return tuple(chain)
+            x = x.args[0] if x.target in SCATTERS else None
+        return ()
+
+    def alone(self, write: fx.Node) -> bool:
+        """Whether nothing but the written tensor itself is read after a write into it or into rows of it."""
+        chain = self.rows(write)
+        if not chain or self._owner[chain[0]].op != "call_function":
             return False
-        if self._owner[x].op != "call_function" or not self._is_whole(x):
-            return False
-        here = self._order[write]
+        x, here = chain[0], self._order[write]
         others = [view for view in self._views.get(self._owner[x], []) if not self._is_whole(view)]
         made_before = [view for view in others if self._order[view] < here]
         return all(self._order[user] <= here for view in made_before for user in view.users)

@@ -113,12 +113,58 @@ def _view_read_before(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("function", [_divided, _twice, _two_zeros, _integers, _selected, _view_read_before])
+def _rows(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 1:] = x[:, 1:]
+    y[..., 2] += x[..., 0]
+    return y
+
+
+def _rows_of_rows(x: Tensor) -> Tensor:
+    y = -x
+    for i in range(1, 4):
+        row = y[..., i, :i].clone()
+        y[..., i, :i] = row + (row[..., None] * y[..., :i, :i].clone()).sum(-2)
+    return y + 1
+
+
+def _rows_by_broadcast(x: Tensor) -> Tensor:
+    y = (x > 0).long()
+    y[:, ::2] = x[:, :1] * 3
+    y[0] = 7
+    return y
+
+
+def _result_read(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y[:, 1:].mul_(3)
+    return y.sum() + z
+
+
+def _perhaps_a_view(x: Tensor) -> Tensor:
+    y = x + 1
+    z = y.reshape(x.shape[0], 24)
+    z.mul_(2)
+    return y.sum() + z
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_divided, _twice, _two_zeros, _integers, _selected, _view_read_before, _rows_of_rows, _rows_by_broadcast],
+)
 def test_writes_that_nothing_else_sees_become_functional(function: Callable[[Tensor], Tensor]) -> None:
     program = exported(function)
     assert any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in program.graph.nodes)
     assert is_functional(program.graph)
     assert lines(program) == lines(decomposed(program))
+    trace(Function(function), {"x": torch.randn(3, 4, 6)})  # compares with the source
+
+
+@pytest.mark.parametrize("function", [_rows, _result_read])
+def test_rows_that_were_written_are_not_taken_again(function: Callable[[Tensor], Tensor]) -> None:
+    program = exported(function)
+    assert is_functional(program.graph)
+    assert len(lines(program)) < len(lines(decomposed(program)))
     trace(Function(function), {"x": torch.randn(3, 4, 6)})  # compares with the source
 
 
@@ -131,18 +177,18 @@ def _view_read_after(x: Tensor) -> Tensor:
 
 def _through_a_view(x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
-    y[:, 1:] = x[:, 1:]
+    y.transpose(1, 2)[:, 1:] = x.transpose(1, 2)[:, 1:]
     return y
 
 
-def _perhaps_a_view(x: Tensor) -> Tensor:
-    y = x + 1
-    z = y.reshape(x.shape[0], 24)
-    z.mul_(2)
-    return y.sum() + z
+def _rows_read_after(x: Tensor) -> Tensor:
+    y = x * 2
+    rows = y[:, 1:]
+    rows[:, 0] = x[:, 0]
+    return y + rows.sum()
 
 
-@pytest.mark.parametrize("function", [_view_read_after, _through_a_view, _perhaps_a_view])
+@pytest.mark.parametrize("function", [_view_read_after, _through_a_view, _rows_read_after, _perhaps_a_view])
 def test_writes_that_something_else_sees_take_the_long_way(function: Callable[[Tensor], Tensor]) -> None:
     assert not is_functional(exported(function).graph)
     trace(Function(function), {"x": torch.randn(3, 4, 6)})  # compares with the source
