@@ -159,13 +159,24 @@ class Remaining:
         return name in self.flow.graph.source.left and len(self.flow.weights.get(operand, ())) <= 1
 
     def _reader(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The tensor as the first computation with activations reads it, and that computation."""
-        while True:
-            users = self.flow.ordered(user for user in node.users if user in self.flow.index)
+        """The tensor as the first computation with activations reads it, and that computation.
+
+        What is computed from stored tensors alone may be returned too, such as the places where queries start: that says
+        less of a tensor than a computation does.
+        """
+        ends: list[tuple[fx.Node, fx.Node]] = []
+        stack, seen = [node], {node}
+        while stack:
+            here = stack.pop()
+            users = self.flow.ordered(user for user in here.users if user in self.flow.index)
             active = [user for user in users if user not in self.flow.constant]
-            if active or not users:
-                return node, (active[0] if active else node)
-            node = users[0]
+            if active and active[0].op != "output":
+                return here, active[0]
+            ends.extend([(here, active[0])] if active else [] if users else [(here, here)])
+            onward = [user for user in users if user in self.flow.constant and user not in seen]
+            seen.update(onward)
+            stack.extend(reversed(onward))  # in graph order
+        return ends[0]
 
     def _norm(self, reader: fx.Node) -> str | None:
         """Name of the normalisation that ``reader`` belongs to."""
