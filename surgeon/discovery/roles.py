@@ -130,7 +130,7 @@ class Remaining:
             self._assign(name, self.flow.readers[name][0], *met[name])
 
     def _learned_norm(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """A gain or offset with the norm over features that reads it, where that normalises learned tensors, such as latents."""
+        """A gain or offset with the norm over features that reads it, where that normalises learned tensors alone."""
         for user in self.flow.ordered(node.users):
             if operators.kind(user) in _OVER_FEATURES and self.flow.inputs(user) and user in self.flow.constant:
                 return node, user
