@@ -564,7 +564,8 @@ def perceiver() -> Family:
     )  # fmt: skip
     inputs = {"inputs": tokens(length=16)["input_ids"]}
     ffn = ("ffn", (64, "gelu"))
-    streams = {"stream": [Blocks("other+ffn", 1, (ffn,)), Blocks("attention+ffn", 2, (("self", (4, 4, 16)), ffn))]}
+    first, then = (("cross", (4, 4, 8)), ffn), (("self", (4, 4, 16)), ffn)
+    streams = {"stream": [Blocks("attention+ffn", 1, first), Blocks("attention+ffn", 2, then)]}
     ends = ("perceiver.encoder.self_attends",)
     return Family(tf.PerceiverForMaskedLM(c), inputs, streams, dynamic=static(inputs), ends=ends)
 

@@ -43,7 +43,7 @@ def find_attentions(
     """
     groups: dict[object, list[tuple[Attention, Core]]] = {}
     reasons: list[str] = []
-    for core in find_cores(flow, path):
+    for core in find_cores(flow, linears, path):
         attention, missing = _attention(flow, linears, path, entry, core)
         same = (attention.o.node, attention.cross, attention.head_dim) if attention.o is not None else core.node
         groups.setdefault(same, []).append((attention, core))

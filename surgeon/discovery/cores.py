@@ -6,6 +6,10 @@
    movement around it.  Without such a function the two products can be swapped, q (k v) = (q k) v, also where decays
    multiply the scores or their sums divide them: a linear attention or a state-space recurrence, another mixer.
 
+The queries may be learned (latents, or the queries of a decoder's first layer): computed from stored tensors alone, by a
+linear at least.  Such a product counts as the first one where no product of two activations is behind the weights; a constant
+operand that has the keys, as the tables of relative positions beside them, is none.
+
 Keys and values that are rows of stored tables, selected by numbers that the region computes, are no attention: they are
 experts of single neurons, which are retrieved.
 
@@ -23,6 +27,7 @@ from torch import fx
 
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
+from surgeon.discovery.linears import Linears
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,11 @@ _THROUGH = (
 """What may stand between scores and weights beside element-wise work and movement."""
 
 
-def find_cores(flow: Flow, path: frozenset[fx.Node]) -> list[Core]:
+def find_cores(flow: Flow, linears: Linears, path: frozenset[fx.Node]) -> list[Core]:
     """The cores of a region, in graph order."""
     found = []
     for node in flow.ordered(path):
-        core = _fused(node) if operators.kind(node) in operators.ATTENTIONS else _spelled(flow, path, node)
+        core = _fused(node) if operators.kind(node) in operators.ATTENTIONS else _spelled(flow, linears, path, node)
         if core is not None:
             found.append(core)
     return found
@@ -80,6 +85,12 @@ def find_cores(flow: Flow, path: frozenset[fx.Node]) -> list[Core]:
 
 def product(flow: Flow, node: fx.Node) -> Product | None:
     """The two activations that a node multiplies as matrices."""
+    found = _matrices(node)
+    return None if found is None or found.left in flow.constant or found.right in flow.constant else found
+
+
+def _matrices(node: fx.Node) -> Product | None:
+    """The two tensors, whatever they are computed from, that a node multiplies as matrices."""
     name = operators.kind(node)
     if name in ("aten::matmul", "aten::bmm", "aten::mm"):
         operands = node.args[:2]
@@ -90,13 +101,24 @@ def product(flow: Flow, node: fx.Node) -> Product | None:
     else:
         return None
     left, right = operands
-    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left in flow.constant or right in flow.constant:
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         return None
     if name == "aten::einsum":
         return _contraction(str(node.args[0]).replace(" ", ""), left, right)
     if min(len(operators.shape(left)), len(operators.shape(right))) < 2:
         return None
     return Product(left, right, (-1, -2), (-2, -1))
+
+
+def _asked(flow: Flow, linears: Linears, node: fx.Node, axis: int) -> Product | None:
+    """A product of an activation, which has the dimension ``axis`` of the result, and of learned queries."""
+    found = _matrices(node)
+    if found is None or axis not in found.outer:
+        return None
+    keys, queries = (found.left, found.right) if found.outer[0] == axis else (found.right, found.left)
+    if keys in flow.constant or queries not in flow.constant or not any(flow.depends(queries, n) for n in linears.learned):
+        return None
+    return found
 
 
 def _contraction(equation: str, left: fx.Node, right: fx.Node) -> Product | None:
@@ -128,18 +150,16 @@ def _fused(node: fx.Node) -> Core | None:
     return Core(node, q, k, v, operators.shape(q)[-1], causal, prod(operators.shape(q)[1:-2]))
 
 
-def _spelled(flow: Flow, path: frozenset[fx.Node], node: fx.Node) -> Core | None:
+def _spelled(flow: Flow, linears: Linears, path: frozenset[fx.Node], node: fx.Node) -> Core | None:
     """Case 2, from the second product back."""
     second = product(flow, node)
     if second is None:
         return None
     for weights, v, keys in ((second.left, second.right, second.inner[0]), (second.right, second.left, second.inner[1])):
-        found = _scores(flow, path, weights, keys)
+        found = _scores(flow, linears, path, weights, keys)
         if found is None or _weighs(flow, path, v):
             continue
-        scores, axis, masked = found
-        first = product(flow, scores)
-        assert first is not None
+        scores, first, axis, masked = found
         swapped = first.outer[0] == axis  # the first operand has the keys
         q, k = (first.right, first.left) if swapped else (first.left, first.right)
         if _is_retrieved(flow, k) and _is_retrieved(flow, v):
@@ -163,37 +183,44 @@ def _heads(scores: fx.Node, first: Product) -> int:
     return prod(shared[1:])
 
 
-def _scores(flow: Flow, path: frozenset[fx.Node], weights: fx.Node, keys: int) -> tuple[fx.Node, int, bool] | None:
+def _scores(
+    flow: Flow, linears: Linears, path: frozenset[fx.Node], weights: fx.Node, keys: int
+) -> tuple[fx.Node, Product, int, bool] | None:
     """The product behind the weights of an attention.
 
     Args:
         flow: the graph's data flow.
+        linears: its linears.
         path: nodes of the region.
         weights: the operand that may be attention weights.
         keys: its dimension of keys, counted from the end.
 
     Returns:
-        The product, its dimension of keys, and whether a mask or bias is added on the way; None where ``weights`` is no
-        function of one that is other than linear.
+        The node, the product that it is, its dimension of keys, and whether a mask or bias is added on the way; None where
+        ``weights`` is no function of one that is other than linear.
     """
-    products: dict[fx.Node, int] = {}
+    products: dict[fx.Node, tuple[Product, int]] = {}
+    asked: dict[fx.Node, tuple[Product, int]] = {}
     bends: list[fx.Node] = []
     masked = False
     for node, axis in _behind(flow, path, weights, keys):
         name = operators.kind(node)
-        if product(flow, node) is not None:
-            products.setdefault(node, axis)
+        both, one = product(flow, node), _asked(flow, linears, node, axis)
+        if both is not None or one is not None:
+            products.update({node: (both, axis)} if both is not None else {})
+            asked.update({node: (one, axis)} if one is not None else {})
             masked |= name in ("aten::baddbmm", "aten::addmm") and bool(node.kwargs.get("beta", 1) != 0)
         elif name in operators.SOFTMAXES:
             bends.append(node)
         elif operators.is_pointwise(node):
             bends.extend([node] if name not in _LINEAR else [])
             masked |= name in ("aten::where", "aten::masked_fill", operators.ADD) and len(node.all_input_nodes) > 1
-    bent = [node for node in products if any(_bends(flow, bend, node) for bend in bends)]
-    if not bent:
-        return None
-    first = min(bent, key=flow.index.__getitem__)
-    return first, products[first], masked
+    for candidates in (products, asked):
+        bent = [node for node in candidates if any(_bends(flow, bend, node) for bend in bends)]
+        if bent:
+            first = min(bent, key=flow.index.__getitem__)
+            return first, *candidates[first], masked
+    return None
 
 
 def _bends(flow: Flow, bend: fx.Node, scores: fx.Node) -> bool:

@@ -71,7 +71,8 @@ def _run(
             if by_row and (operators.kind(node) in operators.NORMS_OVER_POSITIONS or _keeps_rows(node)):
                 values[node] = values[node.args[0]]  # type: ignore[index]  # the input of a normalisation, or of experts
             else:
-                values[node] = _value(flow, node, values, elementwise)
+                found = _value(flow, node, values, elementwise)
+                values[node] = _once_trained(found, flow.index[node]) if by_row and node.op == "get_attr" else found
     return [values[target] for target in targets]
 
 
@@ -141,8 +142,19 @@ def _tensor(tensor: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if not tensor.is_floating_point():
         return torch.zeros(shape, dtype=tensor.dtype)
+    return _draw(shape, tensor.dtype, generator)
+
+
+def _draw(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     fan_in = shape[-1] if len(shape) > 1 else 1
-    return torch.randn(shape, generator=generator, dtype=tensor.dtype).div_(fan_in**0.5)
+    return torch.randn(shape, generator=generator, dtype=dtype).div_(fan_in**0.5)
+
+
+def _once_trained(tensor: Tensor, seed: int) -> Tensor:
+    """The tensor, or one drawn at random for zeros only: with these a sublayer may start that adds nothing yet."""
+    if not tensor.is_floating_point() or bool(tensor.any()):
+        return tensor
+    return _draw(tensor.shape, tensor.dtype, torch.Generator().manual_seed(seed))
 
 
 def _noise(node: fx.Node, generator: torch.Generator) -> Tensor:
@@ -162,7 +174,8 @@ def mixes(
 
     The hidden state is [batch, positions ..., features] or [batch, features, positions ...]; a region mixes positions when
     a change leaks out of its place under both readings.  Statistics that a normalisation takes over positions do not count,
-    nor does which experts a position is given to.
+    nor does which experts a position is given to.  Weights that are all zero, as gains that a model starts with, are drawn at
+    random: what they multiply is there.
 
     Args:
         flow: the graph's data flow.

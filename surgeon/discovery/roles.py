@@ -3,6 +3,7 @@
     blocks.I.norm.J, final_norm.J ...   gains and offsets of a normalisation
     blocks.I.scale.J, blocks.I.bias.J   what activations are multiplied with element by element, or what is added to them
     position_embedding.J                added to the hidden state before the first block
+    latent.J                            where a stream starts that no input leads to: latents, queries of a decoder
     token.J                             concatenated to activations: learned tokens
     patch_embedding.J, convolution.J    kernels, before the blocks and elsewhere
     blocks.I.mixer.J, blocks.I.other.J  matrices of a sublayer that no rule takes apart
@@ -40,6 +41,10 @@ _ELEMENTWISE = {
 """What a vector does in an operator; the first argument of ``addcmul(a, b, c) = a + b c`` is added."""
 
 
+_OVER_FEATURES = frozenset({"aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm"})
+"""Norms of each position alone; others that read learned tensors alone may normalise kernels."""
+
+
 def _effect(reader: fx.Node, operand: fx.Node) -> str:
     added = operators.kind(reader) == "aten::addcmul" and reader.args[0] is operand
     return "bias" if added else _ELEMENTWISE[operators.kind(reader)]
@@ -56,6 +61,21 @@ class Places:
         regions = [region for stream in streams for block in stream.blocks for region in block.regions]
         self._regions = {node: region for region in regions for node in region.nodes}
         self._suffix = {node for stream in streams for node in stream.suffix}
+        self._latents = {node for stream in streams if stream.blocks for node in self._learned(stream.blocks[0].entry)}
+
+    def _learned(self, entry: fx.Node) -> set[fx.Node]:
+        """The stored tensors that a constant entry is, apart from movement, sums and norms."""
+        found: set[fx.Node] = set()
+        stack = [entry] if entry in self._flow.constant else []
+        while stack:
+            node = stack.pop()
+            if node.op == "get_attr":
+                found.add(node)
+            elif operators.is_movement(node) or operators.kind(node) == operators.ADD:
+                stack.extend(node.all_input_nodes)
+            elif operators.kind(node) in operators.NORMS or operators.kind(node) == operators.GETITEM:
+                stack.extend(node.all_input_nodes[:1])
+        return found
 
     def prefix(self, node: fx.Node) -> bool:
         """Whether the node stands before the first block of a stream, or in a transition between blocks."""
@@ -64,6 +84,10 @@ class Places:
     def suffix(self, node: fx.Node) -> bool:
         """Whether the node stands behind the last block."""
         return node in self._suffix
+
+    def latent(self, node: fx.Node) -> bool:
+        """Whether a stored tensor is where a stream starts that no input of the graph leads to."""
+        return node in self._latents
 
     def part(self, node: fx.Node) -> str | None:
         """What a further weight of the region is part of: a mixer whose parts are not known, or a complete attention."""
@@ -99,8 +123,18 @@ class Remaining:
     def assign(self) -> None:
         """Go through all tensors in the order in which activations meet them."""
         met = {name: self._reader(readers[0]) for name, readers in self.flow.readers.items() if name not in self.naming.roles}
+        for name, (operand, reader) in met.items():
+            first = self._learned_norm(self.flow.readers[name][0])
+            met[name] = (operand, reader) if first is None else first
         for name in sorted(met, key=lambda name: self.flow.index[met[name][1]]):
             self._assign(name, self.flow.readers[name][0], *met[name])
+
+    def _learned_norm(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """A gain or offset with the norm over features that reads it, where that normalises learned tensors alone."""
+        for user in self.flow.ordered(node.users):
+            if operators.kind(user) in _OVER_FEATURES and self.flow.inputs(user) and user in self.flow.constant:
+                return node, user
+        return None
 
     def _assign(self, name: str, node: fx.Node, operand: fx.Node, reader: fx.Node) -> None:
         tensor = self.flow.graph.tensor(name)
@@ -121,6 +155,8 @@ class Remaining:
             weights = reader.args[2] if isinstance(reader.args[2], list | tuple) else ()
             number = weights.index(operand) if operand in weights else "state"
             role = f"{self._group(f'{place}recurrence', reader)}.{number}"
+        elif trained and tensor.dim() > 1 and self.places.latent(node):
+            role = self._next("latent")
         elif trained and self.places.prefix(reader) and kind == operators.ADD and len(operators.shape(operand)) > 1:
             role = self._next("position_embedding")
         elif trained and tensor.dim() > 1 and kind == operators.CONCATENATE:
@@ -131,6 +167,8 @@ class Remaining:
             role = self._next(f"{place}{_effect(reader, operand)}")
         elif tensor.dim() <= 1:
             role = self._next(f"{place}constant")
+        elif not place and self._meets_constants(node):
+            role = self._next("projection")
         elif part is not None:
             role = self._next(f"{place}{part}")
         elif kind in _ELEMENTWISE:
@@ -159,13 +197,24 @@ class Remaining:
         return name in self.flow.graph.source.left and len(self.flow.weights.get(operand, ())) <= 1
 
     def _reader(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The tensor as the first computation with activations reads it, and that computation."""
-        while True:
-            users = self.flow.ordered(user for user in node.users if user in self.flow.index)
+        """The tensor as the first computation with activations reads it, and that computation.
+
+        What is computed from stored tensors alone may be returned too, such as the places where queries start: that says
+        less of a tensor than a computation does.
+        """
+        ends: list[tuple[fx.Node, fx.Node]] = []
+        stack, seen = [node], {node}
+        while stack:
+            here = stack.pop()
+            users = self.flow.ordered(user for user in here.users if user in self.flow.index)
             active = [user for user in users if user not in self.flow.constant]
-            if active or not users:
-                return node, (active[0] if active else node)
-            node = users[0]
+            if active and active[0].op != "output":
+                return here, active[0]
+            ends.extend([(here, active[0])] if active else [] if users else [(here, here)])
+            onward = [user for user in users if user in self.flow.constant and user not in seen]
+            seen.update(onward)
+            stack.extend(reversed(onward))  # in graph order
+        return ends[0]
 
     def _norm(self, reader: fx.Node) -> str | None:
         """Name of the normalisation that ``reader`` belongs to."""
