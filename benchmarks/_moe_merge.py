@@ -29,6 +29,8 @@ LOTS_OF: dict[str, dict[str, Any]] = {
     "svd, not aligned": {"combination": "svd", **UNALIGNED},
     "frequency, aligned by activations": {"align_by": "activations"},
     "zip by activations": {"combination": "zip", "align_by": "activations"},
+    "search": {"combination": "search"},
+    "search, refit": {"combination": "search", "refit": True},
 }
 """Combinations that random groups are merged with."""
 OTHERS: dict[str, dict[str, Any]] = {
@@ -46,6 +48,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "router_logits; frequency, not aligned": UNALIGNED,
     "router_logits; frequency, aligned by activations": {"align_by": "activations"},
     "router_logits; zip by activations": {"combination": "zip", "align_by": "activations"},
+    "router_logits; search": {"combination": "search"},
+    "outputs; search": {"grouping": "outputs", "combination": "search"},
+    "router_logits; search, refit": {"combination": "search", "refit": True},
 }
 
 
@@ -107,6 +112,7 @@ CLAIMS: Claims = [
      "merge: output_cosines, kmeans, not weighted; frequency, not aligned", "merged*"),
     ("Sub-MoE: it beats HC-SMoE", "merge: output_cosines, kmeans, not weighted; svd, not aligned",
      "merge: outputs, hierarchical; frequency, not aligned", "merged*"),
+    ("EEP: searched shares beat shares by use", "merge: router_logits; search", "merge: router_logits; frequency", "merged*"),
     ("ZipIt: zipping beats matching one to one", "merge: router_logits; zip", "merge: router_logits; frequency", "merged*"),
     ("MergeMoE: least squares beat means", "merge: router_logits; frequency, refit", "merge: router_logits; frequency",
      "merged*"),

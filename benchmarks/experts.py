@@ -77,6 +77,9 @@ def _rows() -> dict[str, Row]:
         for clustering in ("dominant", "hierarchical", "ward", "kmeans"):
             fields = {"groups": KEPT, "tokens": TOKENS, "grouping": grouping, "clustering": clustering}
             found[f"score: {grouping}, {clustering}"] = Row("Scoring", {"merge_experts": fields})
+    found["score: router_logits, dominant, search"] = Row(
+        "Scoring", {"merge_experts": {"groups": KEPT, "tokens": TOKENS, "combination": "search"}}
+    )
     found["score: random"] = Row("Scoring", {"merge_experts": {"groups": KEPT, "grouping": "random"}})
     for groups in ("small groups", "one group of 129"):
         for combination in ("frequency", "mean", "zip", "svd"):

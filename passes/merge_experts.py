@@ -5,8 +5,8 @@ Paper:
     HC-SMoE (Chen et al. 2024, arXiv:2410.08589): hierarchical clustering of mean outputs; dominant neurons fixed in zip.
     Sub-MoE (Li et al. 2025, arXiv:2506.23266): k-means by the cosine of outputs, joint singular vectors.  ZipIt (Stoica et
     al. 2023, arXiv:2305.03053).  MEO (He et al. 2023, arXiv:2310.09832): plain sums of experts.  MergeMoE (Miao et al. 2025,
-    arXiv:2510.14436): least squares on outputs.  EEP (Liu et al. 2024, arXiv:2407.00945): weighted sums of experts for each
-    choice of the router, which it finds by an evolutionary search on a task (the search is not part of this pass).
+    arXiv:2510.14436): least squares on outputs.  EEP (Liu et al. 2024, arXiv:2407.00945): shares found by an evolutionary
+    search, there on a task and over all mixtures at once, here on what each group gave.
 Formula:
     Features f_e of the experts: ``router_logits``: the column of router scores of e over calibration tokens; ``outputs``:
     ``mean_t E_e(x_t)`` over all tokens, whether routed to e or not; ``token_outputs``: ``E_e(x_t)`` of all tokens side by
@@ -28,7 +28,8 @@ Formula:
     Alignment with the group's most chosen expert d: the permutation p of neurons that maximises
     ``sum_i <row_i(d), row_p(i)(e)>`` over all weights of a neuron, or ``sum_i corr(h_i(d), h_p(i)(e))`` over tokens.
     Combination, with a_e = c_e / sum c over the group (equal where all are 0):
-    ``frequency``: ``W = sum_e a_e W_e``.  ``mean``: the same with ``a_e = 1 / n``.
+    ``frequency``: ``W = sum_e a_e W_e``.  ``mean``: the same with ``a_e = 1 / n``.  ``search``: the same with the a_e that an
+    evolutionary search finds to lose least of ``sum_{e in group} w_te E_e(x_t)`` (:mod:`surgeon.expert_search`).
     ``zip``: every neuron joins the neuron of d that it is most like; input rows are averaged with a_e, output columns
     summed with a_e.  ``svd``: ``[W_1 .. W_n] = U S V^T``, ``W = U_r S_r (sum_e a_e V_e,r)^T``, for gate, up and down
     apart; r by default the smaller side of W.
@@ -42,7 +43,7 @@ Units:
     c_e counts tokens.
 Reads:
     Routing decisions of every selected mixture; router scores for ``router_logits``; a sample of the tokens with their
-    routing for ``outputs``, ``token_outputs``, ``output_cosines``, ``align_by: activations`` and ``refit``.
+    routing for ``outputs``, ``token_outputs``, ``output_cosines``, ``search``, ``align_by: activations`` and ``refit``.
 Changes:
     Expert tensors shrink to g; the index that reaches the mixture passes through the map.
 Errors:
@@ -66,6 +67,7 @@ from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_budget import needed
 from surgeon.expert_merging import Merger, Routed
+from surgeon.expert_search import Search
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
 from surgeon.numerics import (
@@ -119,9 +121,9 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     experts are chosen, or by k-means; by default dominant for router_logits, hierarchical for weights, ward for all outputs."""
     weighted: bool = True
     """For kmeans: experts count as often as they are chosen, as they do in ward; false: all alike, as published."""
-    combination: Literal["frequency", "mean", "zip", "svd"] = "frequency"
-    """How a group becomes one expert: mean weighted by how often each is chosen, plain mean, neuron by neuron, or by the
-    singular vectors that the group shares."""
+    combination: Literal["frequency", "mean", "search", "zip", "svd"] = "frequency"
+    """How a group becomes one expert: mean weighted by how often each is chosen, plain mean, mean with weights that a search
+    finds, neuron by neuron, or by the singular vectors that the group shares."""
     align: bool = True
     """Permute the neurons of each expert to match its group's dominant one before averaging; zip matches them by itself."""
     align_by: Literal["weights", "activations"] = "weights"
@@ -130,10 +132,14 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     """Fit the down projection of each merged expert to what its group gave on calibration data."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """For svd: singular vectors kept; by default as many as the smaller side of the matrix."""
+    population: Annotated[int, Field(ge=2)] = 8
+    """For search: candidates that survive a generation, and that it makes."""
+    generations: Annotated[int, Field(ge=1)] = 12
+    """For search: how often candidates are crossed, moved and compared."""
     tokens: Annotated[int, Field(ge=32)] = 4096
-    """Calibration tokens that are kept for outputs, align_by: activations and refit; drawn at random beyond that."""
+    """Calibration tokens that are kept for outputs, search, align_by: activations and refit; drawn at random beyond that."""
     seed: int = 0
-    """Seed of random, of kmeans and of the sample of tokens."""
+    """Seed of random, of kmeans, of search and of the sample of tokens."""
 
     @model_validator(mode="after")
     def _fields_fit(self) -> MergeExperts:
@@ -147,6 +153,9 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             raise ValueError(f"weighted is for clustering kmeans; clustering is {self.clustering or 'the default'}")
         if self.rank is not None and self.combination != "svd":
             raise ValueError(f"rank is for combination svd; combination is {self.combination}")
+        given = sorted({"population", "generations"} & self.model_fields_set)
+        if given and self.combination != "search":
+            raise ValueError(f"{' and '.join(given)}: for combination search; combination is {self.combination}")
         return self
 
     @property
@@ -166,7 +175,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             logits = moe.logits if self.grouping == "router_logits" and _scores_experts(moe) else None
             if self.grouping != "random" or self.combination != "mean" or self.budget == "global":
                 found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, logits, moe.experts)
-            if self.grouping in ("outputs", "token_outputs", "output_cosines") or self.apply_reads_statistics:
+            compared = self.grouping in ("outputs", "token_outputs", "output_cosines") or self.combination == "search"
+            if compared or self.apply_reads_statistics:
                 operands = [argument for argument in moe.node.args[:3] if isinstance(argument, fx.Node)]
                 found[f"{site.name}.sample"] = Sample(*operands, limit=self.tokens, seed=self.seed)
         return found
@@ -192,7 +202,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             idle = int((counts == 0).sum())
             if idle and self.combination != "mean":
                 notes.append(f"{site.name}: calibration data never chose {idle} of its {experts} experts; they weigh nothing")
-            decisions.append(self._decision(site.name, labels, counts))
+            decision = self._decision(site.name, labels, counts)
+            decisions.append(self._searched(graph, site, decision, statistics) if self.combination == "search" else decision)
         if not decisions and not notes:
             raise PlanError("no mixture of experts is selected on this model")
         return MergeExpertsPlan(decisions=tuple(decisions), notes=tuple(notes))
@@ -260,6 +271,14 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             used = torch.ones_like(used)
         return tuple((used / used.sum()).tolist())
 
+    def _searched(self, graph: Graph, site: Site[MoE], decision: MergeGroups, statistics: Statistics) -> MergeGroups:
+        """The decision with the shares that a search finds."""
+        search, merger = Search(self.population, self.generations, self.seed), self._merger(statistics, site.name)
+        stack, tokens = ExpertStack.of(graph, site.part), _routed(statistics, site.name)
+        pairs = zip(decision.groups, decision.weights, strict=True)
+        weights = tuple(search.shares(merger, stack, group, start, tokens) for group, start in pairs)
+        return MergeGroups(site=decision.site, groups=decision.groups, weights=weights)
+
     def check(self, graph: Graph, structure: Structure, plan: MergeExpertsPlan) -> None:
         """Every expert is in exactly one group, and weights add up."""
         sites = {site.name: site for site in structure.select(Selection()).moes()}
@@ -298,14 +317,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     def _merged(self, graph: Graph, moe: MoE, decision: MergeGroups, statistics: Statistics) -> dict[str, Tensor]:
         """The merged experts' tensors by name, one group in memory beside the result."""
         stack = ExpertStack.of(graph, moe)
-        merger = Merger(
-            "mean" if self.combination == "frequency" else self.combination,
-            self.align,
-            self.align_by,
-            _routed(statistics, decision.site) if self.apply_reads_statistics else None,
-            self.rank,
-            self.refit,
-        )
+        merger = self._merger(statistics, decision.site)
         names = {"w_in": moe.w_in, "w_out": moe.w_out, "b_in": moe.b_in, "b_out": moe.b_out}
         merged = {
             part: graph.tensor(name).new_empty(len(decision.groups), *graph.tensor(name).shape[1:])
@@ -317,6 +329,12 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             for part, tensor in merged.items():
                 tensor[number] = getattr(expert, part)[0]
         return {name: merged[part] for part, name in names.items() if name is not None}
+
+    def _merger(self, statistics: Statistics, site: str) -> Merger:
+        """How the groups of a mixture become one expert each."""
+        tokens = _routed(statistics, site) if self.apply_reads_statistics else None
+        combination = self.combination if self.combination in ("zip", "svd") else "mean"
+        return Merger(combination, self.align, self.align_by, tokens, self.rank, self.refit)
 
     def exact(self, plan: MergeExpertsPlan) -> bool:
         """Merging changes the model unless the experts were equal, which the plan does not know."""

@@ -85,8 +85,7 @@ class Merger:
     def _joined(self, stack: ExpertStack, group: Sequence[int], weights: Sequence[float]) -> ExpertStack:
         """Weighted means of aligned experts, or their joint factor."""
         shares = torch.tensor(weights, dtype=torch.float64)
-        own = torch.arange(stack.width)
-        orders = [own, *(self._order(stack, group[0], other) if self.align else own for other in group[1:])]
+        orders = self.orders(stack, group)
 
         def gathered(tensor: Tensor, part: int) -> Iterator[Tensor]:  # the rows of one part, neurons in order
             for expert, order in zip(group, orders, strict=True):
@@ -127,6 +126,11 @@ class Merger:
         b_in = None if stack.b_in is None else rows[:, stack.parts * width :].T.reshape(1, -1)
         return ExpertStack(w_in[None], columns.T[None], b_in, _bias(stack, group, shares), stack.activation)
 
+    def orders(self, stack: ExpertStack, group: Sequence[int]) -> list[Tensor]:
+        """The order [I] of each expert's neurons in which they match the dominant one's."""
+        own = torch.arange(stack.width)
+        return [own, *(self._order(stack, group[0], other) if self.align else own for other in group[1:])]
+
     def _order(self, stack: ExpertStack, reference: int, other: int) -> Tensor:
         if self.by == "weights":
             return best_assignment(stack.products(reference, other))
@@ -156,18 +160,27 @@ def _bias(stack: ExpertStack, group: Sequence[int], shares: Tensor) -> Tensor | 
     return None if stack.b_out is None else (shares.to(stack.dtype) @ stack.b_out[list(group)].to(stack.dtype))[None]
 
 
-def _refitted(stack: ExpertStack, group: Sequence[int], merged: ExpertStack, tokens: Routed) -> ExpertStack:
-    """The output matrix (and bias) that gives what the group's experts gave together on tokens routed to them.
+def group_outputs(
+    stack: ExpertStack, group: Sequence[int], tokens: Routed, limit: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a group's experts gave together on tokens routed to them.
 
-    Least squares of ``sum_{e in group} w_te E_e(x_t)`` on ``s_t h(x_t)``, s_t = sum of the group's weights at t.
+    Args:
+        stack: all experts.
+        group: the experts that count.
+        tokens: calibration tokens.
+        limit: most tokens that are used, at equal distances.
+
+    Returns:
+        x_t [T, H], ``sum_{e in group} w_te E_e(x_t)`` [T, G], and ``s_t``, the sum of the group's weights, [T, 1].
     """
     member = torch.zeros(stack.experts, dtype=torch.bool)
     member[list(group)] = True
     weight = tokens.weight * member[tokens.index]
-    routed = (weight != 0).any(1)
+    routed = (weight != 0).any(1).nonzero().flatten()
+    if limit is not None and len(routed) > limit:
+        routed = routed[torch.linspace(0, len(routed) - 1, limit).long()]
     x, index, weight = tokens.x[routed].to(stack.w_in.dtype), tokens.index[routed], weight[routed]
-    if not len(x):
-        return merged
     token, place = (weight != 0).nonzero(as_tuple=True)  # one row for each pair: k rows per token would be mostly zeros
     wanted = x.new_zeros(len(x), stack.w_out.shape[1], dtype=stack.dtype)
     step = max(1, _CHUNK // max(x.shape[1], stack.w_out.shape[1]))
@@ -176,7 +189,17 @@ def _refitted(stack: ExpertStack, group: Sequence[int], merged: ExpertStack, tok
         pairs = x[rows], index[rows, places][:, None], weight[rows, places][:, None]
         each = moe(*pairs, stack.w_in, stack.w_out, stack.b_in, stack.b_out, stack.activation)
         wanted.index_add_(0, rows, each.to(stack.dtype))
-    factor = weight.to(stack.dtype).sum(1, keepdim=True)
+    return x, wanted, weight.to(stack.dtype).sum(1, keepdim=True)
+
+
+def _refitted(stack: ExpertStack, group: Sequence[int], merged: ExpertStack, tokens: Routed) -> ExpertStack:
+    """The output matrix (and bias) that gives what the group's experts gave together on tokens routed to them.
+
+    Least squares of ``sum_{e in group} w_te E_e(x_t)`` on ``s_t h(x_t)``, s_t = sum of the group's weights at t.
+    """
+    x, wanted, factor = group_outputs(stack, group, tokens)
+    if not len(x):
+        return merged
     hidden = factor * merged.hidden(0, x)
     found = hidden @ merged.w_out[0].T
     if merged.b_out is not None:

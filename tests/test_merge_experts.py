@@ -17,6 +17,7 @@ from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.errors import PlanError, SurgeonError
 from surgeon.expert_merging import Merger, Routed
+from surgeon.expert_search import Loss, Search
 from surgeon.expert_stack import ExpertStack
 from surgeon.observe import observe
 from surgeon.registry import make_pass
@@ -33,7 +34,7 @@ GROUPINGS = [
     for grouping in ("router_logits", "outputs", "token_outputs", "output_cosines", "weights")
     for clustering in ("dominant", "hierarchical", "ward", "kmeans")
 ]
-COMBINATIONS = ("frequency", "mean", "zip", "svd")
+COMBINATIONS = ("frequency", "mean", "search", "zip", "svd")
 
 _COPIES: dict[str, Patient] = {}
 
@@ -276,9 +277,10 @@ def test_a_saved_plan_gives_the_same_model(tiny_mixtral: Trained, options: dict[
     [
         ({"groups": 4, "grouping": "logits"}, "known: output_cosines, outputs, random, router_logits, token_outputs, weights"),
         ({"groups": 4, "clustering": "hirarchical"}, "known: dominant, hierarchical, kmeans, ward"),
-        ({"groups": 4, "combination": "average"}, "known: frequency, mean, svd, zip"),
+        ({"groups": 4, "combination": "average"}, "known: frequency, mean, search, svd, zip"),
         ({"groups": 4, "align_by": "norm"}, "known: activations, weights"),
         ({"groups": 4, "rank": 3}, "rank is for combination svd"),
+        ({"groups": 4, "population": 8, "generations": 3}, "generations and population: for combination search"),
         ({"groups": [4, 4], "budget": "global"}, "leaves nothing to budget"),
         ({"groups": 4, "grouping": "random", "clustering": "kmeans"}, "grouping is random"),
         ({"groups": 4, "weighted": False}, "weighted is for clustering kmeans"),
@@ -325,6 +327,85 @@ def test_experts_that_data_never_chose_are_named(tiny_mixtral: Trained) -> None:
     subject = Patient(tiny_mixtral.graph, tiny_mixtral.structure, load_data([rows], tiny_mixtral.graph))
     notes = subject.operate({"merge_experts": {"groups": 4}}).plan.notes
     assert any("never chose" in note and note.startswith("blocks.0.moe") for note in notes)
+
+
+# -- search -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch"])  # gated; gated with biases and constants; plain
+def test_searched_shares_lose_no_more_than_those_it_starts_from(name: str) -> None:
+    """L(a) restated in NumPy: what the group's experts gave together, and what one expert with mean weights gives."""
+    subject = patient(name)
+    site = next(iter(subject.structure.moes()))
+    step = make_pass({"merge_experts": {"groups": 2, "grouping": "weights", "combination": "search"}})
+    observers = step.observers(subject.structure)
+    observe(subject.graph, subject.data.calibration, observers)
+    decision = step.plan(subject.graph, subject.structure, observers).decisions[0]
+    start = make_pass({"merge_experts": {"groups": 2, "grouping": "weights"}})
+    from_use = start.plan(subject.graph, subject.structure, observers).decisions[0]
+    assert decision.groups == from_use.groups
+
+    sample = observers[f"{site.name}.sample"]
+    x, index, weight = (value.double() for value in sample.values())  # type: ignore[attr-defined]
+    stack = ExpertStack.of(subject.graph, site.part).to(torch.float64)
+
+    def output(expert: ExpertStack) -> Tensor:
+        found = expert.hidden(0, x) @ expert.w_out[0].T
+        return found if expert.b_out is None else found + expert.b_out[0]
+
+    def loss(group: tuple[int, ...], shares: tuple[float, ...]) -> float:
+        per_expert = {e: np.where(index.numpy() == e, weight.numpy(), 0).sum(1) for e in group}
+        wanted = sum(per_expert[e][:, None] * output(stack.one(e)).numpy() for e in group)
+        given = output(Merger("mean").merge(stack, group, shares)).numpy()
+        return float(np.square(wanted - sum(per_expert.values())[:, None] * given).sum())
+
+    better = 0
+    for group, shares, used in zip(decision.groups, decision.weights, from_use.weights, strict=True):
+        assert sum(shares) == pytest.approx(1.0)
+        assert min(shares) >= 0
+        starts = [used, tuple(1 / len(group) for _ in group), *(tuple(float(e == f) for f in group) for e in group)]
+        least = min(loss(group, start) for start in starts)
+        assert loss(group, shares) <= least * (1 + 1e-5)
+        better += loss(group, shares) < least * (1 - 1e-5)
+    assert better
+
+
+def test_a_search_follows_its_seed_and_gets_better_with_generations(tiny_upcycled: Trained) -> None:
+    def found(**options: Any) -> list[Any]:
+        step = {"groups": 8, "combination": "search", **options}
+        return [decision.weights for decision in tiny_upcycled.operate({"merge_experts": step}).plan.decisions]
+
+    assert found() == found() != found(seed=1)
+    stack, tokens, group = _largest_group(tiny_upcycled)
+    loss = Loss.of(Merger(), stack, group, tokens)
+    assert loss is not None
+    start = tuple(1 / len(group) for _ in group)
+    losses = []
+    for generations in (1, 4, 16, 64):
+        shares = Search(generations=generations).shares(Merger(), stack, group, start, tokens)
+        losses.append(float(loss(torch.tensor([shares]))))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def _largest_group(subject: Trained) -> tuple[ExpertStack, Routed, tuple[int, ...]]:
+    step = make_pass({"merge_experts": {"groups": 4, "combination": "search", "generations": 1}})
+    observers = step.observers(subject.structure)
+    observe(subject.graph, subject.data.calibration, observers)
+    decision = step.plan(subject.graph, subject.structure, observers).decisions[0]
+    site = next(site for site in subject.structure.moes() if site.name == decision.site)
+    sample = observers[f"{site.name}.sample"]
+    return ExpertStack.of(subject.graph, site.part), Routed(*sample.values()), max(decision.groups, key=len)  # type: ignore[attr-defined]
+
+
+def test_searched_shares_beat_shares_by_use_on_text_that_was_not_seen(tiny_upcycled: Trained) -> None:
+    batch = tiny_upcycled.held_out
+    assert batch is not None
+    losses = {
+        combination: tiny_upcycled.operate({"merge_experts": {"groups": 4, "combination": combination}}).loss(batch)
+        for combination in ("search", "frequency", "mean")
+    }
+    assert losses["search"] < min(losses["frequency"], losses["mean"])
 
 
 # -- what it is worth -------------------------------------------------------------------------------------------------
