@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _survey_inputs import find_inputs
-from _survey_judge import Part, said, with_layers, with_tables
+from _survey_said import Part, said, with_layers, with_tables
 from _survey_shrink import small
 from torch import Tensor, nn
 
