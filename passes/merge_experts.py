@@ -277,7 +277,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
         stack, tokens = ExpertStack.of(graph, site.part), _routed(statistics, site.name)
         pairs = zip(decision.groups, decision.weights, strict=True)
         weights = tuple(search.shares(merger, stack, group, start, tokens) for group, start in pairs)
-        return MergeGroups(site=decision.site, groups=decision.groups, weights=weights)
+        return decision.model_copy(update={"weights": weights})
 
     def check(self, graph: Graph, structure: Structure, plan: MergeExpertsPlan) -> None:
         """Every expert is in exactly one group, and weights add up."""

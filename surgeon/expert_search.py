@@ -68,11 +68,12 @@ class Search:
         losses = loss(found)
         for _ in range(self.generations):
             # Stable: of candidates that lose the same, the earliest stays, so that copies keep the shares by use.
-            best = losses.sort(stable=True).indices[: self.population]
-            found, losses = found[best], losses[best]
+            kept = losses.sort(stable=True).indices[: self.population]
+            found, losses = found[kept], losses[kept]
             children = self._children(found, generator)
             found, losses = torch.cat([found, children]), torch.cat([losses, loss(children)])
-        return tuple((found[losses.argmin()].double() / found[losses.argmin()].double().sum()).tolist())
+        best = found[losses.argmin()].double()
+        return tuple((best / best.sum()).tolist())
 
     def _children(self, parents: Tensor, generator: torch.Generator) -> Tensor:
         """As many candidates as make a population, [P, n]."""

@@ -197,8 +197,8 @@ def recognise_alone(function: Callable[[Tensor], Tensor], *, tolerance: float = 
 
 def _moved(grid: Tensor, values: Tensor) -> list[Gate]:
     """``xielu`` and activations with a factor and an offset, such as learned ones, that fit an unknown one's values best."""
-    near = {point: int((grid - point).abs().argmin()) for point in (-1.0, 1.0, 3.0)}
-    (a, low), (b, one), (c, high) = ((float(grid[i]), float(values[i])) for i in near.values())
+    near = [int((grid - point).abs().argmin()) for point in (-1.0, 1.0, 3.0)]
+    (a, low), (b, one), (c, high) = zip(grid[near].tolist(), values[near].tolist(), strict=True)
     rise = (high / c - one / b) / (c - b)
     lift = one / b - rise * b
     found = [Gate("xielu", rise=_neat(rise), fall=_neat((low - lift * a) / (math.exp(a) - 1 - a)), lift=_neat(lift))]

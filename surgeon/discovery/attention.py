@@ -259,8 +259,7 @@ def _joins_features(flow: Flow, entry: fx.Node | None, node: fx.Node) -> bool:
     """
     if operators.kind(node) != operators.CONCATENATE:
         return False
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if dim not in (-1, len(operators.shape(node)) - 1):
+    if operators.argument(node, 1, "dim", 0) not in (-1, len(operators.shape(node)) - 1):
         return False
     outer = entry is not None and not all(flow.depends(part, entry) for part in flow.inputs(node))
     return outer or any(part in flow.constant for part in node.all_input_nodes)

@@ -69,9 +69,7 @@ class _Middle:
         return probe.elementwise(self.flow, self.hidden, ones | values)
 
 
-def find_ffns(
-    flow: Flow, linears: Linears, path: frozenset[fx.Node], entry: fx.Node
-) -> tuple[list[FFN], list[str]]:
+def find_ffns(flow: Flow, linears: Linears, path: frozenset[fx.Node], entry: fx.Node) -> tuple[list[FFN], list[str]]:
     """FFNs of a region, in graph order, and why further linears that follow others are the ``down`` of none.
 
     Args:
@@ -148,7 +146,7 @@ def _match(flow: Flow, linears: Linears, path: frozenset[fx.Node], entry: fx.Nod
     if widths != {down.in_features}:
         return f"it reads {down.in_features} features and what it is computed from has {sorted(widths)}, needed the same"
     ffn = _assemble(flow, linears, halves, down, tuple(scales))
-    return replace(ffn, scaled=True) if learned and isinstance(ffn, FFN) else ffn
+    return replace(ffn, scaled=learned or bool(scales)) if isinstance(ffn, FFN) else ffn
 
 
 _LINEAR = frozenset(f"aten::{name}" for name in "add sub mul div neg rsub".split())
@@ -202,17 +200,15 @@ def _halves(flow: Flow, linears: Linears, ups: list[Linear], hidden: fx.Node) ->
     return halves
 
 
-def _assemble(
-    flow: Flow, linears: Linears, halves: list[Half], down: Linear, scales: tuple[fx.Node, ...]
-) -> FFN | str:
+def _assemble(flow: Flow, linears: Linears, halves: list[Half], down: Linear, scales: tuple[fx.Node, ...]) -> FFN | str:
     width = down.in_features
     inner = normalised(flow, flow.strip(down.input, _is_gain(flow)))
-    normed, scaled = inner is not None, bool(scales)
+    normed = inner is not None
     middle = _Middle(flow, inner or down.input, scales)
     if len(halves) == 1:
         (half,) = halves
         activation = _recognise(lambda x: middle.evaluate({half: x}), recognise, recognise_alone)
-        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed, scaled)
+        return FFN(half.linear.input, half.linear, None, down, down.input, activation, width, "plain", normed)
     if _adds(middle, halves):
         names = " and ".join(half.linear.node.name for half in halves)
         return f"it reads a function of a weighted sum of {names}, needed one linear (an adapter beside a weight is another)"
@@ -226,10 +222,10 @@ def _assemble(
             )
             gate, up = pair if activation is not None else (gate, up)
     if gate.linear is not up.linear:
-        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate", normed, scaled)
+        return FFN(up.linear.input, up.linear, gate.linear, down, down.input, activation, width, "separate", normed)
     parts = [linears.take(half.linear, half.numbers) for half in (up, gate)]
     layout = "concatenated" if all(part.rows for part in parts) else "interleaved"
-    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout, normed, scaled)
+    return FFN(up.linear.input, parts[0], parts[1], down, down.input, activation, width, layout, normed)
 
 
 def _gate_and_up(middle: _Middle, halves: list[Half]) -> tuple[Half, Half]:

@@ -122,12 +122,11 @@ class Classifier:
 
     def samples(self, entry: fx.Node, nodes: Iterable[fx.Node]) -> bool:
         """Whether a region reads positions of a tensor from elsewhere, at places that it computes (deformable attention)."""
-        found = [node for node in nodes if operators.kind(node) in operators.SAMPLERS]
-        values = [(node.args[0], node.args[1]) for node in found]
+        samplers = (node for node in nodes if operators.kind(node) in operators.SAMPLERS)
         return any(
             isinstance(source, fx.Node) and isinstance(places, fx.Node)
             and not self.flow.depends(source, entry) and self.flow.depends(places, entry)
-            for source, places in values
+            for source, places in (node.args[:2] for node in samplers)
         )
 
     def feature_axes(self, entry: fx.Node, path: frozenset[fx.Node]) -> set[int]:
