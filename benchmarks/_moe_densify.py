@@ -41,7 +41,7 @@ def rows() -> list[Row]:
 
 METHODS: dict[str, dict[str, Any]] = {
     "mean": {}, "mean, uniform": {"weights": "uniform"}, "mean, not aligned": {"align": False},
-    "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"},
+    "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"}, "top_columns by norm": {"method": "top_columns", "columns": "norm"},
 }  # fmt: skip
 """From many experts to a network as wide as one."""
 
@@ -99,9 +99,13 @@ def _copies() -> list[Row]:
 CLAIMS: Claims = [
     ("OneS: svd beats the mean", "densify: svd", "densify: mean", "*"),
     ("OneS: svd beats the mean", "densify: svd, not refitted", "densify: mean, not refitted", "*"),
-    ("OneS: top columns beat the mean", "densify: top_columns", "densify: mean", "*"),
-    ("OneS: top columns beat the mean of equal weights", "densify: top_columns, not refitted",
+    ("OneS: top columns beat the mean", "densify: top_columns by norm", "densify: mean", "*"),
+    ("OneS: top columns beat the mean of equal weights", "densify: top_columns by norm, not refitted",
      "densify: mean, uniform, not refitted", "*"),
+    ("Top columns by contribution beat the mean", "densify: top_columns", "densify: mean", "*"),
+    ("Top columns by contribution beat those by norm", "densify: top_columns", "densify: top_columns by norm", "*"),
+    ("Top columns by contribution beat those by norm", "densify: top_columns, not refitted",
+     "densify: top_columns by norm, not refitted", "*"),
     ("ExFusion: learned weights beat the mean", "densify: learned", "densify: mean", "*"),
     ("ExFusion: learned weights beat the mean", "densify: learned, not refitted", "densify: mean, not refitted", "*"),
 ]  # fmt: skip

@@ -8,8 +8,11 @@ Formula:
     With c the mean over tokens of the sum of a token's routing weights, and a_e the weight of expert e, sum a_e = 1:
     1/E (``weights: uniform``) or its share of all routing weight (``mass``):
     ``sum``: all experts side by side, ``y = c sum_e a_e E_e(x)``, E times as wide.
-    ``top_columns``: the width/E neurons of largest norm of each expert, side by side, ``y = c sum_e E a_e [E_e](x)``:
-    at uniform weights they are as they were, the published form.
+    ``top_columns`` with ``columns: norm``: the width/E neurons of largest norm of each expert, side by side,
+    ``y = c sum_e E a_e [E_e](x)``: at uniform weights they are as they were, the published form.
+    ``columns: contribution`` takes neurons of any expert, those that stand in best for what they give in the mixture:
+    with w_t the weight of the neuron's expert at token t (0 where it does not run), neuron n gives w_t h_n(x_t) d_n there
+    and ``f h_n d_n`` in the dense network, nearest with ``f = sum w h^2 / sum h^2``; the largest ``f ||h_n|| ||d_n||`` stay.
     ``mean``: one expert of the weights ``sum_e a_e W_e``.  ``svd``: of ``sum_e a_e [W_e]_r``, [.]_r the best
     approximation of rank r = ``rank`` (the paper's is the full rank over E, which loses more than distillation brings back
     where there is none).  ``learned``: as mean, with the a_e that minimise the squared error of y on
@@ -25,12 +28,12 @@ Shapes:
 Units:
     a_e are shares; width and rank are numbers of neurons and of directions.
 Reads:
-    The routing decisions; for ``learned`` and ``refit`` also the mixture's input and output.
+    The routing decisions; for ``learned``, ``refit`` and ``columns: contribution`` also the mixture's input and output.
 Changes:
     Router and experts become a dense FFN; shared experts beside them stay.
 Errors:
-    PlanError where calibration data never reaches the mixture, weights are packed, the width is no multiple of the
-    experts, or the model has no mixture.
+    PlanError where calibration data never reaches the mixture, weights are packed, the width is more than all experts
+    have (or no multiple of their number with ``columns: norm``), or the model has no mixture.
 Example:
     ``- densify_moe: {method: mean}`` or ``- densify_moe: {method: top_columns, width: 512}``
 """
@@ -49,11 +52,12 @@ from surgeon.accounting import freed_parameter_count
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_merging import RIDGE
+from surgeon.expert_outputs import neuron_stand_ins
+from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
-from surgeon.mixtures import Experts, Neurons, add_ffn, only_for
+from surgeon.mixtures import Neurons, add_ffn, only_for
 from surgeon.numerics import (
     NumericsError,
-    align_neurons,
     largest_neurons,
     learn_weights,
     output_correction,
@@ -75,12 +79,14 @@ class DensifyOne(Decision):
         scale: c.
         width: neurons of the dense FFN.
         identical: all experts are equal and every token's weights sum to c, so that nothing is lost.
+        neurons: for top_columns, those of each expert that stay.
     """
 
     weights: tuple[float, ...]
     scale: float
     width: Annotated[int, Field(ge=1)]
     identical: bool = False
+    neurons: tuple[tuple[int, ...], ...] = ()
 
 
 class DensifyMoEPlan(Plan[DensifyOne]):
@@ -98,13 +104,16 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
     """How experts are joined: averaged, side by side, their largest neurons, low-rank parts, or with fitted weights."""
     weights: Literal["mass", "uniform"] | None = None
     """Weight of each expert: its share of the routing weight on calibration data, or equal; by default equal for
-    top_columns, mass otherwise. learned starts from it."""
+    columns norm, mass otherwise. learned starts from it."""
     align: bool = True
     """Match the experts' neurons before averaging them."""
     refit: bool = True
     """Fit the down projection to the mixture's output on calibration data; false: the published forms, before training."""
     width: Annotated[int, Field(ge=1)] | None = None
-    """For top_columns: neurons of the dense FFN, a multiple of the experts; by default as many as one expert has."""
+    """For top_columns: neurons of the dense FFN; by default as many as one expert has."""
+    columns: Literal["contribution", "norm"] | None = None
+    """For top_columns: the neurons of any expert that give most on calibration data (the default), or the published form,
+    equally many of each expert, those of largest norm."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """For svd: rank kept of each expert; by default half of the full rank."""
     steps: Annotated[int, Field(ge=1)] = 200
@@ -116,10 +125,16 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> DensifyMoE:
-        for field, method in (("width", "top_columns"), ("rank", "svd")):
+        for field, method in (("width", "top_columns"), ("columns", "top_columns"), ("rank", "svd")):
             if getattr(self, field) is not None and self.method != method:
                 raise ValueError(f"{field} is for method {method}; method is {self.method}")
+        if self.weights is not None and self._by_contribution:
+            raise ValueError("weights is not for columns contribution, which weighs each neuron; columns norm takes it")
         return self
+
+    @property
+    def _by_contribution(self) -> bool:
+        return self.method == "top_columns" and self.columns != "norm"
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """Routing, and tokens of input and output where something is fitted."""
@@ -127,8 +142,9 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         for site in structure.moes():
             moe = site.part
             found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, None, moe.experts)
-            if self.refit or self.method == "learned":
-                found[f"{site.name}.sample"] = Sample(moe.input, moe.node, limit=self.tokens, seed=self.seed)
+            if self.refit or self.method == "learned" or self._by_contribution:
+                nodes = (moe.input, moe.node, moe.index, moe.weight)
+                found[f"{site.name}.sample"] = Sample(*nodes, limit=self.tokens, seed=self.seed)
         return found
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> DensifyMoEPlan:
@@ -143,7 +159,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             width = self._width(site)
             scale = float(routing.mass.sum()) / routing.tokens
             share = torch.full_like(routing.mass, 1 / site.part.experts)
-            by_mass = self.weights == "mass" or (self.weights is None and self.method != "top_columns")
+            by_mass = self.weights == "mass" or (self.weights is None and self.columns != "norm")
             if by_mass and scale > 0:
                 share = routing.mass / routing.mass.sum()
             if self.method == "learned":
@@ -155,6 +171,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
                     scale=scale,
                     width=width,
                     identical=_identical(graph, site.part),
+                    neurons=self._neurons(graph, site, width, statistics),
                 )
             )
         if not decisions:
@@ -171,13 +188,26 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             )
         if self.method != "top_columns":
             return moe.width
-        width = self.width or moe.width
-        if width % moe.experts or width > moe.experts * moe.width:
-            raise PlanError(
-                f"{site.name}: width {width} must be a multiple of its {moe.experts} experts, "
-                f"and {moe.experts * moe.width} at most"
-            )
+        width, most = self.width or moe.width, moe.experts * moe.width
+        if width > most or (width % moe.experts and not self._by_contribution):
+            multiple = "" if self._by_contribution else f"a multiple of its {moe.experts} experts, and "
+            raise PlanError(f"{site.name}: width {width} must be {multiple}{most} at most")
         return width
+
+    def _neurons(
+        self, graph: Graph, site: Site[MoE], width: int, statistics: Statistics
+    ) -> tuple[tuple[int, ...], ...]:
+        """The neurons of every expert that top_columns keeps, ascending."""
+        if self.method != "top_columns":
+            return ()
+        stack = ExpertStack.of(graph, site.part)
+        if self._by_contribution:
+            x, _, index, weight = _sampled(statistics, site.name)
+            kept = torch.zeros(stack.experts * stack.width, dtype=torch.bool)
+            kept[neuron_stand_ins(stack, x, index, weight)[1].flatten().topk(width).indices] = True
+            return tuple(tuple(own.nonzero().flatten().tolist()) for own in kept.unflatten(0, (stack.experts, -1)))
+        chosen = largest_neurons(stack.w_in, stack.w_out, width // stack.experts)
+        return tuple(map(tuple, chosen.tolist()))
 
     def _rank(self, moe: MoE) -> int:
         return self.rank or max(1, min(moe.width, _features(moe)) // 2)
@@ -185,8 +215,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
     def _learned(
         self, graph: Graph, site: Site[MoE], share: Tensor, scale: float, statistics: Statistics
     ) -> Tensor:
-        experts = _aligned(graph, site.part, int(share.argmax()) if self.align else None)
-        x, y = _sampled(statistics, site.name)
+        experts = self._ordered(ExpertStack.of(graph, site.part), share)
+        x, y, *_ = _sampled(statistics, site.name)
 
         def output(weights: Tensor, rows: Tensor) -> Tensor:
             w_in, w_out, b_in, b_out = (
@@ -218,25 +248,26 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
                 )
             if decision.width != self._width(site):
                 raise PlanError(f"{decision.site}: the plan says width {decision.width}, {self._width(site)} is needed")
+            if self.method == "top_columns":
+                _check_neurons(site, decision)
 
     def apply(self, editor: Editor, structure: Structure, plan: DensifyMoEPlan, statistics: Statistics) -> None:
         """Replace each mixture."""
         sites = {site.name: site.part for site in structure.select(Selection()).moes()}
         for decision in plan.decisions:
             moe = sites[decision.site]
-            dense = self._dense(editor.graph, moe, decision)
+            dense = self._dense(editor.graph, moe, decision, statistics)
             if self.refit and not self._lossless(decision):
-                dense = _refitted(dense, *_sampled(statistics, decision.site))
+                dense = _refitted(dense, *_sampled(statistics, decision.site)[:2])
             with editor.before(moe.node):
                 out = add_ffn(editor, f"{_prefix(moe)}.dense", editor.current(moe.input), dense)
             editor.replace(moe.node, out)
 
-    def _dense(self, graph: Graph, moe: MoE, decision: DensifyOne) -> Neurons:
+    def _dense(self, graph: Graph, moe: MoE, decision: DensifyOne, statistics: Statistics) -> Neurons:
         weights = torch.tensor(decision.weights, dtype=torch.float64)
-        heaviest = int(weights.argmax()) if self.align else None
         if self.method in ("sum", "top_columns"):
-            return self._side_by_side(_aligned(graph, moe, None), moe, decision, weights)
-        experts = _aligned(graph, moe, heaviest)
+            return self._side_by_side(graph, moe, decision, weights, statistics)
+        experts = self._ordered(ExpertStack.of(graph, moe), weights)
         if self.method == "svd":
             rank = self._rank(moe)
             halves = experts.w_in.chunk(2, dim=1) if moe.gated else (experts.w_in,)
@@ -248,21 +279,28 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         b_out = None if experts.b_out is None else weighted_sum(experts.b_out, weights) * decision.scale
         return _neurons(moe, w_in, w_out * decision.scale, b_in, b_out)
 
-    def _side_by_side(self, experts: Experts, moe: MoE, decision: DensifyOne, weights: Tensor) -> Neurons:
-        chosen = largest_neurons(experts.w_in, experts.w_out, decision.width // moe.experts)
-        numbers = torch.arange(moe.experts)[:, None]
-        inner = chosen if not moe.gated else torch.cat([chosen, chosen + moe.width], dim=1)
-        rows = experts.w_in[numbers, inner]
-        factor = weights * decision.scale * (moe.experts if self.method == "top_columns" else 1)
-        columns = experts.w_out.transpose(1, 2)[numbers, chosen] * factor.to(rows.dtype)[:, None, None]
-        b_in = None if experts.b_in is None else experts.b_in[numbers, inner]
-        b_out = None if experts.b_out is None else weighted_sum(experts.b_out, weights) * decision.scale
+    def _ordered(self, stack: ExpertStack, weights: Tensor) -> ExpertStack:
+        return stack.in_order(stack.aligned(int(weights.argmax()))) if self.align else stack
 
-        def joined(part: Tensor) -> Tensor:
-            """[E, n or 2 n, ...] -> gate rows of all experts, then up rows of all."""
-            return torch.cat([half.flatten(0, 1) for half in (part.chunk(2, dim=1) if moe.gated else (part,))])
-
-        return _neurons(moe, joined(rows), columns.flatten(0, 1).T, None if b_in is None else joined(b_in), b_out)
+    def _side_by_side(
+        self, graph: Graph, moe: MoE, decision: DensifyOne, weights: Tensor, statistics: Statistics
+    ) -> Neurons:
+        """Neurons of all experts in one row, each column times what brings it nearest to what it gave."""
+        stack = ExpertStack.of(graph, moe)
+        neurons = decision.neurons or (tuple(range(stack.width)),) * stack.experts
+        expert = torch.repeat_interleave(torch.tensor([len(own) for own in neurons]))
+        chosen = torch.tensor([neuron for own in neurons for neuron in own])
+        if self._by_contribution:
+            x, _, index, weight = _sampled(statistics, decision.site)
+            factor = neuron_stand_ins(stack, x, index, weight)[0][expert, chosen]
+        else:
+            factor = weights[expert] * decision.scale * (stack.experts if self.method == "top_columns" else 1)
+        columns = stack.w_out.transpose(1, 2)[expert, chosen] * factor.to(stack.w_out.dtype)[:, None]
+        inner = [chosen + part * stack.width for part in range(stack.parts)]
+        w_in = torch.cat([stack.w_in[expert, own] for own in inner])
+        b_in = None if stack.b_in is None else torch.cat([stack.b_in[expert, own] for own in inner])
+        b_out = None if stack.b_out is None else weighted_sum(stack.b_out, weights) * decision.scale
+        return _neurons(moe, w_in, columns.T, b_in, b_out)
 
     def exact(self, plan: DensifyMoEPlan) -> bool:
         """Identical experts lose nothing where whole experts are joined."""
@@ -295,6 +333,19 @@ def _refuse(graph: Graph, site: Site[MoE]) -> None:
     for name in (moe.w_in, moe.w_out):
         if not graph.tensor(name).is_floating_point():
             raise PlanError(f"{site.name}: its experts are quantized already; put densify_moe before quantize")
+
+
+def _check_neurons(site: Site[MoE], decision: DensifyOne) -> None:
+    """Raise where the plan's neurons are not ``width`` different ones of the experts."""
+    moe, chosen = site.part, decision.neurons
+    if len(chosen) != moe.experts or sum(map(len, chosen)) != decision.width:
+        raise PlanError(
+            f"{site.name}: the plan keeps {sum(map(len, chosen))} neurons of {len(chosen)} experts; "
+            f"{decision.width} of {moe.experts} are needed"
+        )
+    for expert, own in enumerate(chosen):
+        if len(set(own)) != len(own) or not set(own) <= set(range(moe.width)):
+            raise PlanError(f"{site.name}: the plan's neurons of expert {expert} must be different ones below {moe.width}")
 
 
 def _features(moe: MoE) -> int:
@@ -336,30 +387,3 @@ def _neurons(moe: MoE, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: 
     gate, up = w_in.chunk(2)
     gate_bias, up_bias = (None, None) if b_in is None else b_in.chunk(2)
     return Neurons(gate, up, w_out, gate_bias, up_bias, b_out, moe.activation)
-
-
-def _aligned(graph: Graph, moe: MoE, reference: int | None) -> Experts:
-    """The experts, their neurons in the order that fits those of the reference best (None: as they are)."""
-    w_in, w_out = graph.tensor(moe.w_in).detach(), graph.tensor(moe.w_out).detach()
-    b_in = None if moe.b_in is None else graph.tensor(moe.b_in).detach()
-    b_out = None if moe.b_out is None else graph.tensor(moe.b_out).detach()
-    if reference is None:
-        return Experts(w_in, w_out, b_in, b_out)
-    features = [_weights_of_neurons(moe, w_in, w_out, b_in, expert) for expert in range(moe.experts)]
-    order = torch.stack([align_neurons(features[reference], own) for own in features])
-    numbers = torch.arange(moe.experts)[:, None]
-    inner = torch.cat([order, order + moe.width], dim=1) if moe.gated else order
-    return Experts(
-        w_in[numbers, inner],
-        w_out.transpose(1, 2)[numbers, order].transpose(1, 2),
-        None if b_in is None else b_in[numbers, inner],
-        b_out,
-    )
-
-
-def _weights_of_neurons(moe: MoE, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, expert: int) -> Tensor:
-    """All weights of each neuron of one expert, [I, features]."""
-    parts = [*(w_in[expert].chunk(2) if moe.gated else (w_in[expert],)), w_out[expert].T]
-    if b_in is not None:
-        parts += [half[:, None] for half in (b_in[expert].chunk(2) if moe.gated else (b_in[expert],))]
-    return torch.cat(parts, dim=1).float()

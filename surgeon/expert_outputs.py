@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon.expert_stack import ExpertStack
 from surgeon.ops import moe
 
 _CHUNK = 1 << 22
@@ -40,6 +41,31 @@ def expert_output_norms(
         out = moe(rows, chosen, rows.new_ones(chosen.shape), *experts, activation)
         parts.append(out.double().norm(dim=-1).reshape(-1, k))
     return torch.cat(parts) if parts else x.new_zeros(0, k, dtype=torch.float64)
+
+
+def neuron_stand_ins(stack: ExpertStack, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """How a neuron that always runs best stands in for what it gives as part of a routed expert.
+
+    With w_t the weight of the neuron's expert at token t, 0 where the expert does not run, the neuron gives w_t h(x_t) d;
+    ``f h(x_t) d`` is nearest to it in the mean square with ``f = sum_t w_t h_t^2 / sum_t h_t^2``.
+
+    Args:
+        stack: the experts, each of I neurons.
+        x: [T, H].
+        index: [T, k] chosen experts.
+        weight: [T, k] their weights.
+
+    Returns:
+        f and ``f (mean_t h^2)^1/2 ||d||``, each [E, I] float64.
+    """
+    runs = torch.zeros(x.shape[0], stack.experts, dtype=torch.float64).scatter_add(1, index, weight.double())
+    factors, sizes = [], []
+    for expert in range(stack.experts):
+        square = stack.hidden(expert, x).double().square()
+        total = square.sum(0)
+        factors.append(runs[:, expert] @ square / total.clamp_min(torch.finfo(torch.float64).tiny))
+        sizes.append(factors[-1] * (total / max(x.shape[0], 1)).sqrt() * stack.outputs(expert).double().norm(dim=1))
+    return torch.stack(factors), torch.stack(sizes)
 
 
 def mean_by_expert(values: Tensor, index: Tensor, experts: int) -> Tensor:

@@ -7,7 +7,7 @@ width, T tokens.  Nothing here loops over tokens or over pairs of experts, and n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class ExpertStack:
     def _each(self, change: Callable[[Tensor], Tensor]) -> ExpertStack:
         b_in, b_out = (None if bias is None else change(bias) for bias in (self.b_in, self.b_out))
         return ExpertStack(change(self.w_in), change(self.w_out), b_in, b_out, self.activation)
+
+    def in_order(self, order: Tensor) -> ExpertStack:
+        """The same, neuron n of expert e what neuron ``order[e, n]`` was, order [E, I]."""
+        numbers = torch.arange(self.experts)[:, None]
+        inner = torch.cat([order + part * self.width for part in range(self.parts)], dim=1)
+        b_in = None if self.b_in is None else self.b_in[numbers, inner]
+        w_out = self.w_out.transpose(1, 2)[numbers, order].transpose(1, 2)
+        return replace(self, w_in=self.w_in[numbers, inner], w_out=w_out, b_in=b_in)
 
     def inputs(self, expert: int) -> Tensor:
         """All that makes each neuron's activation: its input rows (gate and up) and their biases, [I, F]."""
@@ -148,9 +156,9 @@ class ExpertStack:
             gram.addmm_(flat, flat.T)
         return gram / max(x.shape[0], 1)
 
-    def aligned(self) -> Tensor:
-        """Orders [E, I] in which every expert's neurons match those of expert 0 best."""
-        return torch.stack([best_assignment(self.products(0, expert)) for expert in range(self.experts)])
+    def aligned(self, reference: int = 0) -> Tensor:
+        """Orders [E, I] in which every expert's neurons match those of the reference best, on all weights."""
+        return torch.stack([best_assignment(self.products(reference, expert)) for expert in range(self.experts)])
 
     def weight_gram(self, order: Tensor | None = None) -> Tensor:
         """``<w_i, w_j>`` of all weights of every two experts, their neurons in the given orders [E, I]; [E, E] float64."""

@@ -114,7 +114,7 @@ def test_each_method_is_its_formula(patient: MakePatient) -> None:
     total = c * sum(a[e] * expert(w_in[e], w_out[e]) for e in range(experts))
     np.testing.assert_allclose(dense_of(dense, x), total, rtol=1e-3, atol=1e-5)
 
-    dense = densify(subject, refit=False, method="top_columns", width=experts * 5, weights="mass")
+    dense = densify(subject, refit=False, method="top_columns", columns="norm", width=experts * 5, weights="mass")
     total = np.zeros_like(total)
     for e in range(experts):
         norm = (w_in[e] ** 2).sum(1).reshape(2, width).sum(0) + (w_out[e] ** 2).sum(0)
@@ -134,6 +134,37 @@ def test_each_method_is_its_formula(patient: MakePatient) -> None:
     first = sum(a[e] * np.concatenate([truncated(half, 7) for half in np.split(w_in[e], 2)]) for e in range(experts))
     second = c * sum(a[e] * truncated(w_out[e], 7) for e in range(experts))
     np.testing.assert_allclose(dense_of(dense, x), expert(first, second), rtol=1e-3, atol=1e-5)
+
+
+def test_the_neurons_that_contribute_most_stay(patient: MakePatient) -> None:
+    """In NumPy: each neuron's best constant weight, its size with it, and the sum of the largest ones."""
+    subject = patient("mixtral")
+    moe = next(iter(subject.structure.moes())).part
+    sample = Sample(moe.input, moe.index, moe.weight, limit=1 << 20)
+    observe(subject.graph, subject.data.calibration, {"": sample})
+    x, index, weight = (value.numpy() for value in sample.values())
+    w_in, w_out = experts_of(subject)
+    experts, width = w_out.shape[0], w_out.shape[2]
+    runs = np.zeros((len(x), experts))
+    np.put_along_axis(runs, index, weight, axis=1)
+    gate, up = np.split(w_in, 2, axis=1)
+    h = silu(np.einsum("th,eih->tei", x, gate)) * np.einsum("th,eih->tei", x, up)
+    factor = (runs[:, :, None] * h**2).sum(0) / (h**2).sum(0)
+    size = factor * np.sqrt((h**2).mean(0)) * np.linalg.norm(w_out, axis=1)
+
+    dense = densify(subject, refit=False, method="top_columns", width=width + 3)
+    kept = np.sort(np.argsort(-size.flatten())[: width + 3])
+    plan = dense.plan.decisions[0]
+    assert [(e, n) for e, own in enumerate(plan.neurons) for n in own] == [divmod(int(each), width) for each in kept]
+    wanted = sum(factor[e, n] * h[0, e, n] * w_out[e, :, n] for e, n in (divmod(each, width) for each in kept))
+    np.testing.assert_allclose(dense_of(dense, x[0]), wanted, rtol=1e-3, atol=1e-5)
+
+    lost = plan.model_copy(update={"neurons": (plan.neurons[0][:-1], *plan.neurons[1:])})
+    twice = plan.model_copy(update={"neurons": ((*plan.neurons[0][:-1], plan.neurons[0][0]), *plan.neurons[1:])})
+    for edited, message in ((lost, f"keeps {width + 2} neurons"), (twice, "of expert 0 must be different ones below")):
+        changed = dense.plan.model_copy(update={"decisions": (edited, *dense.plan.decisions[1:])})
+        with pytest.raises(PlanError, match=message):
+            densify(subject, changed, refit=False, method="top_columns", width=width + 3)
 
 
 def test_a_refit_is_least_squares_of_what_was_lost(patient: MakePatient) -> None:
@@ -187,12 +218,28 @@ def test_fitting_helps(tiny_mixtral: Trained) -> None:
         for refit in (False, True):
             losses[method, refit] = densify(tiny_mixtral, method=method, refit=refit).loss(tiny_mixtral.held_out)
         assert losses[method, True] < losses[method, False] - 0.3, method
-    assert losses["sum", True] < losses["mean", True]
+    assert losses["sum", True] < losses["top_columns", True] < losses["mean", True]
+
+
+def test_contribution_chooses_better_than_norm(tiny_mixtral: Trained, tiny_upcycled: Trained) -> None:
+    """Also where experts are parts of one network, where the neurons of largest norm are worse than those of one expert."""
+    for model in (tiny_mixtral, tiny_upcycled):
+        assert model.held_out is not None
+        by_norm, by_contribution = (
+            densify(model, method="top_columns", columns=columns, refit=refit).loss(model.held_out)
+            for columns, refit in (("norm", True), ("contribution", False))
+        )
+        assert by_contribution < by_norm
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"width": 3}, "width is for method top_columns"), ({"method": "sum", "rank": 3}, "rank is for method svd")],
+    [
+        ({"width": 3}, "width is for method top_columns"),
+        ({"columns": "norm"}, "columns is for method top_columns"),
+        ({"method": "sum", "rank": 3}, "rank is for method svd"),
+        ({"method": "top_columns", "weights": "mass"}, "weights is not for columns contribution"),
+    ],
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -204,7 +251,9 @@ def test_refusals_by_site(patient: MakePatient) -> None:
     with pytest.raises(PlanError, match="no mixture of experts"):
         densify(patient("llama"))
     with pytest.raises(PlanError, match=r"blocks\.0\.moe: width 50 must be a multiple of its 6 experts"):
-        densify(subject, method="top_columns", width=50)
+        densify(subject, method="top_columns", columns="norm", width=50)
+    with pytest.raises(PlanError, match=r"blocks\.0\.moe: width 289 must be 288 at most"):
+        densify(subject, method="top_columns", width=289)
     with pytest.raises(PlanError, match=r"blocks\.0\.moe: rank 49 asked, its experts have rank 48 at most"):
         densify(subject, method="svd", rank=49)
     with pytest.raises(PlanError, match=r"blocks\.0\.moe: .*put densify_moe before quantize"):

@@ -1,6 +1,5 @@
 """The mathematics of surgeon: plain functions on tensors that know nothing of graphs, passes or models."""
 
-from surgeon.numerics.assignment import align_neurons as align_neurons
 from surgeon.numerics.assignment import best_assignment as best_assignment
 from surgeon.numerics.clustering import Clustering as Clustering
 from surgeon.numerics.clustering import balanced_assignment as balanced_assignment
