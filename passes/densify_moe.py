@@ -205,7 +205,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             x, _, index, weight = _sampled(statistics, site.name)
             kept = torch.zeros(stack.experts * stack.width, dtype=torch.bool)
             kept[neuron_stand_ins(stack, x, index, weight)[1].flatten().topk(width).indices] = True
-            return tuple(tuple(own.nonzero().flatten().tolist()) for own in kept.unflatten(0, (stack.experts, -1)))
+            return tuple(tuple(own.nonzero().flatten().tolist()) for own in kept.reshape(stack.experts, -1))
         chosen = largest_neurons(stack.w_in, stack.w_out, width // stack.experts)
         return tuple(map(tuple, chosen.tolist()))
 

@@ -25,8 +25,11 @@ from surgeon.export import Dims, export, first_lines, identifier, is_symbol, pla
 from surgeon.graph import Dim, Graph, Port
 from surgeon.projections import flatten_projections
 from surgeon.raising import raise_attention, raise_mixtures
+from surgeon.rounding import fits_in_float64, in_float64, widened
 from surgeon.source import LoadedSource, calling, load_source, resized
 
+_ROUNDING = 100
+"""Times the tolerance up to which a difference may turn out to be rounding."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted max|graph - source| / max|source| by the coarsest floating-point type of the weights: about 80
 units in the last place; reordered sums in attention kernels reach a tenth of it."""
@@ -100,12 +103,12 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         loaded.notes += tuple(f"{name}: attention over a cache stays as it is: {why}" for name, why in spelled.items())
         if fake:  # no numbers to compare
             return graph
-        _compare(graph, expected, example, "the example")
+        _compare(graph, loaded, expected, example, "the example")
         for sizes in _other_sizes(graph, example, dims):
             other = resized(example, dims, sizes, pad=True)
             where = ", ".join(f"{name} {size}" for name, size in sizes.items())
             reference = _call(loaded, other, f"inputs of {where} (fix a dimension that cannot vary with dynamic=)")
-            _compare(graph, reference, other, where)
+            _compare(graph, loaded, reference, other, where)
     return graph
 
 
@@ -245,7 +248,9 @@ def _call(loaded: LoadedSource, inputs: Mapping[str, Tensor], what: str) -> dict
         ) from error
 
 
-def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, Tensor], where: str) -> None:
+def _compare(
+    graph: Graph, loaded: LoadedSource, expected: Mapping[str, Tensor], inputs: Mapping[str, Tensor], where: str
+) -> None:
     """Refuse a graph that does not compute what the source computes."""
     try:
         with torch.no_grad():
@@ -260,13 +265,29 @@ def _compare(graph: Graph, expected: Mapping[str, Tensor], inputs: Mapping[str, 
     tolerance = max((_TOLERANCE.get(dtype, 5e-2) for dtype in types), default=1e-5)
     for name, reference in expected.items():
         error = relative_error(found[name], reference)
-        if not error <= tolerance:
+        rounding = tolerance < error <= _ROUNDING * tolerance and _is_rounding(graph, loaded, inputs, name, error)
+        if not error <= tolerance and not rounding:
             raise TraceError(
                 f"the traced graph does not reproduce the source model at {where}: output {name!r} differs by "
                 f"{error:.3g} relative, at most {tolerance:g} is accepted. The model's Python code takes another path "
                 "at these sizes or values, or its result is random; fix the dimensions (dynamic={input: None}) or "
                 "trace another part of it"
             )
+
+
+def _is_rounding(graph: Graph, loaded: LoadedSource, inputs: Mapping[str, Tensor], name: str, error: float) -> bool:
+    """Whether an output differs by a tenth at most of what it did, once both compute in float64."""
+    modules = (loaded.module, graph.module)
+    if not fits_in_float64(*modules):
+        return False
+    with in_float64(*modules), torch.no_grad():
+        wide = widened(inputs)
+        try:
+            expected = loaded.call(loaded.module, wide)[0]
+            found = graph(**wide)
+        except (RuntimeError, ValueError, TypeError, TraceError):  # types that are written down in the model do not fit
+            return False
+    return relative_error(found[name], expected[name]) <= min(error, _TOLERANCE[torch.float32]) / 10
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

@@ -618,6 +618,33 @@ class Strange(nn.Module):
         return {"x": x, "text": "hello"}
 
 
+class Cancelling(nn.Module):
+    """Loses digits where it is called, and none where it is exported; ``wrong`` is an error that no precision removes."""
+
+    def __init__(self, wrong: float = 0.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 1000.0))
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return x * (1 + self.wrong) + 0 * self.scale
+        return (x + self.scale) - self.scale
+
+
+def test_rounding_is_told_from_error() -> None:
+    """Both differ by some 3e-5 in float32; in float64 only the error is left, and the weights are what they were."""
+    inputs = {"x": torch.linspace(-1, 1, 12).reshape(3, 4)}
+    model = Cancelling()
+    graph = trace(model, inputs)
+    assert 1e-5 < relative_error(graph(**inputs)["output"], model(**inputs).detach()) < 1e-4
+    assert model.scale.dtype == torch.float32
+    assert torch.equal(model.scale, torch.full((4,), 1000.0))
+    assert graph.tensor("scale").data_ptr() == model.scale.data_ptr()
+    with pytest.raises(TraceError, match="does not reproduce the source model at the example"):
+        trace(Cancelling(5e-5), inputs)
+
+
 @pytest.mark.parametrize(
     ("module", "inputs", "options", "message"),
     [
