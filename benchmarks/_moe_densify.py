@@ -41,7 +41,8 @@ def rows() -> list[Row]:
 
 METHODS: dict[str, dict[str, Any]] = {
     "mean": {}, "mean, uniform": {"weights": "uniform"}, "mean, not aligned": {"align": False},
-    "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"}, "top_columns by norm": {"method": "top_columns", "columns": "norm"},
+    "learned": {"method": "learned"}, "svd": {"method": "svd"}, "top_columns": {"method": "top_columns"},
+    "top_columns by norm": {"method": "top_columns", "columns": "norm"},
 }  # fmt: skip
 """From many experts to a network as wide as one."""
 

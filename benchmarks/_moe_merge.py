@@ -21,6 +21,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 }
 UNALIGNED: dict[str, Any] = {"align": False}
 KMEANS: dict[str, Any] = {"clustering": "kmeans", "weighted": False}
+HC_SMOE: dict[str, Any] = {"grouping": "outputs", "clustering": "hierarchical", "weighted": False}
 SUB_MOE: dict[str, Any] = {"grouping": "output_cosines", **KMEANS}
 LOTS_OF: dict[str, dict[str, Any]] = {
     **COMBINATIONS,
@@ -34,7 +35,9 @@ LOTS_OF: dict[str, dict[str, Any]] = {
 }
 """Combinations that random groups are merged with."""
 OTHERS: dict[str, dict[str, Any]] = {
-    "outputs, hierarchical; frequency, not aligned": {"grouping": "outputs", "clustering": "hierarchical", **UNALIGNED},
+    "outputs, hierarchical, not weighted; frequency, not aligned": {**HC_SMOE, **UNALIGNED},
+    "outputs, hierarchical, not weighted; frequency": HC_SMOE,
+    "weights, not weighted; frequency": {"grouping": "weights", "weighted": False},
     "outputs, kmeans, not weighted; frequency, not aligned": {"grouping": "outputs", **KMEANS, **UNALIGNED},
     "outputs, kmeans, not weighted; frequency": {"grouping": "outputs", **KMEANS},
     "output_cosines, kmeans, not weighted; svd, not aligned": {**SUB_MOE, "combination": "svd", **UNALIGNED},
@@ -85,10 +88,10 @@ def _rows(mixtures: Mixtures) -> list[Row]:
 UNEVEN = (
     "Experts are strangers and unevenly used (above), and what they are compared by does not know how often they are chosen: "
     "it joins those that are in use all the time, so that more choices get another expert than by lot (above). Weighed by use "
-    "(Ward's linkage, the default, or k-means) the same outputs beat chance, and unweighted ones do on the other model."
+    "(as by default) the same outputs beat chance with either linkage and k-means, and unweighted ones do on the other model."
 )
 WHY: dict[str, str] = {
-    f"{MIXTURES[0].model} | * | merge: outputs, hierarchical;*": UNEVEN,
+    f"{MIXTURES[0].model} | * | merge: outputs, hierarchical, not weighted;*": UNEVEN,
     f"{MIXTURES[0].model} | * | merge: outputs, kmeans, not weighted;*": UNEVEN,
     f"{MIXTURES[0].model} | * | merge: output_cosines, kmeans, not weighted;*": UNEVEN,
     "* | merge: router_logits, global;*": "One budget by use takes most experts from the block that uses them least evenly: "
@@ -104,19 +107,23 @@ CLAIMS: Claims = [
     ("M-SMoE: alignment helps", "merge: router_logits; frequency", "merge: router_logits; frequency, not aligned", "merged*"),
     ("M-SMoE: a budget over all layers helps", "merge: router_logits, global; frequency", "merge: router_logits; frequency",
      "merged*"),
-    ("HC-SMoE: linkage of outputs beats M-SMoE", "merge: outputs, hierarchical; frequency, not aligned",
+    ("HC-SMoE: linkage of outputs beats M-SMoE", "merge: outputs, hierarchical, not weighted; frequency, not aligned",
      "merge: router_logits; frequency", "merged*"),
-    ("HC-SMoE: linkage beats k-means", "merge: outputs, hierarchical; frequency, not aligned",
+    ("HC-SMoE: linkage beats k-means", "merge: outputs, hierarchical, not weighted; frequency, not aligned",
      "merge: outputs, kmeans, not weighted; frequency, not aligned", "merged*"),
     ("Sub-MoE: joint factors beat frequency", "merge: output_cosines, kmeans, not weighted; svd, not aligned",
      "merge: output_cosines, kmeans, not weighted; frequency, not aligned", "merged*"),
     ("Sub-MoE: it beats HC-SMoE", "merge: output_cosines, kmeans, not weighted; svd, not aligned",
-     "merge: outputs, hierarchical; frequency, not aligned", "merged*"),
+     "merge: outputs, hierarchical, not weighted; frequency, not aligned", "merged*"),
     ("EEP: searched shares beat shares by use", "merge: router_logits; search", "merge: router_logits; frequency", "merged*"),
     ("ZipIt: zipping beats matching one to one", "merge: router_logits; zip", "merge: router_logits; frequency", "merged*"),
     ("MergeMoE: least squares beat means", "merge: router_logits; frequency, refit", "merge: router_logits; frequency",
      "merged*"),
-    ("Outputs group better by weighted linkage than by HC-SMoE's", "merge: outputs; frequency",
+    ("Linkage groups outputs better where experts weigh as they are used", "merge: outputs, hierarchical; frequency",
+     "merge: outputs, hierarchical, not weighted; frequency", "merged*"),
+    ("Linkage groups weights better where experts weigh as they are used", "merge: weights; frequency",
+     "merge: weights, not weighted; frequency", "merged*"),
+    ("Ward's linkage of outputs groups better than average linkage", "merge: outputs; frequency",
      "merge: outputs, hierarchical; frequency", "merged*"),
     ("Outputs token by token group better than mean outputs", "merge: token_outputs; frequency",
      "merge: outputs; frequency", "merged*"),

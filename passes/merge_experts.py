@@ -13,16 +13,16 @@ Formula:
     side; ``output_cosines``: the same, each divided by its norm, so that ``<f_i, f_j> = mean_t cos(E_i(x_t), E_j(x_t))``;
     ``weights``: all of e's weights, its neurons aligned with those of expert 0; ``random``: by lot.
     Groups: ``dominant``: the g most chosen experts lead (a copy of one only where nothing else is left), every other e
-    joins the leader of largest ``cos(f_e, f_d)``.  ``hierarchical``: the two clusters of least mean ``|f_i - f_j|`` are
-    joined until g are left.  ``ward``: those whose union raises ``sum_e c_e |f_e - mean f of its group|^2`` least, means
-    weighted by c_e, how often e is chosen.  ``kmeans``: the same sum by Lloyd's iteration (Sub-MoE and HC-SMoE have
-    c_e = 1: ``weighted: false``).
-    Neither HC-SMoE nor Sub-MoE aligns neurons: experts that grew out of one network have them in one order.  Their forms
-    are ``{grouping: outputs, clustering: hierarchical, align: false}`` and ``{grouping: output_cosines, clustering: kmeans,
-    weighted: false, combination: svd, align: false}``.
-    Both, and k-means with c_e = 1, do not know how often an expert is chosen.  On the models of benchmarks/results/moe.md
-    they beat groups by lot where experts have a common origin and are evenly used (tiny-upcycled), and not where they are
-    strangers and unevenly used (tiny-mixtral): there they join two that are in use all the time.  So ``outputs`` has ward.
+    joins the leader of largest ``cos(f_e, f_d)``.  ``ward``: the two clusters are joined, until g are left, whose union
+    raises ``sum_e c_e |f_e - mean f of its group|^2`` least, means weighted by c_e, how often e is chosen.  ``kmeans``: the
+    same sum by Lloyd's iteration.  ``hierarchical``: the two of least mean ``(c_i c_j / (c_i + c_j))^1/2 |f_i - f_j|``, which
+    is what joining two experts costs in ward.
+    HC-SMoE and Sub-MoE have c_e = 1, ``weighted: false``, and align no neurons: experts that grew out of one network have
+    them in one order.  Their forms are ``{grouping: outputs, clustering: hierarchical, weighted: false, align: false}`` and
+    ``{grouping: output_cosines, clustering: kmeans, weighted: false, combination: svd, align: false}``.
+    With c_e = 1 it is not known how often an expert is chosen.  On the models of benchmarks/results/moe.md such groups beat
+    those by lot where experts have a common origin and are evenly used (tiny-upcycled), and not where they are strangers
+    and unevenly used (tiny-mixtral): there they join two in use all the time.  Weighted ones beat a lot on both.
     With ``budget: global`` every layer's k most chosen experts count first, then experts of all layers by
     ``c_e / sum c`` until the budget is reached; so many groups the layer gets.
     Alignment with the group's most chosen expert d: the permutation p of neurons that maximises
@@ -117,10 +117,10 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     """What makes experts alike: their router scores over tokens, their mean outputs, their outputs token by token, the
     directions of these alone, their weights, or nothing (a lot)."""
     clustering: Literal["dominant", "hierarchical", "ward", "kmeans"] | None = None
-    """How groups are found: around the most chosen experts, by average linkage, by Ward's linkage weighted by how often
-    experts are chosen, or by k-means; by default dominant for router_logits, hierarchical for weights, ward for all outputs."""
+    """How groups are found: around the most chosen experts, by average linkage, by Ward's linkage, or by k-means; by default
+    dominant for router_logits, hierarchical for weights, ward for all outputs."""
     weighted: bool = True
-    """For kmeans: experts count as often as they are chosen, as they do in ward; false: all alike, as published."""
+    """For hierarchical, kmeans: experts count as often as they are chosen, as in ward; false: all alike, as published."""
     combination: Literal["frequency", "mean", "search", "zip", "svd"] = "frequency"
     """How a group becomes one expert: mean weighted by how often each is chosen, plain mean, mean with weights that a search
     finds, neuron by neuron, or by the singular vectors that the group shares."""
@@ -149,8 +149,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             raise ValueError("groups: a number for each mixture leaves nothing to budget: global")
         if self.clustering is not None and self.grouping == "random":
             raise ValueError("clustering is for experts that are compared; grouping is random")
-        if not self.weighted and self.clustering != "kmeans":
-            raise ValueError(f"weighted is for clustering kmeans; clustering is {self.clustering or 'the default'}")
+        if not self.weighted and self._clustering not in ("hierarchical", "kmeans"):
+            raise ValueError(f"weighted is for clustering hierarchical and kmeans; clustering is {self._clustering}")
         if self.rank is not None and self.combination != "svd":
             raise ValueError(f"rank is for combination svd; combination is {self.combination}")
         given = sorted({"population", "generations"} & self.model_fields_set)
@@ -162,6 +162,10 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     def apply_reads_statistics(self) -> bool:  # type: ignore[override]  # of one pass, where the class has it for all
         """Neurons compared on tokens, and refits, need the tokens again."""
         return self.refit or self._compares_activations
+
+    @property
+    def _clustering(self) -> str:
+        return self.clustering or {"router_logits": "dominant", "weights": "hierarchical"}.get(self.grouping, "ward")
 
     @property
     def _compares_activations(self) -> bool:
@@ -229,15 +233,13 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     def _labels(self, graph: Graph, site: Site[MoE], statistics: Statistics, groups: int) -> Tensor:
         """Group of every expert, [E]."""
         gram = self._gram(graph, site, statistics)
-        default = {"router_logits": "dominant", "weights": "hierarchical"}.get(self.grouping, "ward")
-        clustering = self.clustering or default
-        if clustering == "dominant":
+        if self._clustering == "dominant":
             return group_by_leaders(gram, _counts(statistics, site), groups)
-        if clustering == "ward":
+        if self._clustering == "ward":
             return group_by_ward(gram, _counts(statistics, site), groups)
-        if clustering == "hierarchical":
-            return group_by_linkage(gram, groups)
         counts = _counts(statistics, site) if self.weighted else None
+        if self._clustering == "hierarchical":
+            return group_by_linkage(gram, groups, counts)
         return group_by_kmeans(gram, groups, counts, seed=self.seed)
 
     def _gram(self, graph: Graph, site: Site[MoE], statistics: Statistics) -> Tensor:

@@ -67,16 +67,25 @@ def group_by_leaders(gram: Tensor, counts: Tensor, groups: int) -> Tensor:
     return labels
 
 
-def group_by_linkage(gram: Tensor, groups: int) -> Tensor:
+def group_by_linkage(gram: Tensor, groups: int, counts: Tensor | None = None) -> Tensor:
     """Agglomerative clustering with average linkage of Euclidean distances (HC-SMoE).
 
-    The two clusters A, B of least ``1/(|A| |B|) sum_{a, b} |f_a - f_b|`` are joined until g are left.
+    The two clusters A, B of least ``1/(|A| |B|) sum_{a, b} |f_a - f_b|`` are joined until g are left.  With counts a pair is
+    as far apart as joining it costs in :func:`group_by_ward`: ``(c_a c_b / (c_a + c_b))^1/2 |f_a - f_b|``.
+
+    Args:
+        gram: [E, E].
+        groups: g.
+        counts: c, [E], as in :func:`group_by_ward`; None: all alike, as published.
     """
     _check(gram, groups)
     experts = gram.shape[0]
     if experts == 1:
         return torch.zeros(1, dtype=torch.int64)
-    tree = linkage(squareform(distances(gram).numpy(), checks=False), method="average")
+    apart = distances(gram)
+    if counts is not None:
+        apart = apart * _harmonic(_shares(counts)).sqrt()
+    tree = linkage(squareform(apart.numpy(), checks=False), method="average")
     return torch.from_numpy(cut_tree(tree, n_clusters=groups)[:, 0]).long()
 
 
@@ -96,7 +105,7 @@ def group_by_ward(gram: Tensor, counts: Tensor, groups: int) -> Tensor:
     _check(gram, groups)
     experts = gram.shape[0]
     weight = _shares(counts)
-    cost = distances(gram).square() * (torch.outer(weight, weight) / (weight[:, None] + weight))
+    cost = distances(gram).square() * _harmonic(weight)
     cost.fill_diagonal_(torch.inf)
     labels = torch.arange(experts)
     for _ in range(experts - groups):
@@ -173,6 +182,11 @@ def groups_per_layer(counts: Sequence[Tensor], total: int, least: Sequence[int])
 def _shares(counts: Tensor) -> Tensor:
     """How much an expert weighs [E]; one that is never chosen a millionth, so that it still joins what it is like."""
     return counts.double() / counts.double().sum().clamp_min(1) + 1e-6
+
+
+def _harmonic(weight: Tensor) -> Tensor:
+    """``c_i c_j / (c_i + c_j)``, [E] -> [E, E]."""
+    return torch.outer(weight, weight) / (weight[:, None] + weight)
 
 
 def _check(gram: Tensor, groups: int) -> None:

@@ -57,6 +57,21 @@ def test_an_expert_of_twice_the_weight_is_two_experts_to_ward() -> None:
     assert same_partition(group_by_ward(points @ points.T, counts, 4)[twice], whole.numpy())
 
 
+def test_linkage_of_experts_that_weigh_differently_is_that_of_scikit_learn_on_what_joining_costs() -> None:
+    points, counts = normal(9, 4, seed=2), torch.logspace(0, 4, 9, dtype=torch.float64)
+    share = counts / counts.sum() + 1e-6
+    apart = torch.cdist(points, points) * (share[:, None] * share / (share[:, None] + share)).sqrt()
+    differs = 0
+    for groups in range(2, 9):
+        found = group_by_linkage(points @ points.T, groups, counts)
+        other = AgglomerativeClustering(n_clusters=groups, linkage="average", metric="precomputed")
+        assert same_partition(found, other.fit_predict(apart.numpy()))
+        unweighted = group_by_linkage(points @ points.T, groups)
+        differs += not same_partition(found, unweighted.numpy())
+        assert torch.equal(group_by_linkage(points @ points.T, groups, torch.ones(9)), unweighted)
+    assert differs
+
+
 def test_kmeans_is_as_good_as_that_of_scikit_learn() -> None:
     points = normal(60, 5) + 4 * normal(6, 5, seed=1).repeat_interleave(10, 0)
     found = kmeans(points, 6, restarts=10)
