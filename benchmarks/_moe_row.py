@@ -15,6 +15,8 @@ from surgeon.structure import Structure
 
 LOTS = tuple(range(6))
 """Seeds of what is left to chance."""
+OTHER_FORMS = ("not aligned", "not weighted", "not refitted", "by norm", "uniform", "router_logits, global")
+"""Parts of the names of methods that are not as surgeon has them by default."""
 Edit = Callable[[Editor, Structure, int], None]
 MakePlan = Callable[[Graph, Structure, int], Plan[Any]]
 Claims = list[tuple[str, str, str, str]]

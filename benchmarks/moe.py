@@ -33,7 +33,7 @@ import _moe_merge
 import _moe_split
 import torch
 from _moe_facts import FACTS, facts
-from _moe_row import MIXTURES, Row
+from _moe_row import MIXTURES, OTHER_FORMS, Row
 from _rows import RESULTS, arguments, earlier, is_wanted
 from torch import Tensor
 
@@ -258,18 +258,26 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 holds = "yes" if row["loss"] < other["loss"] else "**no**"
                 where = f"{row['model']} | {row['budget']}"
                 lines.append(f"| {text} | {where} | {row['loss']:.4f} | {other['loss']:.4f} | {holds} |")
-    lines += ["", "## Methods and chance", "", "At how many budgets of each model a method beats chance.", ""]
+    lines += ["", "## Methods and chance", ""]
+    lines.append(
+        "At how many budgets of each model a method beats chance: first the methods as surgeon has them by default, "
+        "then forms that leave a step out, as some do that papers publish, and merging with one budget for all layers."
+    )
     models = list(dict.fromkeys(row.model for row in ROWS))
-    lines += [f"| method | {' | '.join(models)} |", f"|---|{'--:|' * len(models)}"]
-    for method in dict.fromkeys(results[key]["method"] for key in results if key in chance):
-        cells = []
-        for model in models:
-            keys = [key for key in chance if key in results and results[key]["method"] == method]
-            own = [key for key in keys if results[key]["model"] == model]
-            better = sum(results[key]["loss"] < results[chance[key]]["loss"] for key in own)
-            cells.append(("" if better == len(own) else "**") + f"{better} of {len(own)}" * bool(own))
-            cells[-1] += "" if better == len(own) else "**"
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+    methods = list(dict.fromkeys(results[key]["method"] for key in results if key in chance))
+    for title, wanted in (("method", False), ("form", True)):
+        lines += ["", f"| {title} | {' | '.join(models)} |", f"|---|{'--:|' * len(models)}"]
+        total: list[bool] = []
+        for method in (name for name in methods if any(word in name for word in OTHER_FORMS) == wanted):
+            cells = []
+            for model in models:
+                keys = [key for key in chance if key in results and results[key]["method"] == method]
+                better = [results[key]["loss"] < results[chance[key]]["loss"] for key in keys if results[key]["model"] == model]
+                total += better
+                mark = "" if all(better) else "**"
+                cells.append(f"{mark}{sum(better)} of {len(better)}{mark}" if better else "")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| all together | {sum(total)} of {len(total)} |{' |' * (len(models) - 1)}")
     lines += ["", "## Methods that do not beat chance", ""]
     beaten = [row for key, row in results.items() if key in chance and row["loss"] >= results[chance[key]]["loss"]]
     lines += ["| model | method | budget | loss | chance | why |", "|---|---|---|--:|--:|---|"] if beaten else ["None."]
