@@ -20,7 +20,8 @@ from surgeon.backends._aot_tiles import TiledTensor
 from surgeon.numerics.quantization import QuantizedTensor, dequantize
 from surgeon.ops import attend, moe_dense, moe_grouped
 from surgeon.ops.attention import with_causal
-from surgeon.ops.mixture import has_grouped_kernel, inner_activation
+from surgeon.ops.grouped import has_grouped_kernel
+from surgeon.ops.mixture import inner_activation
 
 aten = torch.ops.aten
 _FEW_QUERIES = 16

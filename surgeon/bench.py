@@ -10,7 +10,6 @@ whole sequence with empty caches, and ``decode`` one run of one new token behind
 from __future__ import annotations
 
 import abc
-import importlib.metadata
 import inspect
 import json
 import os
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from surgeon.contract import Artifact
+from surgeon.environment import processor, version_of, versions_of
 from surgeon.errors import LowerError, RecipeError, SurgeonError
 from surgeon.graph import Port
 from surgeon.halves import has_halves
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Phase = Literal["forward", "prefill", "decode"]
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """What transformers calls the argument and the output that hold the caches, newest first."""
+_LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 PAST = "past"
 """Name of the dimension that counts the positions in the caches."""
 
@@ -248,13 +249,13 @@ def bench(
             for candidate in taking:
                 stack.enter_context(candidate.threads(count))
             rows += _measured(taking, case, seconds, warmup)
-    machine = {"processor": _processor(), "cores": str(os.cpu_count()), "system": platform.platform(terse=True)}
+    machine = {"processor": processor(), "cores": str(os.cpu_count()), "system": platform.platform(terse=True)}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     sizes = {candidate.name: candidate.nbytes for candidate in candidates}
     return BenchResult(
-        surgeon=_version("surgeon") or "", versions=_versions(), machine=machine, threads=count, baseline=names[0],
-        bytes=sizes, rows=rows,
+        surgeon=version_of("surgeon") or "", versions=versions_of(*_LIBRARIES), machine=machine, threads=count,
+        baseline=names[0], bytes=sizes, rows=rows,
     )  # fmt: skip
 
 
@@ -384,24 +385,3 @@ def _finished(result: Any) -> Any:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return result
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
-    return {name: version for name in names if (version := _version(name)) is not None}

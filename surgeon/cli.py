@@ -13,11 +13,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from surgeon.environment import installed_version
 from surgeon.errors import RecipeError
 from surgeon.listings import list_backends, list_passes, list_refusals, show_options
 from surgeon.output import check_writable, write_file
 from surgeon.process import Guarded, Screen, run, say
-from surgeon.report import installed_version
 
 app = typer.Typer(
     cls=Guarded,
@@ -243,7 +243,7 @@ def generate(
 ) -> None:
     """Continue a text."""
     from surgeon.compiled import load
-    from surgeon.generation import continue_text
+    from surgeon.text import continue_text
 
     text = prompt if prompt is not None else sys.stdin.read()
     tokens, seconds = continue_text(

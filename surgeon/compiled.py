@@ -174,7 +174,7 @@ class Compiled:
         Raises:
             GenerateError: the model did not come with one.
         """
-        from surgeon.generation import load_tokenizer
+        from surgeon.text import load_tokenizer
 
         path = self.folder if self.artifact is not None else Path(self.graph.source.path or "") if self.graph else None
         return load_tokenizer(path or Path())
@@ -261,7 +261,7 @@ def _ranges(graph: Graph | None) -> dict[str, list[int]]:
 
 def _copy_tokenizer(compiled: Compiled, folder: Path) -> None:
     """Put the source's tokenizer beside an artefact that generates text."""
-    from surgeon.generation import TOKENIZER_FILES
+    from surgeon.text import TOKENIZER_FILES
 
     source = compiled.graph.source if compiled.graph is not None else None
     if source is not None and source.task == "text-generation" and source.path is not None:

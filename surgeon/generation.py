@@ -7,9 +7,7 @@ with the padding token.  An encoder is run once; its decoder continues from a st
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,21 +21,7 @@ from surgeon.halves import halves, has_halves
 from surgeon.sampling import Sampling, Settings
 
 if TYPE_CHECKING:
-    from surgeon.compiled import Compiled
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files of a checkpoint that make up its tokenizer."""
-
+    pass
 
 Array = Tensor | np.ndarray[Any, Any]
 """A tensor of torch, or an array of NumPy in the host's memory."""
@@ -317,97 +301,3 @@ def _mask(ids: Tensor, mask: Tensor | None, settings: Settings) -> Tensor:
     if pad is not None and pad not in settings.eos_token_id and bool((ids == pad).any()):
         return (ids != pad).to(torch.int64)
     return torch.ones_like(ids)
-
-
-# -- text ---------------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside an artefact.
-
-    Raises:
-        GenerateError: there is none, or it cannot be read.
-    """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise GenerateError(f"{folder}: no tokenizer here; the model was not built from a checkpoint that has one")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise GenerateError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def continue_text(
-    model: Compiled,
-    text: str,
-    *,
-    max_new_tokens: int,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    stop: Sequence[str],
-    write: Callable[[str], None],
-) -> tuple[int, float]:
-    """Continue one text and write prompt and continuation piece by piece; of an encoder-decoder what its decoder says.
-
-    Args:
-        model: with caches and a tokenizer.
-        text: the prompt.
-        max_new_tokens: tokens to add at most.
-        temperature: None, with top_k and top_p None too, is greedy.
-        top_k: see :class:`Sampling`.
-        top_p: see :class:`Sampling`.
-        seed: see :class:`Sampling`.
-        stop: further tokens that end the text, as the vocabulary spells them.
-        write: gets the pieces of text.
-
-    Returns:
-        Number of new tokens and seconds.
-
-    Raises:
-        GenerateError: the text is empty, or a token to stop at is none.
-    """
-    tokenizer = model.tokenizer
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    if not text or ids.numel() == 0:
-        raise GenerateError("the prompt is empty; give at least one token to continue")
-    ends = [*Settings.of(model.generation).eos_token_id, *(_single_token(tokenizer, word) for word in stop)]
-    drawn = (temperature, top_k, top_p) != (None, None, None)
-    start = time.perf_counter()
-    tokens = model.generate(
-        ids,
-        max_new_tokens=max_new_tokens,
-        do_sample=drawn,
-        temperature=1.0 if temperature is None else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_token_id=ends,
-        streamer=_writer(tokenizer, write),
-    )
-    behind_encoder = has_halves(model.ports)
-    return tokens.shape[1] - (1 if behind_encoder else ids.shape[1]), time.perf_counter() - start
-
-
-def _single_token(tokenizer: Any, word: str) -> int:
-    number = tokenizer.convert_tokens_to_ids(word)
-    if number is None or tokenizer.convert_ids_to_tokens(number) != word:
-        pieces = tokenizer.encode(word, add_special_tokens=False)
-        if len(pieces) != 1:
-            spelled = tokenizer.convert_ids_to_tokens(pieces)
-            raise GenerateError(f"stop: {word!r} is {len(pieces)} tokens ({spelled}), needed one")
-        number = pieces[0]
-    return int(number)
-
-
-def _writer(tokenizer: Any, write: Callable[[str], None]) -> Any:
-    """The library's streamer, which holds back characters that are not complete yet, writing where we say."""
-    from transformers import TextStreamer
-
-    class Writer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            write(text)
-
-    return Writer(tokenizer, skip_special_tokens=True)

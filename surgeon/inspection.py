@@ -12,13 +12,12 @@ from torch import fx
 from surgeon.accounting import (
     active_parameter_count,
     expert_shares,
-    flops_by_node,
     memory,
     parameter_count,
-    token_count,
     weight_bytes,
     weights,
 )
+from surgeon.flops import flops_by_node, token_count
 from surgeon.graph import Graph, Port
 from surgeon.structure import FFN, Attention, Block, Linear, MoE, Region, Stream, Structure
 from surgeon.views import (

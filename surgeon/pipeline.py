@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import resource
 import time
@@ -20,6 +19,7 @@ from surgeon.compiled import Compiled, write_outputs
 from surgeon.contract import Backend, Pass, Plan
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
+from surgeon.environment import installed_version, versions_of
 from surgeon.errors import LowerError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, compare, is_language_model
 from surgeon.final_check import evaluate_section
@@ -31,7 +31,7 @@ from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
 from surgeon.registry import versions
-from surgeon.report import Comparison, PassReport, Report, installed_version
+from surgeon.report import Comparison, PassReport, Report
 from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Structure
@@ -280,10 +280,13 @@ def _replay(recorded: Sequence[Outputs]) -> Any:
     return lambda **_: next(iterator)
 
 
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
 def _new_report(request: Request, graph: Graph, structure: Structure, data: Data, notes: Sequence[str]) -> Report:
     return Report(
         surgeon=installed_version(),
-        versions=_versions(),
+        versions={"python": platform.python_version(), **versions_of(*_LIBRARIES)},
         model={
             "description": graph.source.description,
             "task": graph.source.task,
@@ -297,16 +300,6 @@ def _new_report(request: Request, graph: Graph, structure: Structure, data: Data
         active_parameters=(active_parameter_count(graph), active_parameter_count(graph)),
         warnings=[*notes, *data.notes],
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _finish(compiled: Compiled, clock: _Clock) -> Compiled:

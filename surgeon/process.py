@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from surgeon.environment import installed_version
 from surgeon.errors import SurgeonError
-from surgeon.report import installed_version
 
 _THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """System errors that say something about the user's disk, not about a bug."""

@@ -5,7 +5,6 @@ The data is complete: the terminal's and the HTML page's views are made of it an
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from typing import Any
 
@@ -192,11 +191,3 @@ def _counts(found: dict[str, int], shown: int = 8) -> str:
     text = [f"{formatting.label(kind).strip()} {count}" for kind, count in ordered[:shown]]
     rest = ordered[shown:]
     return ", ".join(text + ([f"{sum(count for _, count in rest)} of {len(rest)} more kinds"] if rest else []))
-
-
-def installed_version() -> str:
-    """Version of surgeon."""
-    try:
-        return importlib.metadata.version("surgeon")
-    except importlib.metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"

@@ -12,16 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.accounting import (
     active_parameter_count,
-    flops,
-    flops_by_node,
-    flops_per_token,
     memory,
     parameter_count,
-    token_count,
     weight_bytes,
     weights,
 )
 from surgeon.errors import RecipeError
+from surgeon.flops import flops, flops_by_node, flops_per_token, token_count
 from surgeon.graph import Graph
 from surgeon.numerics import quantize_groupwise
 from surgeon.tracing import trace

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import surgeon
-from surgeon.accounting import flops_by_node
 from surgeon.errors import RewriteError
+from surgeon.flops import flops_by_node
 from surgeon.ops import attend, attention
 from surgeon.raising import raise_attention
 from surgeon.raising.attention import SDPA, _difference

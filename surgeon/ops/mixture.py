@@ -10,7 +10,7 @@ runs); the backward does not, since the derivative by a weight needs the expert'
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,106 +18,14 @@ from torch import Tensor
 
 from surgeon.errors import RewriteError
 from surgeon.gates import gate as lookup
-
-
-class _Groups(NamedTuple):
-    """The S token-expert pairs that are computed (all T k, or those of non-zero weight), sorted by expert.
-
-    Attributes:
-        order: [S] position of each sorted pair in the row-major flattening of ``index``.
-        token: [S] token of each sorted pair.
-        expert: [S] expert of each sorted pair, ascending.
-        ends: [E] end of each expert's slice.
-        bounds: the same as Python (expert, start, end) for experts that have tokens; None where the device's grouped
-            kernel reads ``ends`` itself, which spares a synchronisation.
-    """
-
-    order: Tensor
-    token: Tensor
-    expert: Tensor
-    ends: Tensor
-    bounds: list[tuple[int, int, int]] | None
-
-
-def has_grouped_kernel(x: Tensor, *widths: int) -> bool:
-    """Whether one fused grouped matmul exists for tensors like x, whose matrices have these ``widths`` of rows and columns.
-
-    On the CPU ``torch._grouped_mm`` exists but is itself a loop over the experts (measured no faster than ours at T = 1
-    to 2048), and on CUDA only bfloat16 has a kernel; other types would synchronise and loop inside.  The kernel wants
-    rows that start at multiples of 16 bytes.
-    """
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(width % 8 == 0 for width in widths)
-
-
-def _sort_by_expert(index: Tensor, experts: int, on_device: bool, weight: Tensor | None = None) -> _Groups:
-    """Sort the pairs of ``index`` [T, k] by expert, stably, so that results do not depend on the sort's whims.
-
-    With ``weight`` [T, k] pairs of weight 0 are left out (not on the device, which would have to wait for their number).
-    """
-    k = index.shape[1]
-    flat = index.reshape(-1)
-    if on_device:
-        expert, order = flat.sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
-        return _Groups(order, order.div(max(k, 1), rounding_mode="floor"), expert, ends.to(torch.int32), None)
-    if flat.numel():
-        low, high = (int(bound) for bound in flat.aminmax())
-        if low < 0 or high >= experts:
-            raise RewriteError(
-                f"surgeon::moe: index holds experts {low} to {high}, the weights hold {experts} (0 to {experts - 1})"
-            )
-    if weight is not None:
-        flat = torch.where(weight.reshape(-1) == 0, experts, flat)  # behind all experts
-    expert, order = flat.sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
-    stops: list[int] = ends.tolist()
-    expert, order = (part[: stops[-1] if stops else 0] for part in (expert, order))
-    token = order.div(max(k, 1), rounding_mode="floor")
-    starts = [0, *stops[:-1]]
-    bounds = [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
-    return _Groups(order, token, expert, ends, bounds)
-
-
-def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: _Groups) -> Tensor:
-    """Apply each expert's linear map to its rows: rows [S, A], weight [E, B, A], bias [E, B]? -> [S, B]."""
-    if groups.bounds is None:
-        out: Tensor = torch._grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
-        return out if bias is None else out + bias[groups.expert]
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for e, start, stop in groups.bounds:
-        if bias is None:
-            torch.mm(rows[start:stop], weight[e].t(), out=out[start:stop])
-        else:
-            torch.addmm(bias[e], rows[start:stop], weight[e].t(), out=out[start:stop])
-    return out
-
-
-def _grouped_outer(left: Tensor, right: Tensor, experts: int, groups: _Groups) -> Tensor:
-    """Sum of left_s right_s^T over each expert's rows: left [S, B], right [S, A] -> [E, B, A], zero for idle ones."""
-    if groups.bounds is None:
-        out: Tensor = torch._grouped_mm(left.t(), right, offs=groups.ends)
-        return out
-    out = left.new_zeros(experts, left.shape[1], right.shape[1])
-    for e, start, stop in groups.bounds:
-        torch.mm(left[start:stop].t(), right[start:stop], out=out[e])
-    return out
-
-
-def _grouped_sum(rows: Tensor, experts: int, groups: _Groups) -> Tensor:
-    """Sum of each expert's rows [S, B] -> [E, B], accumulated in at least float32."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    total = torch.zeros(experts, rows.shape[1], dtype=wide, device=rows.device)
-    return total.index_add_(0, groups.expert, rows.to(wide)).to(rows.dtype)
-
-
-def _unsort(rows: Tensor, groups: _Groups, tokens: int, k: int) -> Tensor:
-    """Rows [S, B] in sorted order -> [T, k, B] in the order of ``index``, zero for pairs that were left out."""
-    every = tokens * k
-    out = (rows.new_empty if rows.shape[0] == every else rows.new_zeros)(every, rows.shape[1])
-    out[groups.order] = rows
-    return out.view(tokens, k, rows.shape[1])
+from surgeon.ops.grouped import (
+    grouped_linear,
+    grouped_outer,
+    grouped_sum,
+    has_grouped_kernel,
+    sort_by_expert,
+    unsort,
+)
 
 
 def inner_activation(pre: Tensor, inner: int, activation: str) -> Tensor:
@@ -201,9 +109,9 @@ def moe(
         RegistryError: unknown activation.
     """
     _check_moe(x, index, weight, w_in, w_out, b_in, b_out, activation)
-    groups = _sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, *w_in.shape[1:], *w_out.shape[1:]), weight)
-    hidden = inner_activation(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
-    each = _unsort(_grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
+    groups = sort_by_expert(index, w_in.shape[0], has_grouped_kernel(x, *w_in.shape[1:], *w_out.shape[1:]), weight)
+    hidden = inner_activation(grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+    each = unsort(grouped_linear(hidden, w_out, b_out, groups), groups, x.shape[0], index.shape[1])
     # multiply and sum, rather than index_add_: deterministic on CUDA, and the sum of halves is accumulated in float32
     return (each * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
@@ -260,7 +168,7 @@ def moe_backward(
     """
     experts, (tokens, k), inner = w_in.shape[0], index.shape, w_out.shape[2]
     need_x, need_weight, need_w_in, need_w_out, need_b_in, need_b_out = needed
-    groups = _sort_by_expert(index, experts, has_grouped_kernel(x, *w_in.shape[1:], *w_out.shape[1:]))
+    groups = sort_by_expert(index, experts, has_grouped_kernel(x, *w_in.shape[1:], *w_out.shape[1:]))
     rows, rows_grad = x[groups.token], grad[groups.token]
     scale = weight.reshape(-1, 1)[groups.order]
     gated = w_in.shape[1] != inner
@@ -269,21 +177,21 @@ def moe_backward(
 
     grads: dict[str, Tensor] = {}
     if need_b_out:
-        grads["b_out"] = _grouped_sum(scaled, experts, groups)
+        grads["b_out"] = grouped_sum(scaled, experts, groups)
     if need_x or need_weight or need_w_in or need_b_in or need_w_out:
-        pre = _grouped_linear(rows, w_in, b_in, groups)
+        pre = grouped_linear(rows, w_in, b_in, groups)
         gate, up = pre.chunk(2, dim=-1) if gated else (pre, None)
         active = entry.alone(gate)
         hidden = active if up is None else active * entry.factor(up)
         if need_w_out:
-            grads["w_out"] = _grouped_outer(scaled, hidden, experts, groups)
+            grads["w_out"] = grouped_outer(scaled, hidden, experts, groups)
     if need_x or need_weight or need_w_in or need_b_in:
-        pulled = _grouped_linear(rows_grad, w_out.transpose(1, 2), None, groups)
+        pulled = grouped_linear(rows_grad, w_out.transpose(1, 2), None, groups)
         if need_weight:
             dot = (pulled * hidden).sum(-1, keepdim=True)
             if b_out is not None:
                 dot = dot + (rows_grad * b_out[groups.expert]).sum(-1, keepdim=True)
-            grads["weight"] = _unsort(dot, groups, tokens, k).squeeze(-1).to(weight.dtype)
+            grads["weight"] = unsort(dot, groups, tokens, k).squeeze(-1).to(weight.dtype)
     if need_x or need_w_in or need_b_in:
         inner_grad = (pulled * scale).to(x.dtype)
         slope = entry.slope(gate)
@@ -294,12 +202,12 @@ def moe_backward(
             up_grad = active * inner_grad if flat is None else active * flat * inner_grad
             pre_grad = torch.cat([slope * entry.factor(up) * inner_grad, up_grad], dim=-1)
         if need_b_in:
-            grads["b_in"] = _grouped_sum(pre_grad, experts, groups)
+            grads["b_in"] = grouped_sum(pre_grad, experts, groups)
         if need_w_in:
-            grads["w_in"] = _grouped_outer(pre_grad, rows, experts, groups)
+            grads["w_in"] = grouped_outer(pre_grad, rows, experts, groups)
         if need_x:
-            each = _grouped_linear(pre_grad, w_in.transpose(1, 2), None, groups)
-            grads["x"] = _unsort(each, groups, tokens, k).sum(dim=1)
+            each = grouped_linear(pre_grad, w_in.transpose(1, 2), None, groups)
+            grads["x"] = unsort(each, groups, tokens, k).sum(dim=1)
     return [grads[name] for name, wanted in zip(_DIFFERENTIABLE, needed, strict=True) if wanted]
 
 
@@ -407,7 +315,7 @@ def moe_grouped(
 
     Args and Returns: as :func:`moe`.
     """
-    groups = _sort_by_expert(index, w_in.shape[0], True)
-    hidden = inner_activation(_grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
-    rows = _grouped_linear(hidden, w_out, b_out, groups)[torch.argsort(groups.order)]
+    groups = sort_by_expert(index, w_in.shape[0], True)
+    hidden = inner_activation(grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+    rows = grouped_linear(hidden, w_out, b_out, groups)[torch.argsort(groups.order)]
     return (rows.view(*index.shape, -1) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
