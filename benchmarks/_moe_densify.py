@@ -113,7 +113,7 @@ CLAIMS: Claims = [
 
 WHY: dict[str, str] = {
     "tiny-llama | * | densify: svd, *": "Half of the rank goes, which one copy by lot keeps; the paper distils afterwards.",
-    "tiny-llama | * | densify: top_columns, *": "The largest columns of copies are the same neurons again: most of the network "
+    "tiny-llama | * | densify: top_columns*": "The largest columns of copies are the same neurons again: most of the network "
     "is missing. Experts that are strangers (tiny-mixtral) have others each, and it beats chance.",
     f"{MIXTURES[0].model} | * | merge: *, not aligned, summed*": "Neurons of strangers stand in no common order; the paper "
     "aligns them, and so it beats chance.",
