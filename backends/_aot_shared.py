@@ -28,6 +28,8 @@ from surgeon.halves import has_halves
 from surgeon.ports import InputCheck
 
 aten = torch.ops.aten
+_ALIGNED = 16
+"""Bytes to whose multiples packages for CUDA copy an input that lies elsewhere."""
 
 
 def refusals(graph: Graph) -> list[Refusal]:
@@ -88,7 +90,8 @@ def write_in_place(graph: Graph) -> None:
         used.meta = dict(present.meta)
         present.replace_all_uses_with(used)
         nodes.erase_node(present)
-        graph.example[port.name] = torch.cat([graph.example[port.name]] * 3, axis)
+        example = graph.example[port.name]
+        graph.example[port.name] = grown(example, axis, 2 * graph.example[MASK].shape[1] + 1, example.device)
     results: Any = nodes.output_node().args[0]
     kept = zip(graph.outputs, results, strict=True)
     nodes.output_node().args = (tuple(node for port, node in kept if port.role != PRESENT),)
@@ -164,22 +167,21 @@ class Buffers:
             device: the package's.
 
         Raises:
-            LowerError: a buffer cannot be written where it is.
+            LowerError: a buffer cannot be written where it is, or buffers differ in length.
         """
         total = checked[MASK].shape[1]
         found = {}
         for name, axis in self._pasts:
             value = inputs.get(name)
             if value is not None and value.shape[axis] >= total:
-                if not value.is_contiguous() or value.device != device:
-                    lies = f"on {value.device}" if value.device != device else "with gaps between its numbers"
-                    raise LowerError(
-                        f"{self._where}: input {name!r} has room for {value.shape[axis]} positions, so it is written in place, "
-                        f"and must be contiguous on {device}; found one {lies}"
-                    )
+                _check_place(self._where, name, value, device)
                 found[name] = value
             else:
                 found[name] = grown(checked[name], axis, total, device)
+        rooms = {found[name].shape[axis]: name for name, axis in self._pasts}
+        if len(rooms) > 1:  # the package may have been compiled for buffers that are alike
+            listed = ", ".join(f"{name} for {size}" for size, name in rooms.items())
+            raise LowerError(f"{self._where}: buffers of caches must have room for one number of positions, found {listed}")
         return found
 
     def with_room(self, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -187,6 +189,22 @@ class Buffers:
         total = inputs[MASK].shape[1]
         pasts = {name: grown(inputs[name], axis, total, device) for name, axis in self._pasts if name in inputs}
         return {**inputs, **pasts}
+
+
+def _check_place(where: object, name: str, buffer: Tensor, device: torch.device) -> None:
+    """Refuse a buffer of which the package would write a copy."""
+    if buffer.device != device:
+        found = f"on {buffer.device}"
+    elif not buffer.is_contiguous():
+        found = "with gaps between its numbers"
+    elif device.type == "cuda" and buffer.data_ptr() % _ALIGNED:
+        found = f"that does not begin at a multiple of {_ALIGNED} bytes"
+    else:
+        return
+    raise LowerError(
+        f"{where}: input {name!r} has room for more positions than the past, so it is written in place, and must be a "
+        f"contiguous tensor on {device}; found one {found}"
+    )
 
 
 def grown(past: Tensor, axis: int, capacity: int, device: torch.device) -> Tensor:
