@@ -41,7 +41,8 @@ def refusals(graph: Graph) -> list[Refusal]:
     shapes = {port.name: port.shape for port in graph.inputs if port.role != PAST}
     found = []
     if len(shapes.get(TOKENS, ())) != 2 or shapes.get(MASK, ("",))[-1] != f"{PAST}{SUM}{shapes.get(TOKENS, ('',))[-1]}":
-        found.append(Refusal("caches", f"needs {TOKENS} and an {MASK} over past and new ones, found {', '.join(sorted(shapes))}"))
+        listed = ", ".join(sorted(shapes))
+        found.append(Refusal("caches", f"needs {TOKENS} and an {MASK} over past and new ones, found {listed}"))
     return [*found, *(Refusal(port.name, reason) for port, _, _, reason in _caches(graph) if reason)]
 
 
@@ -152,8 +153,8 @@ class Buffers:
                 continue
             if value.shape[axis] < total:
                 raise LowerError(
-                    f"{self._where}: input {name!r} has {value.shape[axis]} positions; {MASK} covers {total}, of which {TOKENS} "
-                    f"has {new}: needed the past of {total - new}, or a buffer with room for at least {total}"
+                    f"{self._where}: input {name!r} has {value.shape[axis]} positions; {MASK} covers {total}, of which "
+                    f"{TOKENS} has {new}: needed the past of {total - new}, or a buffer with room for at least {total}"
                 )
             found[name] = value.narrow(axis, 0, total - new)
         return found
