@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from surgeon.backends._aot_shared import written
 from surgeon.backends._aot_tiles import TiledTensor
 from surgeon.numerics.quantization import QuantizedTensor, dequantize
 from surgeon.ops import attend, moe_dense, moe_grouped
@@ -159,6 +160,39 @@ class Appended(NamedTuple):
     def whole(self) -> Tensor:
         """Both in one tensor [B, H, T + N, D]."""
         return torch.cat([self.past, self.new], 2)
+
+
+class Buffered(NamedTuple):
+    """Keys or values [B, H, at least past + N, D] with room for the new ones [B, H, N, D], not yet written."""
+
+    buffer: Tensor
+    new: Tensor
+    past: int
+    total: int
+
+    @classmethod
+    def of(cls, node: fx.Node) -> tuple[Any, ...] | None:
+        """The parts of ``_aot_shared.written`` where one attention reads what it gives, and nothing else does."""
+        if node.target is not written or node.meta["val"].dim() != 4 or node.args[4] != 2:
+            return None
+        alone = len(node.users) == 1 and next(iter(node.users)).target is torch.ops.surgeon.attention.default
+        return node.args[:4] if alone else None
+
+    def whole(self) -> Tensor:
+        """The used part, [B, H, past + N, D], in place."""
+        return written(*self, 2)
+
+
+def append_in_place(k: Buffered, v: Buffered) -> list[Tensor]:
+    """Write new keys and values, and return the used ones [B, H, past + N, any], in place."""
+    from surgeon.backends import _cuda_attention
+
+    if k.buffer.dtype != v.buffer.dtype:
+        return [k.whole(), v.whole()]
+    for buffer in (k.buffer, v.buffer):
+        torch._check(k.total <= buffer.shape[2])  # type: ignore[no-untyped-call]
+    _cuda_attention.append_in_place(k.buffer, v.buffer, _dense_last(k.new), _dense_last(v.new), k.past)
+    return [each.buffer.narrow(2, 0, each.total) for each in (k, v)]
 
 
 def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -211,6 +211,8 @@ class _Interpreter(fx.Interpreter):
             return self._attention(n)
         if self.owner.kernels and (parts := on_cuda.Appended.of(n)) is not None:
             return on_cuda.Appended(*(self.env[part] for part in parts))
+        if self.owner.kernels and on_cuda.Buffered.of(n) is not None:
+            return on_cuda.Buffered(*self.fetch_args_kwargs_from_env(n)[0][:4])
         return super().run_node(n)
 
     def _attention(self, n: fx.Node) -> Any:
@@ -222,7 +224,9 @@ class _Interpreter(fx.Interpreter):
         if grown and on_cuda.has_kernel(q, k.past, v.past):
             out, *caches = on_cuda.attention_appending(q, k, v, *rest, **named)
         else:
-            caches = [part.whole() if isinstance(part, on_cuda.Appended) else part for part in (k, v)]
+            if isinstance(k, on_cuda.Buffered) and isinstance(v, on_cuda.Buffered):
+                k, v = on_cuda.append_in_place(k, v)
+            caches = [part.whole() if isinstance(part, on_cuda.Appended | on_cuda.Buffered) else part for part in (k, v)]
             out = self.owner.spelt[n.target](q, *caches, *rest, **named)
         for node, cache in zip(n.args[1:3], caches, strict=True):
             self.env[cast("fx.Node", node)] = cache  # where it is an output, it is that

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surgeon import routes
-from surgeon.caches import MASK, PAST, PRESENT, TOKENS
+from surgeon.caches import MASK, PAST, PRESENT, TOKENS, room
 from surgeon.generation import empty_cache
 
 if TYPE_CHECKING:
@@ -75,13 +75,10 @@ class SharedDecoder:
     """Steps of an ONNX model on the CPU that writes new keys and values into the buffers which hold the past.
 
     Past and present are bound to one buffer once, and so is whatever keeps its shape from step to step: a step then costs
-    one call in Python beside the run, for the attention mask.  Buffers that are full are replaced by longer ones, so that a
-    text of N tokens costs copies of less than 3 N positions in all.
+    one call in Python beside the run, for the attention mask.  Buffers that are full are replaced by longer ones.
     """
 
     on_host = True
-    GROWTH = 1.5
-    SMALLEST = 128
 
     def __init__(self, artifact: OnnxRuntimeArtifact) -> None:
         """Args:
@@ -129,7 +126,7 @@ class SharedDecoder:
 
     def _grow(self, rows: int, length: int) -> None:
         """Make room for ``length`` positions and more, and bind it."""
-        used, self._capacity = self._capacity, max(length, int(self.GROWTH * self._capacity), self.SMALLEST)
+        used, self._capacity = self._capacity, room(length, self._capacity)
         full = self._buffers
         self._buffers, self._bound = [], {}
         self._binding = self._session.io_binding()

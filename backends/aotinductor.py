@@ -22,10 +22,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from surgeon.caches import asked
+from surgeon.backends import _aot_shared as shared
+from surgeon.caches import PRESENT, asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
+from surgeon.generation import Decoder
 from surgeon.graph import Graph, assign_tensor
+from surgeon.halves import has_halves
 from surgeon.latency import pinned_threads
 from surgeon.ports import InputCheck, port_of
 
@@ -50,6 +53,11 @@ class AotInductor(Backend):
     """Low-bit weights: in kernels where they exist (torch's low-bit linears on the CPU, this backend's for few rows on CUDA)
     and dequantized at run time elsewhere (``kernels``), dequantized everywhere, or refused where no kernel exists."""
 
+    caches: Literal["appended", "shared"] = "appended"
+    """Caches of a model that generates text: ``appended`` returns each as a longer copy at every step, ``shared`` takes
+    buffers with room for more positions, writes the new ones in place and reads those that are used.  That saves the copies,
+    which matter for long texts and batches.  ``surgeon.load`` keeps the buffers; other programs hand them in."""
+
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
         """Import names of the libraries it needs."""
@@ -66,7 +74,7 @@ class AotInductor(Backend):
         return ("cpu", *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
 
     def refuses(self, graph: Graph) -> list[Refusal]:
-        """A device that is not here, no compiler, and low-bit weights without kernels where they are to be refused."""
+        """A device that is not here, no compiler, and caches and low-bit weights that cannot be handled as asked."""
         found = []
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append(Refusal("device", "a package for CUDA is compiled on a machine with a CUDA device; none is here"))
@@ -74,6 +82,8 @@ class AotInductor(Backend):
             found.append(Refusal("compiler", "AOTInductor needs a C++ compiler (g++ or clang++, or the one CXX names)"))
         if self.experts == "grouped" and self.device == "cpu" and _has_experts(graph):
             found.append(Refusal("experts", "torch has no grouped matrix multiplication to compile for the CPU; use auto"))
+        if self.caches == "shared":
+            found += shared.refusals(graph)
         if self.low_bit == "refuse":
             from surgeon.backends._aot_lowering import low_bit_kernels
 
@@ -102,12 +112,14 @@ class AotInductor(Backend):
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
+        if self.caches == "shared":
+            shared.write_in_place(here)
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         if module.packed:
             tile_codes(here)
         _hold_as_parameters(here)
         gc.collect()  # graphs are cycles: the joined weights stay on the CPU otherwise
-        example = tuple(graph.example[port.name].to(self.device) for port in graph.inputs)
+        example = tuple(here.example[port.name].to(self.device) for port in graph.inputs)
         shapes = tuple(
             {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
             for port in graph.inputs
@@ -181,13 +193,30 @@ class AotInductorArtifact(Artifact):
         kind = str(self.options.get("device", "cpu"))
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
+    @cached_property
+    def _buffers(self) -> shared.Buffers | None:
+        """What knows of caches that are written in place, where they are."""
+        return shared.Buffers(self.path, self.inputs) if self.options.get("caches") == "shared" else None
+
+    def decoder(self) -> Decoder:
+        """Start generating a text."""
+        if self._buffers is None or has_halves(self.inputs):
+            return super().decoder()
+        return shared.BufferDecoder(self.run, self.inputs, self.outputs, self._device)
+
+    def with_room(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Inputs of one step with pasts as a generation holds them: in buffers that have room for the new positions."""
+        return inputs if self._buffers is None else self._buffers.with_room(inputs, self._device)
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs, on the package's device; from several threads at once, one after the other on CUDA.
 
         On CUDA it can be captured in a ``torch.cuda.CUDAGraph``, after a run outside.
 
         Args:
-            inputs: every input by name, of the type and rank recorded.
+            inputs: every input by name, of the type and rank recorded.  With ``caches: shared`` a past with room for as many
+                positions as the attention mask covers, or more, is a buffer, whose first ones are the past: the new ones
+                are written into it, and it is itself the present that is returned.
 
         Returns:
             Tensors by output name.
@@ -196,19 +225,27 @@ class AotInductorArtifact(Artifact):
             LowerError: an input does not fit, or the package fails.
         """
         wanted = asked(self.inputs, self.outputs, inputs)
-        inputs = self._check(inputs)
-        package, device = self._opened(), self._device
+        buffers, package, device = self._buffers, self._opened(), self._device
+        stepping = buffers is not None and buffers.fit(inputs)
+        checked = inputs if stepping else self._check(inputs if buffers is None else buffers.as_pasts(inputs))
+        held = {} if buffers is None else buffers.given(inputs, checked, device)
         try:
             with torch.no_grad(), self._lock if device.type == "cuda" else nullcontext():
                 # The package was compiled for tensors without gaps and would read others wrongly, without a word.
-                given = [inputs[port.name].to(device).contiguous() for port in self.inputs]
+                given = [
+                    held[port.name] if port.name in held else checked[port.name].to(device).contiguous() for port in self.inputs
+                ]
                 # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
                 results = package.boxed_run(given)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")
             raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
-        found = {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+        computed = [port.name for port in self.outputs if buffers is None or port.role != PRESENT]
+        found = dict(zip(computed, results, strict=True))
+        if buffers is not None:  # what was written is what would be returned
+            presents = (port.name for port in self.outputs if port.role == PRESENT)
+            found.update(zip(presents, held.values(), strict=True))
         return {port.name: found[port.name] for port in wanted}
 
     def _opened(self) -> Any:

@@ -24,6 +24,7 @@ class Shape:
     group: int = 128
     dtype: str = "bfloat16"
     device: str = "cuda"
+    caches: str = "shared"  # of aotinductor
 
     @property
     def head_dim(self) -> int:

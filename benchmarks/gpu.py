@@ -165,7 +165,8 @@ def build(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, A
     wanted = reference(graph, shape)
     key = {"aotinductor": "device", "onnxruntime": "provider"}[runtime]
     folder.mkdir(parents=True, exist_ok=True)
-    artifact = make_backend({runtime: {key: shape.device}}).lower(graph, folder)
+    caches = {"caches": shape.caches} if runtime == "aotinductor" else {}
+    artifact = make_backend({runtime: {key: shape.device, **caches}}).lower(graph, folder)
     manifest = {
         "options": artifact.options, "details": artifact.details, "files": [asdict(file) for file in artifact.files],
         "inputs": [_port(port) for port in artifact.inputs], "outputs": [_port(port) for port in artifact.outputs],
@@ -210,7 +211,8 @@ def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, 
     for cell in cells(shape):
         case = Case("decode" if cell.phase == "decode" else "prefill", cell.batch, cell.length)
         inputs = inputs_for(artifact.inputs, case, {"input_ids": [0, shape.vocabulary - 1]})
-        runs[cell] = partial(artifact.run, {name: value.to(shape.device) for name, value in inputs.items()})
+        given = artifact.with_room({name: value.to(shape.device) for name, value in inputs.items()})
+        runs[cell] = partial(artifact.run, given)
     return runs, artifact.nbytes, artifact
 
 
@@ -378,7 +380,7 @@ class Worker:
         self.answer, self.log = folder / "answer.json", folder / "log"
         command = [sys.executable, "-X", "faulthandler", __file__, "--cell", variant, runtime]
         command += ["--folder", str(folder), "--answer", str(self.answer)]
-        command += ["--layers", str(shape.layers)] + (["--rehearse"] if rehearse else [])
+        command += ["--layers", str(shape.layers), "--caches", shape.caches] + (["--rehearse"] if rehearse else [])
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(folder)}
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}  # several build at a time
         with self.log.open("w") as log:
@@ -423,6 +425,7 @@ class Worker:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="layers of the whole model; 2.9 GB each in bfloat16")
+    parser.add_argument("--caches", default="shared", choices=("shared", "appended"), help="of aotinductor")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one variant on one runtime")
     parser.add_argument("--into", type=Path, default=RESULTS, help="where the results go")
@@ -440,7 +443,7 @@ def main() -> int:
         print("benchmarks/gpu.py: no CUDA device is here; nothing was measured (--rehearse tries the flow on the CPU)")
         return NO_GPU
     base = TINY if options.rehearse else Shape()
-    shape = Shape(**{**asdict(base), "layers": options.layers, "batches": base.batches})
+    shape = Shape(**{**asdict(base), "layers": options.layers, "batches": base.batches, "caches": options.caches})
     if options.cell:
         answer = run_cell(shape, *options.cell, options.folder)
         options.answer.write_text(json.dumps(answer, default=str))

@@ -160,7 +160,7 @@ class ArtifactCandidate(Candidate):
         """See :class:`Candidate`."""
         if self.artifact.unavailable:
             raise LowerError(self.artifact.unavailable)
-        inputs = inputs_for(self.artifact.inputs, case, self.ranges)
+        inputs = self.artifact.with_room(inputs_for(self.artifact.inputs, case, self.ranges))
         return lambda: _finished(self.artifact.run(inputs))
 
     def threads(self, count: int) -> AbstractContextManager[None]:

@@ -64,6 +64,14 @@ def tokens_name(ports: Iterable[Port]) -> str:
     return DECODER_TOKENS if any(port.name == DECODER_TOKENS for port in ports) else TOKENS
 
 
+def room(length: int, before: int) -> int:
+    """Positions for which a buffer is made that must hold ``length`` of them, in place of one that held ``before``.
+
+    A text of N tokens costs copies of less than 3 N positions in all.
+    """
+    return max(length, 3 * before // 2, 128)
+
+
 def is_plain_call(ports: Sequence[Port], inputs: Mapping[str, Any]) -> bool:
     """Whether a call hands in no cache; it then gets no cache back."""
     return not any(port.role == PAST and port.name in inputs for port in ports)

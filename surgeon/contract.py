@@ -299,6 +299,10 @@ class Artifact(abc.ABC):
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs (torch tensors), returning torch tensors by output name."""
 
+    def with_room(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Inputs of one step as a generation hands them in: caches in memory with room, where the artefact writes into it."""
+        return inputs
+
     def decoder(self) -> Decoder:
         """Start generating a text with an artefact that has caches; see :mod:`surgeon.generation`.
 

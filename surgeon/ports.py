@@ -109,9 +109,9 @@ class InputCheck:
         Raises:
             LowerError: as :func:`check_inputs` does.
         """
-        return inputs if self._fit(inputs) else check_inputs(self.where, self.ports, inputs)
+        return inputs if self.fit(inputs) else check_inputs(self.where, self.ports, inputs)
 
-    def _fit(self, inputs: Mapping[str, Any]) -> bool:
+    def fit(self, inputs: Mapping[str, Any]) -> bool:
         """Whether there is nothing to fill in and nothing to refuse."""
         if len(inputs) != len(self._facts):
             return False

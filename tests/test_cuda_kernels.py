@@ -16,6 +16,7 @@ from torch import Tensor
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.backends._aot_joined import joined_linears
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+from surgeon.backends._aot_shared import grown, write_in_place
 from surgeon.backends._aot_tiles import TiledTensor, tile_codes
 from surgeon.data import load_data
 from surgeon.discovery import discover
@@ -144,6 +145,30 @@ def test_attention_that_appends_equals_the_reference_over_all_keys(kind: str, qu
     assert relative(causal, attend(q.double(), k.double(), v.double(), wide, True, 0.2).nan_to_num(0.0)) < BOUND[torch.float16]
 
 
+@pytest.mark.parametrize(("new", "past"), [(1, 0), (1, 37), (40, 5)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_new_rows_are_written_into_buffers_and_nothing_else(dtype: torch.dtype, new: int, past: int) -> None:
+    total, room = past + new, past + new + 3
+    k, v = (torch.full((2, 3, room, width), 7.0, dtype=dtype) for width in (40, 48))
+    rows = [randn(2, new, 3, width, dtype=dtype, seed=width).transpose(1, 2) for width in (40, 48)]
+    parts = [on_cuda.Buffered(buffer, each, past, total) for buffer, each in zip((k, v), rows, strict=True)]
+    for used, buffer, each in zip(on_cuda.append_in_place(*parts), (k, v), rows, strict=True):
+        assert used.data_ptr() == buffer.data_ptr()
+        assert used.shape[2] == total
+        assert torch.equal(buffer[:, :, past:total], each)
+        assert bool((buffer[:, :, :past] == 7).all())
+        assert bool((buffer[:, :, total:] == 7).all())
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 150), (40, 90)])
+def test_attention_reads_the_used_part_of_buffers_where_it_lies(queries: int, keys: int) -> None:
+    q = randn(2, 6, queries, 32, dtype=torch.float16)
+    k, v = (randn(2, 3, keys + 37, 32, dtype=torch.float16, seed=seed)[:, :, :keys] for seed in (1, 2))
+    mask = masks("causal", queries, keys)
+    wanted = attend(q.double(), k.double(), v.double(), mask, False, 0.2).nan_to_num(0.0)
+    assert relative(on_cuda.attention(q, k, v, mask, False, 0.2), wanted) < BOUND[torch.float16]
+
+
 def test_attention_without_a_mask_can_be_causal() -> None:
     q, k, v = (randn(1, heads, 50, 32, dtype=torch.float16, seed=heads) for heads in (4, 2, 2))
     assert relative(on_cuda.attention(q, k, v, None, True, 0.3), attend(q, k, v, None, True, 0.3)) < BOUND[torch.float16]
@@ -220,6 +245,25 @@ def test_the_spelling_for_cuda_equals_the_graph(mixture: Graph, bits: int, sizes
     assert dict(spelt.used) == {"experts few rows": 2, "experts dense": 2}  # no grouped product of halves
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("sizes", [(2, 1, 9), (1, 3, 0), (1, 70, 5)])
+def test_the_spelling_for_cuda_writes_in_place(mixture: Graph, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    graph = mixture if dtype == torch.float16 else traced(dtype)
+    joined = joined_linears(graph)
+    write_in_place(joined)
+    assert sum(on_cuda.Buffered.of(node) is not None for node in joined.module.graph.nodes) == 4
+    inputs, total = inputs_of(graph, *sizes), sizes[1] + sizes[2]
+    given = [
+        grown(value, 2, total + 6, value.device) if port.role == "past" else value
+        for port, value in zip(graph.inputs, inputs, strict=True)
+    ]
+    with torch.no_grad():
+        (logits,), (wanted, *presents) = Decomposed(joined, "auto", device="cuda").eval()(*given), graph.module(*inputs)
+    assert relative(logits, wanted) < (4e-3 if dtype == torch.float16 else 1e-5)
+    held = [value for port, value in zip(graph.inputs, given, strict=True) if port.role == "past"]
+    assert max(relative(one[:, :, :total], other) for one, other in zip(held, presents, strict=True)) < 4e-3
+
+
 def test_linears_of_one_input_are_joined(mixture: Graph) -> None:
     joined = joined_linears(mixture)
     before, after = (sum(n.target is aten.linear.default for n in g.module.graph.nodes) for g in (mixture, joined))
@@ -230,14 +274,20 @@ def test_linears_of_one_input_are_joined(mixture: Graph) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own parts
-def test_a_package_holds_both_forms_and_nothing_of_ours(mixture: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("caches", ["appended", "shared"])
+def test_a_package_holds_both_forms_and_nothing_of_ours(
+    mixture: Graph, caches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What torch exports: branches that sizes decide, with the kernels' operators in one and torch's in the other."""
-    spelt = Decomposed(joined_linears(mixture), "auto", device="cuda").eval()
+    joined = joined_linears(mixture)
+    if caches == "shared":
+        write_in_place(joined)
+    spelt = Decomposed(joined, "auto", device="cuda").eval()
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
         for port in mixture.inputs
     )
-    example = tuple(mixture.example[port.name] for port in mixture.inputs)
+    example = tuple(joined.example[port.name] for port in mixture.inputs)
 
     def rows(x: Tensor, index: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((1, x.shape[0] * rest[4], weight.shape[1]), dtype=torch.float32)
@@ -250,18 +300,26 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(mixture: Graph, monkeypa
         grown = (torch.cat([old, new], 2) for old, new in ((k, k_new), (v, v_new)))
         return *parts(q, k, v, *rest), *grown
 
+    def append(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, past: int) -> None:
+        for buffer, new in ((k, k_new), (v, v_new)):
+            buffer.narrow(2, past, new.shape[2]).copy_(new)
+
     def whole(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
     # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
     monkeypatch.setattr(rows_of, "few_rows", rows)
     monkeypatch.setattr(attention_of, "attend_appending", appending)
+    monkeypatch.setattr(attention_of, "attend_in_parts", parts)
+    monkeypatch.setattr(attention_of, "append_in_place", append)
     monkeypatch.setattr(attention_of, "attend_whole", whole)
     with torch.no_grad():
         program = torch.export.export(spelt, example, dynamic_shapes=(shapes,), strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("cond") == 4  # attention and experts of two layers
     assert not any("surgeon" in target for target in targets)
+    written = [spec for spec in program.run_decompositions({}).graph_signature.output_specs if "MUTATION" in str(spec.kind)]
+    assert len(written) == (4 if caches == "shared" else 0)  # keys and values of two layers
 
 
 def test_a_copy_for_a_device_leaves_the_graph_alone(mixture: Graph) -> None:

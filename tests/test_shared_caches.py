@@ -13,8 +13,7 @@ from torch import nn
 
 import surgeon
 from surgeon.backends import _onnx_fuse as fuse
-from surgeon.backends._onnx_decoding import SharedDecoder
-from surgeon.caches import PAST, PRESENT, complete, continued
+from surgeon.caches import PAST, PRESENT, complete, continued, room
 from surgeon.errors import LowerError, RecipeError
 from tests.causal import FAMILIES, causal, padded_prompts
 from tests.conditional import conditional
@@ -69,7 +68,7 @@ def test_the_trained_llama_outgrows_its_buffers(tmp_path: Path, steps: list[Any]
         )
         for options in ({"caches": "shared", **exact}, {"caches": "appended", **exact})
     ]
-    new = SharedDecoder.SMALLEST + 30
+    new = room(0, 0) + 30
     for batch in (1, 3):
         ids, mask = padded_prompts(batch)
         found, expected = (model.generate(ids, mask, max_new_tokens=new, eos_token_id=()) for model in both)
