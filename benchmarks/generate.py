@@ -230,7 +230,10 @@ def measured(shape: str, rounds: int, threads: int) -> dict[str, Any]:
             shutil.copyfile(HERE.parent / "examples" / "models" / "tiny-llama" / file, checkpoint / file)
         runs: dict[str, Run] = {"eager transformers": eager(module, ids)}
         nodes: dict[str, int] = {}
-        for precision, steps in (("float32", []), ("int4", [{"quantize": {"scheme": "int4"}}])):
+        precisions = {"float32": [], "int4": [{"quantize": {"scheme": "int4"}}]}
+        if module.config.tie_word_embeddings:  # the output matrix is the embedding table, the largest matrix that is read
+            precisions |= {"int4, embeddings too": [{"quantize": {"scheme": "int4", "embeddings": True}}]}
+        for precision, steps in precisions.items():
             for form, options in (("", {}), (SHARED, {"caches": "shared", "genai": True})):
                 label = f"surgeon {precision}{form}"
                 compiled = surgeon.compile(
