@@ -32,6 +32,11 @@ def floor() -> Any:
 
 
 @pytest.fixture(scope="module")
+def models() -> Any:
+    return module("_gpu_models")
+
+
+@pytest.fixture(scope="module")
 def report() -> Any:
     return module("_gpu_report")
 
@@ -44,9 +49,9 @@ def test_without_a_gpu_it_says_so_and_exits_with_3(script: Path) -> None:
     assert "no CUDA device is here; nothing was measured" in run.stdout
 
 
-def test_all_weights_are_those_of_the_model(gpu: Any, floor: Any) -> None:
+def test_all_weights_are_those_of_the_model(gpu: Any, models: Any, floor: Any) -> None:
     shape = gpu.TINY
-    model = gpu.model_of(shape, shape.layers, shape.experts, "cpu")
+    model = models.model_of(shape, shape.layers, shape.experts, "cpu")
     norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
     held = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes - norms
     assert floor.weight_bytes(shape, "whole", shape.experts) == held
