@@ -52,7 +52,7 @@ from surgeon.accounting import freed_parameter_count
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_merging import RIDGE
-from surgeon.expert_outputs import neuron_stand_ins
+from surgeon.expert_outputs import dense_weights, neuron_contributions, stand_in
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
 from surgeon.mixtures import Neurons, add_ffn, only_for
@@ -203,8 +203,9 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         stack = ExpertStack.of(graph, site.part)
         if self._by_contribution:
             x, _, index, weight = _sampled(statistics, site.name)
-            kept = torch.zeros(stack.experts * stack.width, dtype=torch.bool)
-            kept[neuron_stand_ins(stack, x, index, weight)[1].flatten().topk(width).indices] = True
+            given = neuron_contributions(stack, x, dense_weights(index, weight, stack.experts))
+            kept = torch.zeros(given.numel(), dtype=torch.bool)
+            kept[given.flatten().topk(width).indices] = True
             return tuple(tuple(own.nonzero().flatten().tolist()) for own in kept.reshape(stack.experts, -1))
         chosen = largest_neurons(stack.w_in, stack.w_out, width // stack.experts)
         return tuple(map(tuple, chosen.tolist()))
@@ -290,15 +291,17 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         neurons = decision.neurons or (tuple(range(stack.width)),) * stack.experts
         expert = torch.repeat_interleave(torch.tensor([len(own) for own in neurons]))
         chosen = torch.tensor([neuron for own in neurons for neuron in own])
-        if self._by_contribution:
-            x, _, index, weight = _sampled(statistics, decision.site)
-            factor = neuron_stand_ins(stack, x, index, weight)[0][expert, chosen]
-        else:
-            factor = weights[expert] * decision.scale * (stack.experts if self.method == "top_columns" else 1)
-        columns = stack.w_out.transpose(1, 2)[expert, chosen] * factor.to(stack.w_out.dtype)[:, None]
+        columns = stack.w_out.transpose(1, 2)[expert, chosen]
         inner = [chosen + part * stack.width for part in range(stack.parts)]
         w_in = torch.cat([stack.w_in[expert, own] for own in inner])
         b_in = None if stack.b_in is None else torch.cat([stack.b_in[expert, own] for own in inner])
+        factor = weights[expert] * decision.scale * (stack.experts if self.method == "top_columns" else 1)
+        if self._by_contribution:
+            x, _, index, weight = _sampled(statistics, decision.site)
+            hidden = torch.split(_neurons(moe, w_in, columns.T, b_in, None).hidden(x), [len(own) for own in neurons], dim=1)
+            runs = dense_weights(index, weight, stack.experts)
+            factor = torch.cat([stand_in(part, runs[:, number]) for number, part in enumerate(hidden)])
+        columns = columns * factor.to(columns.dtype)[:, None]
         b_out = None if stack.b_out is None else weighted_sum(stack.b_out, weights) * decision.scale
         return _neurons(moe, w_in, columns.T, b_in, b_out)
 

@@ -43,29 +43,46 @@ def expert_output_norms(
     return torch.cat(parts) if parts else x.new_zeros(0, k, dtype=torch.float64)
 
 
-def neuron_stand_ins(stack: ExpertStack, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """How a neuron that always runs best stands in for what it gives as part of a routed expert.
-
-    With w_t the weight of the neuron's expert at token t, 0 where the expert does not run, the neuron gives w_t h(x_t) d;
-    ``f h(x_t) d`` is nearest to it in the mean square with ``f = sum_t w_t h_t^2 / sum_t h_t^2``.
+def neuron_contributions(stack: ExpertStack, x: Tensor, runs: Tensor) -> Tensor:
+    """How much each neuron gives where it always runs, with the factor of :func:`stand_in`: ``f (mean_t h^2)^1/2 ||d||``.
 
     Args:
-        stack: the experts, each of I neurons.
+        stack: the experts, each of I neurons h with output columns d.
         x: [T, H].
-        index: [T, k] chosen experts.
-        weight: [T, k] their weights.
+        runs: [T, E] weight of every expert, as of :func:`dense_weights`.
 
     Returns:
-        f and ``f (mean_t h^2)^1/2 ||d||``, each [E, I] float64.
+        [E, I] float64.
     """
-    runs = torch.zeros(x.shape[0], stack.experts, dtype=torch.float64).scatter_add(1, index, weight.double())
-    factors, sizes = [], []
+    rows = []
     for expert in range(stack.experts):
-        square = stack.hidden(expert, x).double().square()
-        total = square.sum(0)
-        factors.append(runs[:, expert] @ square / total.clamp_min(torch.finfo(torch.float64).tiny))
-        sizes.append(factors[-1] * (total / max(x.shape[0], 1)).sqrt() * stack.outputs(expert).double().norm(dim=1))
-    return torch.stack(factors), torch.stack(sizes)
+        hidden = stack.hidden(expert, x).double()
+        size = hidden.square().mean(0).sqrt() * stack.outputs(expert).double().norm(dim=1)
+        rows.append(stand_in(hidden, runs[:, expert]) * size)
+    return torch.stack(rows)
+
+
+def stand_in(hidden: Tensor, runs: Tensor) -> Tensor:
+    """Factor with which a neuron that always runs best stands in for what it gives as part of a routed expert.
+
+    The neuron gives ``w_t h(x_t) d`` there; ``f h(x_t) d`` is nearest to it in the mean square with
+    ``f = sum_t w_t h_t^2 / sum_t h_t^2``.
+
+    Args:
+        hidden: h of neurons of one expert, [T, n].
+        runs: w, [T], 0 where the expert does not run.
+
+    Returns:
+        f, [n] float64.
+    """
+    square = hidden.double().square()
+    factor: Tensor = runs @ square / square.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return factor
+
+
+def dense_weights(index: Tensor, weight: Tensor, experts: int) -> Tensor:
+    """Weights [T, k] of the chosen experts [T, k] as those of all experts, 0 where one does not run; [T, E] float64."""
+    return torch.zeros(index.shape[0], experts, dtype=torch.float64).scatter_add(1, index, weight.double())
 
 
 def mean_by_expert(values: Tensor, index: Tensor, experts: int) -> Tensor:
