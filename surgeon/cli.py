@@ -272,7 +272,7 @@ Examples:
 """,
 )
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
 ) -> None:
     """List passes or show one."""
     from surgeon import registry
@@ -294,7 +294,7 @@ Examples:
 """,
 )
 def backends(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option("--for", metavar="MODEL", help="What each would refuse of this model.", show_default=False),
@@ -328,7 +328,7 @@ Examples:
 """,
 )
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Output folders.", show_default=False)],
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Output folders.", show_default=False)],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Time this model in eager torch, as baseline.", show_default=False)
     ] = None,

@@ -39,8 +39,20 @@ class _Stop(KeyboardInterrupt):
     """
 
 
+_NARROWEST = 72
+"""Columns below which tables lose words and figures; a terminal with fewer breaks their lines, which loses nothing."""
+
+
 class Screen(Console):
     """Standard output; a closed pipe is left to the command group instead of ending the process here."""
+
+    def __init__(self, **options: Any) -> None:
+        """Args:
+        options: of the console.
+        """
+        super().__init__(**options)
+        if self.width < _NARROWEST:
+            self.width = _NARROWEST
 
     def on_broken_pipe(self) -> None:
         """Raise, instead of ending the process."""

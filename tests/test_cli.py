@@ -130,6 +130,12 @@ def test_backends_are_listed_and_explained(run: Run) -> None:
     assert "onnxruntime" in refused(run("backends", "onxruntime"))
 
 
+def test_a_narrow_terminal_loses_no_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for arguments in (["passes"], ["passes", "drop_experts"], ["backends"], ["backends", "onnxruntime"]):
+        assert "…" not in run(*arguments).out
+
+
 def test_schema_is_json(run: Run, tmp_path: Path) -> None:
     printed = json.loads(run("schema").out)
     assert run("schema", "-o", tmp_path / "schema.json").code == 0
