@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -344,6 +345,37 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("arguments", [["--help"], ["passes"], ["schema"]], ids=" ".join)
+def test_a_full_disk_is_no_bug(arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "surgeon", *arguments], env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.endswith("No space left on device\n")
+    assert "Traceback" not in found.stderr
+
+
+def test_a_full_disk_is_no_bug_where_a_compiled_library_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    def fill() -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli, "list_passes", fill)
+    assert "No space left on device" in refused(run("passes"))
+
+
+def test_a_closed_standard_output_is_no_bug() -> None:
+    command = f"{shlex.quote(sys.executable)} -m surgeon passes >&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(["sh", "-c", command], env=environment, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def _staging(folder: Path) -> list[Path]:
