@@ -194,7 +194,7 @@ class Compiled:
             raise LowerError("there is no artefact to save: compile with a backend, such as backend='onnxruntime'")
         target = Path(folder)
         check_free(target, force)
-        with staged(target) as staging:
+        with staged(target, force) as staging:
             shutil.copytree(self.artifact.folder, staging, dirs_exist_ok=True)
         return target
 
