@@ -248,11 +248,13 @@ class ArtifactFile:
         """The files of a manifest, compared with what is there.
 
         Raises:
-            LowerError: one is missing, or its size or digest is not the recorded one.
+            LowerError: one is missing or outside the folder, or its size or digest is not the recorded one.
         """
         files = tuple(cls(**entry) for entry in entries)
         for file in files:
             path = folder / file.path
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise LowerError(f"{folder}: its manifest names {file.path}, which is not in this folder")
             if not path.is_file():
                 raise LowerError(f"{path}: the file is missing; build the artefact again")
             found = cls.of(folder, file.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,14 @@ def test_the_command_prints_prompt_and_continuation(folder: Path) -> None:
     assert CliRunner().invoke(app, drawn).stdout == CliRunner().invoke(app, drawn).stdout
     refused = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "x", "--stop", "two words"])
     assert refused.exit_code == 2
+
+
+def test_a_tokenizer_that_is_not_the_recorded_one_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert surgeon.load(copy).tokenizer("x")["input_ids"]
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text().replace('"main"', '"niam"', 1))
+    with pytest.raises(LowerError, match=r"tokenizer\.json is damaged"):
+        surgeon.load(copy)
 
 
 def test_a_folder_for_genai_generates_the_same_tokens(tmp_path: Path) -> None:

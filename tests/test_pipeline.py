@@ -77,6 +77,37 @@ def test_save_and_load(compiled: surgeon.Compiled, tmp_path: Path) -> None:
         surgeon.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("surgeon.json", "{", "surgeon.json: cannot be read"),
+        ("surgeon.json", "[]", "not the manifest of an artefact; it lacks backend, files, inputs, options, outputs"),
+        ("surgeon.json", '{"backend": "onnxruntime"}', "it lacks files, inputs, options, outputs"),
+        ("report.json", '{"speed": 1}', "report.json: cannot be read"),
+        ("report.json", None, "no artefact here .report.json is missing"),
+    ],
+)
+def test_a_folder_that_is_no_whole_artefact_is_refused(
+    compiled: surgeon.Compiled, tmp_path: Path, file: str, content: str | None, words: str
+) -> None:
+    saved = compiled.save(tmp_path / "copy")
+    if content is None:
+        (saved / file).unlink()
+    else:
+        (saved / file).write_text(content)
+    with pytest.raises(LowerError, match=words):
+        surgeon.load(saved)
+
+
+def test_a_manifest_names_files_of_its_folder_only(compiled: surgeon.Compiled, tmp_path: Path) -> None:
+    saved = compiled.save(tmp_path / "copy")
+    (saved / "model.onnx").rename(tmp_path / "model.onnx")
+    manifest = (saved / "surgeon.json").read_text()
+    (saved / "surgeon.json").write_text(manifest.replace('"model.onnx"', '"../model.onnx"'))
+    with pytest.raises(LowerError, match=r"names \.\./model.onnx, which is not in this folder"):
+        surgeon.load(saved)
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     """Two builds into one folder: without force the second does not replace what the first wrote."""
     target, first = tmp_path / "out", tmp_path / "first"
