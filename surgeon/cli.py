@@ -234,7 +234,9 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the likeliest tokens of this probability.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws that the three above ask for.", show_default=False)
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Stop at this token too (one token of the vocabulary); may be given again.", show_default=False),
@@ -243,9 +245,9 @@ def generate(
 ) -> None:
     """Continue a text."""
     from surgeon.compiled import load
-    from surgeon.text import continue_text
+    from surgeon.text import continue_text, read_text
 
-    text = prompt if prompt is not None else sys.stdin.read()
+    text = prompt if prompt is not None else read_text(sys.stdin)
     tokens, seconds = continue_text(
         load(artifact),
         text,

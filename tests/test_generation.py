@@ -351,6 +351,21 @@ def test_the_command_prints_prompt_and_continuation(folder: Path) -> None:
     assert refused.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--seed", "3"], "x", "seed 3: nothing is drawn; give temperature, top_k or top_p"),
+        (["--temperature", "0"], "x", "leave it out to be greedy"),
+        ([], b"def caf\xe9(", "the prompt is not UTF-8 text"),
+        (["--prompt", "def caf\udce9("], "", "the prompt is not UTF-8 text at character 7, behind 'def caf'"),
+    ],
+)
+def test_the_command_refuses(folder: Path, arguments: list[str], text: str | bytes, words: str) -> None:
+    run = CliRunner().invoke(app, ["generate", str(folder), *arguments], input=text)
+    assert run.exit_code == 2, run.output
+    assert words in run.output.replace("\n", " ")
+
+
 def test_a_tokenizer_that_is_not_the_recorded_one_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert surgeon.load(copy).tokenizer("x")["input_ids"]
