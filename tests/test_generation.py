@@ -392,6 +392,12 @@ def test_a_folder_for_genai_generates_the_same_tokens(tmp_path: Path) -> None:
     assert {"genai_config.json", "tokenizer.json", "model.onnx"} <= {path.name for path in model.folder.iterdir()}
     assert model.report.artifact is not None
     assert model.report.artifact["details"]["genai"] == "6 tokens generated and found equal"
+    onnxruntime_genai = pytest.importorskip("onnxruntime_genai")
+    tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(model.folder)))
+    text, without = "def main(self):", model.tokenizer("def main(self):", add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text).tolist() == without  # docs/generation.md says so, and how to get the others
+    tokenizer.update_options(add_special_tokens="true")
+    assert tokenizer.encode(text).tolist() == model.tokenizer(text)["input_ids"] != without
     prompts = torch.tensor([[0, 0, 1, 50, 60, 70], [1, 50, 60, 70, 80, 90]])
     for ids in (prompts, prompts[1:]):
         assert torch.equal(tokens(model.folder, ids, 30), model.generate(ids, max_new_tokens=24, eos_token_id=()))
