@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -94,6 +95,15 @@ class Plan(BaseModel, Generic[D]):
     model_config = ConfigDict(frozen=True, extra="forbid")
     decisions: tuple[D, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @field_validator("decisions")
+    @classmethod
+    def _sites_differ(cls, decisions: tuple[D, ...]) -> tuple[D, ...]:
+        """Passes look decisions up by site, and apply each to what the site was before."""
+        twice = [site for site, count in Counter(decision.site for decision in decisions).items() if count > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} decided more than once; needed one decision per site")
+        return decisions
 
     def joined(self, others: Sequence[Plan[D]]) -> Plan[D]:
         """This plan with the decisions and notes of others appended (block-scoped passes plan block by block)."""
