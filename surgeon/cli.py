@@ -108,6 +108,8 @@ def _compile(
     loaded = load_recipe(recipe, overrides or ())
     if loaded.backend is not None and loaded.output is None and output is None:
         raise RecipeError(f"{recipe}: no output folder; give --output DIR, or output: DIR in the recipe")
+    if loaded.backend is None and output is not None:
+        raise RecipeError(f"--output {output}: nothing is written with backend null; name a backend, or leave --output out")
 
     from surgeon.building import compile_recipe
     from surgeon.plans import SavedPlan

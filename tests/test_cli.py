@@ -211,6 +211,11 @@ def test_a_plan_is_written_repeated_edited_and_refused_elsewhere(run: Run, recip
     report = json.loads((recipe.parent / "out" / "report.json").read_text())
     assert report["passes"][0]["removed_blocks"] == [0]
 
+    decisions = saved["passes"][1]["plan"]["decisions"]
+    decisions[0]["site"] = decisions[1]["site"]
+    plan.write_text(json.dumps(saved))
+    message = refused(run("compile", recipe, "--plan", plan, "--force"))
+    assert f"{decisions[1]['site']} decided more than once; needed one decision per site" in message
     message = refused(
         run("compile", recipe, "--plan", plan, "--force", "--set", f"model.path={MODELS / 'tiny-mixtral'}")
     )
@@ -289,6 +294,18 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(
     assert "onnxruntime" in message
     assert "pip install 'surgeon[cpu]'" in message
     assert os.listdir(recipe.parent) == ["recipe.yaml"]
+
+
+def test_an_output_without_a_backend_is_refused(run: Run, recipe: Path) -> None:
+    message = refused(run("compile", recipe, "--set", "backend=null", "--output", recipe.parent / "other"))
+    assert "nothing is written with backend null" in message
+    assert os.listdir(recipe.parent) == ["recipe.yaml"]
+
+
+def test_rows_too_short_for_text_are_refused(run: Run, recipe: Path) -> None:
+    """The tokenizer begins each row with a token of its own, and does not cut rows that it leaves no place in."""
+    message = refused(run("compile", recipe, "--set", "calibration.length=1"))
+    assert re.search(r"length 1: the tokenizer makes rows of \d+ tokens of .*calibration.txt; choose a longer", message)
 
 
 def test_an_empty_calibration_file_is_refused(run: Run, recipe: Path) -> None:
