@@ -154,6 +154,8 @@ class Sampling:
             raise GenerateError(f"top_k must be at least 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise GenerateError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise GenerateError(f"seed must fit 64 bits, found {self.seed}")
         object.__setattr__(self, "_chosen", self._make())
 
     def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:

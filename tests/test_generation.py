@@ -355,6 +355,7 @@ def test_the_command_prints_prompt_and_continuation(folder: Path) -> None:
     ("arguments", "text", "words"),
     [
         (["--seed", "3"], "x", "seed 3: nothing is drawn; give temperature, top_k or top_p"),
+        (["--temperature", "1", "--seed", str(2**64)], "x", f"seed must fit 64 bits, found {2**64}"),
         (["--temperature", "0"], "x", "leave it out to be greedy"),
         ([], b"def caf\xe9(", "the prompt is not UTF-8 text"),
         (["--prompt", "def caf\udce9("], "", "the prompt is not UTF-8 text at character 7, behind 'def caf'"),
