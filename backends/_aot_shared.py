@@ -80,9 +80,13 @@ def write_in_place(graph: Graph) -> None:
         new = nodes.call_function(aten.sym_size.int, (inputs[TOKENS], 1))
     with nodes.inserting_after(new):
         length = nodes.call_function(operator.sub, (total, new))
+    _hold(nodes, length, operator.ge, 0, f"{MASK} covers fewer positions than {TOKENS} has")
     for port, past, present, _ in caches:
         axis = port.shape.index(PAST)
-        for user in list(past.users):
+        with nodes.inserting_after(length):
+            capacity = nodes.call_function(aten.sym_size.int, (past, axis))
+        _hold(nodes, capacity, operator.ge, total, f"{port.name} has no room for all positions of {MASK}")
+        for user in [user for user in past.users if user is not capacity]:
             if user.target is aten.sym_size.int and user.args[1] in (axis, axis - len(port.shape)):
                 user.replace_all_uses_with(length)
                 nodes.erase_node(user)
@@ -98,6 +102,14 @@ def write_in_place(graph: Graph) -> None:
     nodes.output_node().args = (tuple(node for port, node in kept if port.role != PRESENT),)
     nodes.lint()
     graph.module.recompile()
+
+
+def _hold(nodes: fx.Graph, size: fx.Node, comparison: Callable[..., Any], bound: fx.Node | int, message: str) -> None:
+    """Let the package check a size whenever it is called: it would write beside the buffer otherwise."""
+    with nodes.inserting_after(size):
+        holds = nodes.call_function(comparison, (size, bound))
+    with nodes.inserting_after(holds):
+        nodes.call_function(aten._assert_scalar.default, (holds, message))
 
 
 def written(buffer: Tensor, new: Tensor, past: int, total: int, axis: int) -> Tensor:

@@ -182,6 +182,8 @@ def write(checkpoint: Checkpoint, graph: Graph, folder: Path, shard: str) -> dic
             model.config.quantization_config = quantization_config(fitted, contents)
         original = not contents.low_bit  # see _hf_low_bit: beside low-bit linears experts stay stacked
         model.save_pretrained(folder, state_dict=state, max_shard_size=shard, save_original_format=original)
+    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+        shutil.copymode(folder / "config.json", weights)
     beside = _beside(graph.source, folder)
     return {
         "architecture": fitted.skeleton.model_class,

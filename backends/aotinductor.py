@@ -99,7 +99,7 @@ class AotInductor(Backend):
             folder: exists, empty.
 
         Raises:
-            LowerError: the graph is refused (every reason is listed), or torch cannot export or compile it.
+            LowerError: the graph is refused (every reason is listed), torch cannot export or compile it, or the disk is full.
         """
         refusals = self.refuses(graph)
         if refusals:
@@ -117,6 +117,9 @@ class AotInductor(Backend):
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         if module.packed:
             tile_codes(here)
+        free, needed = shutil.disk_usage(folder).free, here.nbytes()
+        if free < needed:  # torch ends the process where a disk fills up while it writes
+            raise LowerError(f"aotinductor: {folder.parent} has {free} bytes free; the weights alone need {needed}")
         _hold_as_parameters(here)
         gc.collect()  # graphs are cycles: the joined weights stay on the CPU otherwise
         example = tuple(here.example[port.name].to(self.device) for port in graph.inputs)

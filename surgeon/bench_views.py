@@ -26,15 +26,15 @@ def render_bench(result: BenchResult, console: Console) -> None:
     console.print(Text.assemble(("surgeon bench ", "bold"), (f"{result.machine['processor']}, {threads}", "dim")))
     console.print(Text(f"medians; ratios to {result.baseline}, round by round", "dim"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", no_wrap=True)
-    table.add_column("candidate")
+    table.add_column("case, candidate", overflow="fold")
     for name in ("latency", "fastest", "tokens/s", "faster", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for rows in result.cases():
-        for index, row in enumerate(rows):
-            table.add_row(title(row) if index == 0 else "", row.candidate, *_figures(row), size(result.bytes[row.candidate]))
+        table.add_row(Text(title(rows[0]), "bold"))
+        for row in rows:
+            table.add_row(Text(f"  {row.candidate}"), *_figures(row), size(result.bytes[row.candidate]))
             if row.problem:
-                table.add_row("", Text(f"  {row.problem}", "yellow"), "", "", "", "", "")
+                table.add_row(Text(f"  {row.problem}", "yellow"))
         table.add_section()
     console.print(table)
 

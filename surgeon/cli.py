@@ -108,6 +108,8 @@ def _compile(
     loaded = load_recipe(recipe, overrides or ())
     if loaded.backend is not None and loaded.output is None and output is None:
         raise RecipeError(f"{recipe}: no output folder; give --output DIR, or output: DIR in the recipe")
+    if loaded.backend is None and output is not None:
+        raise RecipeError(f"--output {output}: nothing is written with backend null; name a backend, or leave --output out")
 
     from surgeon.building import compile_recipe
     from surgeon.plans import SavedPlan
@@ -234,7 +236,9 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the likeliest tokens of this probability.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws that the three above ask for.", show_default=False)
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Stop at this token too (one token of the vocabulary); may be given again.", show_default=False),
@@ -243,9 +247,9 @@ def generate(
 ) -> None:
     """Continue a text."""
     from surgeon.compiled import load
-    from surgeon.text import continue_text
+    from surgeon.text import continue_text, read_text
 
-    text = prompt if prompt is not None else sys.stdin.read()
+    text = prompt if prompt is not None else read_text(sys.stdin)
     tokens, seconds = continue_text(
         load(artifact),
         text,
@@ -272,7 +276,7 @@ Examples:
 """,
 )
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
 ) -> None:
     """List passes or show one."""
     from surgeon import registry
@@ -294,7 +298,7 @@ Examples:
 """,
 )
 def backends(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option("--for", metavar="MODEL", help="What each would refuse of this model.", show_default=False),
@@ -328,7 +332,7 @@ Examples:
 """,
 )
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Output folders.", show_default=False)],
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Output folders.", show_default=False)],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Time this model in eager torch, as baseline.", show_default=False)
     ] = None,

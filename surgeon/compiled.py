@@ -6,13 +6,14 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from surgeon.contract import Artifact
+from surgeon.contract import Artifact, ArtifactFile
 from surgeon.errors import LowerError
 from surgeon.graph import Graph, Port
 from surgeon.output import check_free, staged
@@ -194,7 +195,7 @@ class Compiled:
             raise LowerError("there is no artefact to save: compile with a backend, such as backend='onnxruntime'")
         target = Path(folder)
         check_free(target, force)
-        with staged(target) as staging:
+        with staged(target, force) as staging:
             shutil.copytree(self.artifact.folder, staging, dirs_exist_ok=True)
         return target
 
@@ -237,9 +238,9 @@ def write_outputs(compiled: Compiled, view: Inspection, folder: Path, target: Pa
         "details": artifact.details,
         "ranges": _ranges(compiled.graph),
         "generation": compiled.generation,
+        "tokenizer": [asdict(ArtifactFile.of(folder, name)) for name in _copy_tokenizer(compiled, folder)],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _copy_tokenizer(compiled, folder)
     compiled.plan.write(folder / "plan.json")
     if compiled.recipe is not None:
         from surgeon.recipe import dump_recipe
@@ -259,15 +260,18 @@ def _ranges(graph: Graph | None) -> dict[str, list[int]]:
     }
 
 
-def _copy_tokenizer(compiled: Compiled, folder: Path) -> None:
-    """Put the source's tokenizer beside an artefact that generates text."""
+def _copy_tokenizer(compiled: Compiled, folder: Path) -> list[str]:
+    """Put the source's tokenizer beside an artefact that generates text; returns the names of its files."""
     from surgeon.text import TOKENIZER_FILES
 
+    copied = []
     source = compiled.graph.source if compiled.graph is not None else None
     if source is not None and source.task == "text-generation" and source.path is not None:
         for name in TOKENIZER_FILES:
             if (Path(source.path) / name).is_file() and not (folder / name).exists():  # a backend may have written it
                 shutil.copyfile(Path(source.path) / name, folder / name)
+                copied.append(name)
+    return copied
 
 
 def load(folder: str | Path) -> Compiled:
@@ -285,12 +289,20 @@ def load(folder: str | Path) -> Compiled:
     from surgeon.registry import backend_class
 
     path = Path(folder)
-    try:
-        manifest: Mapping[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LowerError(f"{path}: no artefact here ({MANIFEST} is missing)") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LowerError(f"{path / MANIFEST}: cannot be read: {error}") from error
+    manifest: Mapping[str, Any] = _read(path, MANIFEST, json.loads)
+    missing = {"backend", "options", "files", "inputs", "outputs"} - set(manifest if isinstance(manifest, dict) else ())
+    if missing:
+        raise LowerError(f"{path / MANIFEST}: not the manifest of an artefact; it lacks {', '.join(sorted(missing))}")
+    report = _read(path, "report.json", Report.from_json)
     artifact = backend_class(manifest["backend"]).load(path, manifest)
-    report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
+    ArtifactFile.recorded(path, manifest.get("tokenizer", ()))
     return Compiled(report=report, artifact=artifact, generation=manifest.get("generation", {}))
+
+
+def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LowerError(f"{folder}: no artefact here ({name} is missing)") from None
+    except (OSError, ValueError) as error:  # of JSON, of pydantic and of UTF-8 are ValueErrors
+        raise LowerError(f"{folder / name}: cannot be read: {str(error).splitlines()[0]}") from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -94,6 +95,15 @@ class Plan(BaseModel, Generic[D]):
     model_config = ConfigDict(frozen=True, extra="forbid")
     decisions: tuple[D, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @field_validator("decisions")
+    @classmethod
+    def _sites_differ(cls, decisions: tuple[D, ...]) -> tuple[D, ...]:
+        """Passes look decisions up by site, and apply each to what the site was before."""
+        twice = [site for site, count in Counter(decision.site for decision in decisions).items() if count > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} decided more than once; needed one decision per site")
+        return decisions
 
     def joined(self, others: Sequence[Plan[D]]) -> Plan[D]:
         """This plan with the decisions and notes of others appended (block-scoped passes plan block by block)."""
@@ -248,11 +258,13 @@ class ArtifactFile:
         """The files of a manifest, compared with what is there.
 
         Raises:
-            LowerError: one is missing, or its size or digest is not the recorded one.
+            LowerError: one is missing or outside the folder, or its size or digest is not the recorded one.
         """
         files = tuple(cls(**entry) for entry in entries)
         for file in files:
             path = folder / file.path
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise LowerError(f"{folder}: its manifest names {file.path}, which is not in this folder")
             if not path.is_file():
                 raise LowerError(f"{path}: the file is missing; build the artefact again")
             found = cls.of(folder, file.path)

@@ -135,7 +135,7 @@ def tokenize_file(
         seed: rows are drawn in this random order; None keeps the order of the file.
 
     Raises:
-        ObserveError: the file is missing, not text, or holds no tokens.
+        ObserveError: the file is missing, not text, or holds no tokens, or rows cannot be that short.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -158,6 +158,9 @@ def tokenize_file(
         encoded = encode(text, truncation=True, max_length=length, return_overflowing_tokens=True)
     columns = {name: encoded[name] for name in encoded if name in wanted}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    longest = max(len(row["input_ids"]) for row in rows)
+    if longest > length:  # where special tokens leave no place for text, tokenizers do not cut at all
+        raise ObserveError(f"length {length}: the tokenizer makes rows of {longest} tokens of {path}; choose a longer length")
     if not lines and len(rows) > 1 and len(rows[-1]["input_ids"]) < length:
         rows.pop()
     if seed is not None:

@@ -68,7 +68,7 @@ def heading(description: str) -> str:
 
 def label(name: str) -> str:
     """An identifier as words: ``relative_error`` -> ``relative error``."""
-    return name.replace("_", " ")
+    return " ".join("KL" if word == "kl" else word for word in name.split("_"))
 
 
 def _digits(value: float) -> str:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from surgeon.process import Screen
@@ -41,7 +41,8 @@ def list_backends(as_json: bool) -> None:
         ]  # fmt: skip
         typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table("backend", "from", "needs", "devices here", "what it is", box=None, header_style="bold")
+    what = Column("what it is", overflow="fold")
+    table = Table("backend", "from", "needs", "devices here", what, box=None, header_style="bold")
     for line in lines:
         summary = Text(line.summary, style="red" if line.problem else "")
         table.add_row(line.name, line.origin, Text(states[line.name]), Text(", ".join(devices[line.name]) or "-"), summary)
@@ -72,7 +73,8 @@ def list_refusals(model: str, as_json: bool, quiet: bool) -> None:
         ]  # fmt: skip
         typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table("backend", "takes it", "where", "why not", box=None, header_style="bold")
+    where, why = Column("where", overflow="fold"), Column("why not", overflow="fold")
+    table = Table("backend", "takes it", where, why, box=None, header_style="bold")
     for verdict in found:
         answer = Text("yes", style="green") if verdict.takes else Text("no", style="red")
         table.add_row(verdict.backend, answer, "", Text(verdict.missing or ""))
@@ -90,7 +92,7 @@ def show_options(found: type[BaseModel]) -> None:
     for text in dict.fromkeys((found.__doc__, module.__doc__ if module else None)):
         if text:
             console.print(Text(inspect.cleandoc(text) + "\n"), soft_wrap=True)
-    table = Table("field", "type", "default", "meaning", box=None, header_style="bold")
+    table = Table("field", "type", "default", Column("meaning", overflow="fold"), box=None, header_style="bold")
     for field in registry.fields(found):
         table.add_row(*map(Text, (field.name, field.type, field.default, field.doc)))
     console.print(table)

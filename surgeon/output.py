@@ -37,14 +37,18 @@ def check_free(target: Path, force: bool) -> None:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, force: bool = False) -> Iterator[Path]:
     """Give an empty folder beside ``target``; when the body ends well it takes ``target``'s place, else it vanishes.
 
     Args:
         target: final directory.
+        force: replace what is there at the end.
 
     Yields:
         The folder to write into.
+
+    Raises:
+        RecipeError: something is there at the end that ``force`` does not replace, made by another build meanwhile.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +58,7 @@ def staged(target: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
+        check_free(target, force)
         if target.exists():
             _exchange(folder, target)
         else:
@@ -97,14 +102,17 @@ def check_writable(path: Path) -> None:
     """Refuse a file that cannot be written before minutes of work, not after."""
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder, needed the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise RecipeError(f"{path}: the folder {path.absolute().parent} does not exist")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise RecipeError(f"{path}: the folder {parent} does not exist")
+    if not os.access(parent, os.W_OK):
+        raise RecipeError(f"{path}: the folder {parent} cannot be written to")
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all."""
     check_writable(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")  # another process may write the same file
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

@@ -196,7 +196,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
             raise LowerError(f"backend {request.backend.name} refuses this model: {listing}")
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
-        with staged(target) as folder:
+        with staged(target, request.force) as folder:
             with bars.step(f"lowering to {request.backend.name}"), clock.phase("lower"):
                 artifact = request.backend.lower(graph, folder)
             if artifact.unavailable:

@@ -117,4 +117,6 @@ def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as one line: where, what, and the value found."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    if problem["type"] == "value_error":  # a validator's own words
+        return f"{where}: {problem['ctx']['error']}"
     return f"{where}: {problem['msg']} (found {problem['input']!r:.80})"

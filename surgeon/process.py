@@ -39,8 +39,20 @@ class _Stop(KeyboardInterrupt):
     """
 
 
+_NARROWEST = 72
+"""Columns below which tables lose words and figures; a terminal with fewer breaks their lines, which loses nothing."""
+
+
 class Screen(Console):
     """Standard output; a closed pipe is left to the command group instead of ending the process here."""
+
+    def __init__(self, **options: Any) -> None:
+        """Args:
+        options: of the console.
+        """
+        super().__init__(**options)
+        if self.width < _NARROWEST:
+            self.width = _NARROWEST
 
     def on_broken_pipe(self) -> None:
         """Raise, instead of ending the process."""
@@ -62,10 +74,11 @@ class Guarded(TyperGroup):
             if isinstance(error, SurgeonError):
                 say("error", str(error))
                 raise typer.Exit(2) from None
-            if isinstance(error, OSError) and error.errno in _THE_MACHINES_DOING:
-                say("error", f"{error.filename or 'a file'}: {error.strerror}")
-                raise typer.Exit(2) from None
-            raise
+            said = _machines_doing(error)
+            if said is None:
+                raise
+            say("error", said)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise _interrupted() from None
 
@@ -100,15 +113,29 @@ def _run(app: typer.Typer, arguments: Sequence[str] | None) -> Any:
         code: Any = 0
     except SystemExit as stop:
         code = stop.code
-    except Exception:
-        traceback.print_exc()
-        say("this is a bug in surgeon", f"{installed_version()}; please report it with the lines above")
-        code = 1
+    except Exception as error:
+        said = _machines_doing(error)  # help is written outside of any command
+        if said is not None:
+            say("error", said)
+            code = 2
+        else:
+            traceback.print_exc()
+            say("this is a bug in surgeon", f"{installed_version()}; please report it with the lines above")
+            code = 1
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a process may be started without it
+            sys.stdout.flush()
     except BrokenPipeError:
         code = _pipe_closed()
     return code
+
+
+def _machines_doing(error: Exception) -> str | None:
+    """What an error says about the user's disk; None where it says nothing about it."""
+    if isinstance(error, OSError) and error.errno in _THE_MACHINES_DOING:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    full = os.strerror(errno.ENOSPC)
+    return str(error) if full in str(error) else None  # compiled libraries have errors of their own
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -111,7 +111,7 @@ class Calibration(_Settings):
     """Tokens per sequence; longer lines are cut."""
     batch: int = Field(8, ge=1)
     """Sequences per forward run."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the choice of sequences, and of every pass that draws numbers."""
 
 

@@ -149,11 +149,13 @@ class Sampling:
         if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, None):
             raise GenerateError("temperature, top_k and top_p choose among tokens to draw from: give do_sample=True with them")
         if not self.temperature > 0:
-            raise GenerateError(f"temperature must be positive, found {self.temperature}; greedy is do_sample=False")
+            raise GenerateError(f"temperature must be positive, found {self.temperature}; leave it out to be greedy")
         if self.top_k is not None and self.top_k < 1:
             raise GenerateError(f"top_k must be at least 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise GenerateError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise GenerateError(f"seed must fit 64 bits, found {self.seed}")
         object.__setattr__(self, "_chosen", self._make())
 
     def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from surgeon.errors import GenerateError
 from surgeon.halves import has_halves
@@ -73,14 +73,21 @@ def continue_text(
         Number of new tokens and seconds.
 
     Raises:
-        GenerateError: the text is empty, or a token to stop at is none.
+        GenerateError: the text is empty or not UTF-8, a token to stop at is none, or there is a seed and nothing to draw.
     """
+    drawn = (temperature, top_k, top_p) != (None, None, None)
+    if seed is not None and not drawn:
+        raise GenerateError(f"seed {seed}: nothing is drawn; give temperature, top_k or top_p too, or leave the seed out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # what is no UTF-8 reaches us as surrogates
+        before = text[: error.start][-20:]
+        raise GenerateError(f"the prompt is not UTF-8 text at character {error.start}, behind {before!r}") from error
     tokenizer = model.tokenizer
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if not text or ids.numel() == 0:
         raise GenerateError("the prompt is empty; give at least one token to continue")
     ends = [*Settings.of(model.generation).eos_token_id, *(_single_token(tokenizer, word) for word in stop)]
-    drawn = (temperature, top_k, top_p) != (None, None, None)
     start = time.perf_counter()
     tokens = model.generate(
         ids,
@@ -95,6 +102,18 @@ def continue_text(
     )
     behind_encoder = has_halves(model.ports)
     return tokens.shape[1] - (1 if behind_encoder else ids.shape[1]), time.perf_counter() - start
+
+
+def read_text(stream: TextIO) -> str:
+    """A prompt from standard input.
+
+    Raises:
+        GenerateError: it is not UTF-8, or there is no standard input.
+    """
+    try:
+        return stream.read()
+    except UnicodeDecodeError as error:
+        raise GenerateError(f"the prompt is not UTF-8 text: {error}") from error
 
 
 def _single_token(tokenizer: Any, word: str) -> int:

@@ -42,7 +42,14 @@ for start, end in ((0, 5), (5, 6), (6, 9)):
     positions, mask = torch.arange(start, end).expand(len(ids), -1).contiguous(), torch.ones(len(ids), end, dtype=torch.long)
     (found,) = package(ids[:, start:end].contiguous(), mask, positions, *caches)
     errors.append(float((found - expected[:, start:end]).abs().max()))
-print(json.dumps(max(errors) / float(expected.abs().max())))
+refused = 0
+for length, capacity in ((9, 8), (5, 30)):  # buffers without room, and a mask that does not cover the tokens
+    mask, short = torch.ones(len(ids), length, dtype=torch.long), [cache[:, :, :capacity].contiguous() for cache in caches]
+    try:
+        package(ids, mask, torch.arange(9).expand(len(ids), -1).contiguous(), *short)
+    except RuntimeError as error:
+        refused += "Expected" in str(error)
+print(json.dumps([max(errors) / float(expected.abs().max()), refused]))
 """
 
 
@@ -237,7 +244,9 @@ def test_a_process_without_surgeon_runs_a_package(llama: Path, tmp_path: Path) -
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) < 1e-4
+    difference, refused = json.loads(run.stdout.splitlines()[-1])
+    assert difference < 1e-4
+    assert refused == 2
 
 
 @pytest.mark.slow

@@ -245,6 +245,7 @@ def test_a_build_writes_tokenizer_and_settings_and_loads_again(tmp_path: Path) -
     )
     out = tmp_path / "out"
     assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read one may read all
     assert compiled.report.comparisons  # compared with the graph on held-back inputs
     assert all(value < 1e-6 for row in compiled.report.comparisons for value in row.relative_error.values())
     text = "def main():\n    return"

@@ -17,12 +17,13 @@ from torch import Tensor
 import surgeon
 from surgeon import cli
 from surgeon.bench import ArtifactCandidate, BenchResult, Case, EagerCandidate, bench, inputs_for, sizes
-from surgeon.bench_views import bench_html, check_plot
+from surgeon.bench_views import bench_html, check_plot, render_bench
 from surgeon.compiled import MANIFEST
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError, RecipeError
 from surgeon.graph import Port
 from surgeon.latency import paired_ratio, rounds
+from surgeon.process import Screen
 from surgeon.source import load_source
 from tests.conftest import MODELS
 from tests.models import tiny
@@ -98,6 +99,27 @@ def test_sleeping_artifacts_are_measured_and_compared() -> None:
     page = Page(bench_html(result))
     assert "a batch of at most 1" in page.text
     assert page.tags.count("svg") == 2
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_the_table_names_every_candidate_however_narrow(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    names = ["eager", "small[/red] model", "a-long-name-of-a-folder-in-which-an-artefact-lies"]
+    result = bench(
+        [ArtifactCandidate(name, Sleeper(0.0, CACHED), {}) for name in names],
+        batches=(32,), sequences=(1024,), threads=1, seconds=0.0, warmup=0,
+    )  # fmt: skip
+    result.bytes["eager"] = 12_300_000_000
+    render_bench(result, Screen())
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert printed.count("12.3 GB") == 2  # prefill and decode
+    for name in names[:2]:
+        assert printed.count(f"  {name}") == 2
+    assert printed.count("a-long-name") == 2
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_prefill_and_decode_are_apart_where_there_are_caches() -> None:

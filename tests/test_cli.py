@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,12 @@ def test_backends_are_listed_and_explained(run: Run) -> None:
     assert "onnxruntime" in refused(run("backends", "onxruntime"))
 
 
+def test_a_narrow_terminal_loses_no_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for arguments in (["passes"], ["passes", "drop_experts"], ["backends"], ["backends", "onnxruntime"]):
+        assert "…" not in run(*arguments).out
+
+
 def test_schema_is_json(run: Run, tmp_path: Path) -> None:
     printed = json.loads(run("schema").out)
     assert run("schema", "-o", tmp_path / "schema.json").code == 0
@@ -204,6 +211,11 @@ def test_a_plan_is_written_repeated_edited_and_refused_elsewhere(run: Run, recip
     report = json.loads((recipe.parent / "out" / "report.json").read_text())
     assert report["passes"][0]["removed_blocks"] == [0]
 
+    decisions = saved["passes"][1]["plan"]["decisions"]
+    decisions[0]["site"] = decisions[1]["site"]
+    plan.write_text(json.dumps(saved))
+    message = refused(run("compile", recipe, "--plan", plan, "--force"))
+    assert f"{decisions[1]['site']} decided more than once; needed one decision per site" in message
     message = refused(
         run("compile", recipe, "--plan", plan, "--force", "--set", f"model.path={MODELS / 'tiny-mixtral'}")
     )
@@ -284,6 +296,18 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(
     assert os.listdir(recipe.parent) == ["recipe.yaml"]
 
 
+def test_an_output_without_a_backend_is_refused(run: Run, recipe: Path) -> None:
+    message = refused(run("compile", recipe, "--set", "backend=null", "--output", recipe.parent / "other"))
+    assert "nothing is written with backend null" in message
+    assert os.listdir(recipe.parent) == ["recipe.yaml"]
+
+
+def test_rows_too_short_for_text_are_refused(run: Run, recipe: Path) -> None:
+    """The tokenizer begins each row with a token of its own, and does not cut rows that it leaves no place in."""
+    message = refused(run("compile", recipe, "--set", "calibration.length=1"))
+    assert re.search(r"length 1: the tokenizer makes rows of \d+ tokens of .*calibration.txt; choose a longer", message)
+
+
 def test_an_empty_calibration_file_is_refused(run: Run, recipe: Path) -> None:
     empty = recipe.parent / "empty.txt"
     empty.touch()
@@ -338,6 +362,37 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("arguments", [["--help"], ["passes"], ["schema"]], ids=" ".join)
+def test_a_full_disk_is_no_bug(arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "surgeon", *arguments], env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.endswith("No space left on device\n")
+    assert "Traceback" not in found.stderr
+
+
+def test_a_full_disk_is_no_bug_where_a_compiled_library_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    def fill() -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli, "list_passes", fill)
+    assert "No space left on device" in refused(run("passes"))
+
+
+def test_a_closed_standard_output_is_no_bug() -> None:
+    command = f"{shlex.quote(sys.executable)} -m surgeon passes >&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(["sh", "-c", command], env=environment, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def _staging(folder: Path) -> list[Path]:

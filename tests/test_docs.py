@@ -20,7 +20,7 @@ from typer.main import get_command
 
 import surgeon
 from surgeon import registry
-from surgeon.cli import app
+from surgeon.cli import app, main
 from surgeon.errors import PlanError
 from surgeon.recipe import load_recipe, parse_recipe
 from tests.models import inputs_for, tiny
@@ -221,6 +221,19 @@ def test_example_texts_are_apart() -> None:
     assert len(seen) >= 256
     assert len(kept) >= 60
     assert len({*seen, *kept}) == len(seen) + len(kept)
+
+
+def test_the_inspection_on_the_page_is_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shown,) = [block for block in blocks(ROOT / "docs" / "discovery.md", "") if block.startswith("$ surgeon inspect")]
+    command, _, expected = shown.partition("\n")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", str(max(map(len, expected.splitlines()))))
+    with pytest.raises(SystemExit):
+        main(command.removeprefix("$ surgeon ").split())
+    _, _, printed = capsys.readouterr().out.lstrip("\n").partition("\n")  # the first line is the command again
+    assert [line.rstrip() for line in printed.rstrip().splitlines()] == expected.lstrip("\n").splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

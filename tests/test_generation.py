@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,30 @@ def test_the_command_prints_prompt_and_continuation(folder: Path) -> None:
     assert refused.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--seed", "3"], "x", "seed 3: nothing is drawn; give temperature, top_k or top_p"),
+        (["--temperature", "1", "--seed", str(2**64)], "x", f"seed must fit 64 bits, found {2**64}"),
+        (["--temperature", "0"], "x", "leave it out to be greedy"),
+        ([], b"def caf\xe9(", "the prompt is not UTF-8 text"),
+        (["--prompt", "def caf\udce9("], "", "the prompt is not UTF-8 text at character 7, behind 'def caf'"),
+    ],
+)
+def test_the_command_refuses(folder: Path, arguments: list[str], text: str | bytes, words: str) -> None:
+    run = CliRunner().invoke(app, ["generate", str(folder), *arguments], input=text)
+    assert run.exit_code == 2, run.output
+    assert words in run.output.replace("\n", " ")
+
+
+def test_a_tokenizer_that_is_not_the_recorded_one_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert surgeon.load(copy).tokenizer("x")["input_ids"]
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text().replace('"main"', '"niam"', 1))
+    with pytest.raises(LowerError, match=r"tokenizer\.json is damaged"):
+        surgeon.load(copy)
+
+
 def test_a_folder_for_genai_generates_the_same_tokens(tmp_path: Path) -> None:
     """Of a model whose blocks differ: one is gone, one has experts, one is factored."""
     from surgeon.backends._onnx_genai import tokens
@@ -368,6 +393,12 @@ def test_a_folder_for_genai_generates_the_same_tokens(tmp_path: Path) -> None:
     assert {"genai_config.json", "tokenizer.json", "model.onnx"} <= {path.name for path in model.folder.iterdir()}
     assert model.report.artifact is not None
     assert model.report.artifact["details"]["genai"] == "6 tokens generated and found equal"
+    onnxruntime_genai = pytest.importorskip("onnxruntime_genai")
+    tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(model.folder)))
+    text, without = "def main(self):", model.tokenizer("def main(self):", add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text).tolist() == without  # docs/generation.md says so, and how to get the others
+    tokenizer.update_options(add_special_tokens="true")
+    assert tokenizer.encode(text).tolist() == model.tokenizer(text)["input_ids"] != without
     prompts = torch.tensor([[0, 0, 1, 50, 60, 70], [1, 50, 60, 70, 80, 90]])
     for ids in (prompts, prompts[1:]):
         assert torch.equal(tokens(model.folder, ids, 30), model.generate(ids, max_new_tokens=24, eos_token_id=()))

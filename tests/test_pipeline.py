@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import surgeon
 from surgeon import building, pipeline
 from surgeon.data import load_data
 from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, VerifyError
+from surgeon.output import check_writable, staged
 from surgeon.passes.drop_blocks import DropBlocks
 from surgeon.progress import Progress
 from tests.conftest import MODELS, Trained
@@ -73,6 +75,57 @@ def test_save_and_load(compiled: surgeon.Compiled, tmp_path: Path) -> None:
         surgeon.load(saved)
     with pytest.raises(LowerError, match="no artefact here"):
         surgeon.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("surgeon.json", "{", "surgeon.json: cannot be read"),
+        ("surgeon.json", "[]", "not the manifest of an artefact; it lacks backend, files, inputs, options, outputs"),
+        ("surgeon.json", '{"backend": "onnxruntime"}', "it lacks files, inputs, options, outputs"),
+        ("report.json", '{"speed": 1}', "report.json: cannot be read"),
+        ("report.json", None, "no artefact here .report.json is missing"),
+    ],
+)
+def test_a_folder_that_is_no_whole_artefact_is_refused(
+    compiled: surgeon.Compiled, tmp_path: Path, file: str, content: str | None, words: str
+) -> None:
+    saved = compiled.save(tmp_path / "copy")
+    if content is None:
+        (saved / file).unlink()
+    else:
+        (saved / file).write_text(content)
+    with pytest.raises(LowerError, match=words):
+        surgeon.load(saved)
+
+
+def test_a_manifest_names_files_of_its_folder_only(compiled: surgeon.Compiled, tmp_path: Path) -> None:
+    saved = compiled.save(tmp_path / "copy")
+    (saved / "model.onnx").rename(tmp_path / "model.onnx")
+    manifest = (saved / "surgeon.json").read_text()
+    (saved / "surgeon.json").write_text(manifest.replace('"model.onnx"', '"../model.onnx"'))
+    with pytest.raises(LowerError, match=r"names \.\./model.onnx, which is not in this folder"):
+        surgeon.load(saved)
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """Two builds into one folder: without force the second does not replace what the first wrote."""
+    target, first = tmp_path / "out", tmp_path / "first"
+    first.mkdir()
+    (first / "surgeon.json").write_text("first")
+    with pytest.raises(RecipeError, match="exists already"), staged(target):
+        first.rename(target)
+    assert (target / "surgeon.json").read_text() == "first"
+    with staged(target, force=True) as folder:
+        (folder / "surgeon.json").write_text("second")
+    assert (target / "surgeon.json").read_text() == "second"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(RecipeError, match="cannot be written to"):
+        check_writable(tmp_path / "plan.json")
 
 
 def test_a_saved_plan_repeats_and_can_be_edited(compiled: surgeon.Compiled, tmp_path: Path) -> None:

@@ -114,6 +114,14 @@ def test_json_with_an_unknown_field_is_refused(bare: Report) -> None:
         Report.from_json(bare.to_json().replace('"surgeon"', '"speed": 1, "surgeon"', 1))
 
 
+def test_the_page_spells_names_and_numbers(report: Report) -> None:
+    page = render_html(report, None)
+    assert "<h3>KL</h3>" in page
+    assert "2 threads</h3>" in page
+    report.latency = [row.model_copy(update={"threads": 1}) for row in report.latency]
+    assert "1 thread</h3>" in render_html(report, None)
+
+
 def test_derived_figures(report: Report) -> None:
     assert [row.ratio for row in report.latency] == [3.0, 0.75]
     assert report.worst_errors() == {"out": (5e-3, 0.99991)}
