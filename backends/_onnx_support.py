@@ -83,6 +83,8 @@ def rounding_response(graph: Graph) -> float:
     dynamically quantized.  The input is the example, repeated along its dynamic dimensions to 64 or what they allow:
     the more values there are, the more of them sit on a boundary.
     """
+    from surgeon.source import size_of
+
     target = torch.ops.surgeon.fake_quantize_dynamic.default
     if not any(node.target == target for node in graph.module.graph.nodes):
         return 0.0
@@ -95,13 +97,18 @@ def rounding_response(graph: Graph) -> float:
                 args = ((args[0] * (1 + noise.to(args[0]))), *args[1:])
             return super().call_function(function, args, kwargs)
 
+    sizes = {  # of a dimension that is a sum of others (past + sequence) those say the size
+        name: max(graph.example[port.name].shape[axis], min(64, graph.dims[name].max or 64))
+        for port in graph.inputs
+        for axis, name in enumerate(port.shape)
+        if isinstance(name, str) and name in graph.dims
+    }
     inputs = []
     for port in graph.inputs:
         value = graph.example[port.name]
         for axis, name in enumerate(port.shape):
             if isinstance(name, str):
-                length = max(value.shape[axis], min(64, graph.dims[name].max or 64))
-                rows = torch.arange(length) % value.shape[axis]
+                rows = torch.arange(size_of(name, sizes, value.shape[axis])) % value.shape[axis]
                 value = value.index_select(axis, rows)
         inputs.append(value)
     with torch.no_grad():
