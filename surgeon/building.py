@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgeon.compiled import Compiled
 from surgeon.contract import Backend, Pass
-from surgeon.errors import RecipeError
+from surgeon.errors import PlanError, RecipeError
 from surgeon.observe import Batch
 from surgeon.pipeline import Request, run
 from surgeon.plans import SavedPlan
@@ -79,7 +79,7 @@ def compile(
         verify = verify if verify is not None else recipe.verify
         evaluate = evaluate if evaluate is not None else recipe.evaluate
     else:
-        steps = tuple(make_pass(item) for item in passes)
+        steps = tuple(make_pass(item) for item in _listed(passes))
     spec, tokenizer = _calibration(calibration)
     if backend is None and output is not None:
         raise RecipeError("output: there is nothing to write without a backend; name one or leave output out")
@@ -96,7 +96,7 @@ def compile(
         task=task,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        saved=SavedPlan.read(plan) if isinstance(plan, str | Path) else plan,
+        saved=_saved(plan),
         force=force,
         recipe=recipe,
     )
@@ -151,6 +151,26 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
     )
 
 
+def _listed(passes: Any) -> Sequence[Any]:
+    """The passes as a list; a mapping of several would say nothing of their order, and iterates over bare names."""
+    if isinstance(passes, Sequence):
+        return passes
+    found = f"a mapping of {', '.join(map(str, passes))}" if isinstance(passes, Mapping) else type(passes).__name__
+    raise RecipeError(
+        f"passes: found {found}, needed a list of passes in their order, such as [{{'drop_blocks': {{'count': 2}}}}], or "
+        "the path of a recipe; an empty list changes nothing"
+    )
+
+
+def _saved(plan: Any) -> SavedPlan | None:
+    """A saved plan, read where it is a path."""
+    if plan is None or isinstance(plan, SavedPlan):
+        return plan
+    if isinstance(plan, str | Path):
+        return SavedPlan.read(plan)
+    raise PlanError(f"plan: found {type(plan).__name__}, needed the path of a plan file or a surgeon.SavedPlan")
+
+
 def _calibration(given: Any) -> tuple[Calibration | tuple[Batch, ...] | None, Any]:
     """Calibration of the Python API in the pipeline's form, with the tokenizer that came with it."""
     if given is None or isinstance(given, Calibration):
@@ -159,10 +179,21 @@ def _calibration(given: Any) -> tuple[Calibration | tuple[Batch, ...] | None, An
         return Calibration(text=Path(given)), None
     if isinstance(given, Mapping):
         fields = dict(given)
+        tensors = [str(name) for name, value in fields.items() if isinstance(value, Tensor)]
+        if tensors:
+            raise RecipeError(
+                f"calibration: found one mapping of tensors ({', '.join(tensors)}), needed several batches: an iterable of "
+                "such mappings, [{...}, {...}]; the last one is held back for checks"
+            )
         tokenizer = fields.pop("tokenizer", None)
         if isinstance(fields.get("text"), Path):
             fields["text"] = str(fields["text"])
         return _section(Calibration, fields, "calibration"), tokenizer
+    if not isinstance(given, Iterable):
+        raise RecipeError(
+            f"calibration: found {type(given).__name__}, needed a text file, a mapping with the key text, or an iterable of "
+            "batches (mappings of input names to tensors)"
+        )
     return tuple(given), None
 
 
