@@ -20,7 +20,7 @@ from surgeon.contract import Backend, Pass, Plan
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
-from surgeon.errors import LowerError, RecipeError, SurgeonError, TraceError
+from surgeon.errors import LowerError, ObserveError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, compare, is_language_model
 from surgeon.final_check import evaluate_section
 from surgeon.graph import Graph
@@ -121,7 +121,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         with bars.step("reference outputs"), clock.phase("reference"):
             data = load_data(request.calibration, graph, request.tokenizer)
             language_model = is_language_model(graph)
-            reference = _outputs(graph, data.held_back)
+            reference = _reference(graph, data)
             report = _new_report(request, graph, structure, data, source.notes)
 
         # the passes
@@ -267,6 +267,21 @@ def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[i
         return []
     alive = set(graph.parameters())
     return [block.index for block in before.blocks if block.weights and not alive.intersection(block.weights)]
+
+
+def _reference(graph: Graph, data: Data) -> list[Outputs]:
+    """Outputs of the source on held-back data; its longest calibration batch is run too, before any pass has worked for it."""
+    longest = sorted(data.calibration, key=lambda batch: sum(value.numel() for value in batch.values()))[-1:]
+    for batch in longest:
+        try:
+            _outputs(graph, [batch])
+        except Exception as error:  # the graph ran at several sizes when it was traced: this is the data's doing
+            shapes = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in batch.items())
+            raise ObserveError(
+                f"the model fails on calibration data of {shapes}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "give shorter sequences, fewer at once, or values that the model takes"
+            ) from error
+    return _outputs(graph, data.held_back)
 
 
 def _outputs(graph: Graph, batches: Sequence[Batch]) -> list[Outputs]:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon import building, pipeline
+from surgeon.backends.onnxruntime import OnnxRuntime
 from surgeon.data import load_data
-from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, VerifyError
+from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, TraceError, VerifyError
 from surgeon.passes.drop_blocks import DropBlocks
 from surgeon.progress import Progress
 from tests.conftest import MODELS, Trained
@@ -194,6 +195,60 @@ def test_errors_say_what_and_leave_nothing(
     with pytest.raises(error, match=message):
         surgeon.compile(MODELS / "tiny-llama", steps, progress=False, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("passes", "given", "error", "message"),
+    [
+        ({"expose_routing": {"replay": True}}, {}, RecipeError, "passes: found a mapping of expose_routing, needed a list"),
+        (None, {}, RecipeError, "passes: found NoneType, needed a list of passes"),
+        ([], {"calibration": 3}, RecipeError, "calibration: found int, needed a text file"),
+        ([], {"calibration": {"input_ids": torch.ones(2, 3)}}, RecipeError, r"one mapping of tensors \(input_ids\), needed"),
+        ([], {"plan": {"passes": []}}, PlanError, "plan: found dict, needed the path of a plan file"),
+        ([], {"dtype": torch.int8}, TraceError, r"unknown dtype torch\.int8: known: bfloat16, float16"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(passes: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        surgeon.compile(MODELS / "tiny-llama", passes, progress=False, **given)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda b: [{k: v.numpy() for k, v in b.items()}], "batch 0: input 'input_ids' must be a torch.Tensor, found ndarray"),
+        (lambda b: [b, b | {"labels": b["input_ids"]}], "batch 1: the graph's inputs are .* unknown: labels"),
+        (lambda b: [b, b | {"input_ids": b["input_ids"] + 1023}], r"batch 1: input_ids holds \d+, .* rows 0 to 1023"),
+        (lambda b: [b | {"input_ids": -b["input_ids"]}], r"batch 0: input_ids holds -\d+, and the model's table has rows 0"),
+        (lambda b: [b | {"attention_mask": 0 * b["attention_mask"]}], "batch 0: its attention_mask is 0 everywhere"),
+        (lambda b: [b, {k: v[:0] for k, v in b.items()}], r"batch 1: input_ids \[0, 9\] holds nothing"),
+        (lambda b: [b | {"input_ids": b["input_ids"].float()}], r"fails on calibration data of input_ids .* torch\.float32"),
+        (lambda b: {**CALIBRATION, "length": 1}, "does not cut rows to length 1, they have up to"),
+    ],
+)
+def test_calibration_that_the_model_cannot_take(
+    broken: Callable[[dict[str, torch.Tensor]], Any], message: str, tiny_llama: Trained
+) -> None:
+    given, _ = building._calibration(broken(batch()))
+    with pytest.raises(ObserveError, match=message):
+        pipeline._reference(tiny_llama.graph, load_data(given, tiny_llama.graph))
+
+
+def test_dynamic_quantization_of_a_model_with_caches() -> None:
+    steps = [{"quantize": {"scheme": "int8_dynamic"}}]
+    compiled = surgeon.compile(MODELS / "tiny-llama", steps, backend=None, progress=False)
+    assert compiled.graph is not None
+    assert any("+" in str(size) for port in compiled.graph.inputs for size in port.shape)  # past + sequence
+    assert OnnxRuntime().accepted_error(compiled.graph) == OnnxRuntime.dynamic_tolerance  # it moves by less than that
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RecipeError, match=r"would lie in .*file, which is a file; name another directory"):
+        surgeon.compile("no-such-model", [], output=tmp_path / "file" / "out", progress=False)
+    if Path("/proc").is_dir():  # where the administrator cannot make a folder either
+        with pytest.raises(RecipeError, match="/proc cannot be written to"):
+            surgeon.compile("no-such-model", [], output="/proc/out", progress=False)
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
