@@ -32,19 +32,26 @@ def unsupported(graph: Graph, provider: str, opset: int) -> list[Refusal]:
     """Every reason why this graph cannot be lowered, one per operator and type."""
     found: dict[str, Refusal] = {}
     for node in graph.module.graph.nodes:
+        if node.op == "call_function" and not _translates(node.target, opset):
+            found.setdefault(
+                str(node.target), Refusal(node.name, f"operator {node.target} has no ONNX translation at opset {opset}")
+            )
+    return [*without_kernels(graph, provider), *found.values()]
+
+
+def without_kernels(graph: Graph, provider: str) -> list[Refusal]:
+    """Types of this graph that the provider has no kernels for, one node of each."""
+    found: dict[torch.dtype, Refusal] = {}
+    for node in graph.module.graph.nodes:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, tuple | list) else (value,):
             codes = node.op == "get_attr" and all(user.target is DEQUANTIZE for user in node.users)
             if isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider] and not codes:
                 reason = (
                     f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
-                    "(model: {dtype: float32})"
+                    "(model: {dtype: float32}, or dtype=\"float32\" from Python)"
                 )
-                found.setdefault(f"dtype {tensor.dtype}", Refusal(node.name, reason))
-        if node.op == "call_function" and not _translates(node.target, opset):
-            found.setdefault(
-                str(node.target), Refusal(node.name, f"operator {node.target} has no ONNX translation at opset {opset}")
-            )
+                found.setdefault(tensor.dtype, Refusal(node.name, reason))
     return list(found.values())
 
 

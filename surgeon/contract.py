@@ -369,6 +369,14 @@ class Backend(BaseModel, abc.ABC):
     def refuses(self, graph: Graph) -> list[Refusal]:
         """What of this graph it cannot express, empty where it can all be."""
 
+    def refuses_source(self, graph: Graph) -> list[Refusal]:
+        """Those of its refusals that no pass could take away, such as a type or an option; asked before any pass works."""
+        return []
+
+    def nearer(self, graph: Graph) -> str:
+        """What to change for an artefact that is nearer to this graph, said where one is refused; empty where nothing is."""
+        return ""
+
     @abc.abstractmethod
     def lower(self, graph: Graph, folder: Path) -> Artifact:
         """Write the artefact's files into ``folder`` (exists, empty).  Never modifies the graph.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.compiled import Compiled, write_outputs
-from surgeon.contract import Backend, Pass, Plan
+from surgeon.contract import Backend, Pass, Plan, Refusal
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
@@ -112,6 +112,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             )
         with bars.step("tracing"), clock.phase("trace"):
             graph = trace_source(source)
+        if request.backend is not None and lower:
+            _refuse(request.backend, request.backend.refuses_source(graph))
         with bars.step("discovering the structure"), clock.phase("discover"):
             structure = discover(graph)
         plans = request.saved.matched(graph, request.steps) if request.saved is not None else None
@@ -191,10 +193,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
-        refusals = request.backend.refuses(graph)
-        if refusals:
-            listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
-            raise LowerError(f"backend {request.backend.name} refuses this model: {listing}")
+        _refuse(request.backend, request.backend.refuses(graph))
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
         with staged(target) as folder:
             with bars.step(f"lowering to {request.backend.name}"), clock.phase("lower"):
@@ -203,7 +202,10 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 report.warnings.append(f"the artefact was not run in this build: {artifact.unavailable}")
             else:
                 with bars.step("checking the artefact"), clock.phase("check"):
-                    comparisons = compare_artifact(artifact, graph, data.held_back, request.backend.accepted_error(graph))
+                    backend = request.backend
+                    comparisons = compare_artifact(
+                        artifact, graph, data.held_back, backend.accepted_error(graph), advice=backend.nearer(graph)
+                    )
                     report.comparisons = [Comparison(**comparison) for comparison in comparisons]
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
@@ -259,6 +261,12 @@ def _require_installed(backend: Backend) -> None:
     missing = [library for library, version in versions(type(backend)).items() if version is None]
     if missing:
         raise LowerError(f"backend {backend.name} needs {', '.join(missing)}, not installed: {backend.install()}")
+
+
+def _refuse(backend: Backend, refusals: Sequence[Refusal]) -> None:
+    if refusals:
+        listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
+        raise LowerError(f"backend {backend.name} refuses this model: {listing}")
 
 
 def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[int]:

@@ -234,6 +234,19 @@ def test_calibration_that_the_model_cannot_take(
         pipeline._reference(tiny_llama.graph, load_data(given, tiny_llama.graph))
 
 
+def test_types_that_the_backend_does_not_take_are_refused_before_any_pass_works() -> None:
+    steps = [{"drop_blocks": {"count": 5}}]  # which the pass would refuse
+    with pytest.raises(LowerError, match=r"bfloat16 has no kernels .* dtype=\"float32\" from Python"):
+        surgeon.compile(MODELS / "tiny-llama", steps, calibration=CALIBRATION, dtype="bfloat16", progress=False)
+
+
+def test_an_artefact_that_is_too_far_says_what_brings_it_nearer(tiny_llama: Trained, tmp_path: Path) -> None:
+    graph = tiny_llama.operate({"quantize": {"scheme": "int4"}}).graph
+    found = OnnxRuntime().lower(graph, tmp_path)
+    with pytest.raises(VerifyError, match=r"differs by .*, at most 1e-09 is accepted.*; accuracy_level: 4 rounds"):
+        pipeline.compare_artifact(found, graph, [batch()], 1e-9, advice=OnnxRuntime().nearer(graph))
+
+
 def test_dynamic_quantization_of_a_model_with_caches() -> None:
     steps = [{"quantize": {"scheme": "int8_dynamic"}}]
     compiled = surgeon.compile(MODELS / "tiny-llama", steps, backend=None, progress=False)
