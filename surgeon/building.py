@@ -33,6 +33,7 @@ def compile(
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
+    dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
     trust_remote_code: bool = False,
     plan: SavedPlan | str | Path | None = None,
     force: bool = False,
@@ -55,6 +56,7 @@ def compile(
         task: ``"forward"``: the model as it is called; ``"text-generation"``: with caches, to :meth:`Compiled.generate`
             from; by default forward for a module with inputs, and for a checkpoint what its architecture is for.
         dtype: load the weights in this type; as stored by default.
+        dynamic: dimensions that vary, by input, as in ``surgeon.trace``: ``{"input_ids": {0: "batch"}}``.
         trust_remote_code: run code that a checkpoint brings.
         plan: a saved plan to repeat instead of planning.
         force: replace an output of surgeon that exists.
@@ -95,6 +97,7 @@ def compile(
         evaluate=_section(Evaluate, evaluate, "evaluate"),
         task=task,
         dtype=dtype,
+        dynamic=dynamic,
         trust_remote_code=trust_remote_code,
         saved=_saved(plan),
         force=force,
@@ -144,6 +147,10 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
         evaluate=recipe.evaluate,
         task=recipe.model.task,
         dtype=recipe.model.dtype,
+        dynamic={
+            name: {dim: label for dim, label in enumerate(labels) if label is not None}
+            for name, labels in (recipe.model.dynamic or {}).items()
+        },
         trust_remote_code=recipe.model.trust_remote_code,
         saved=plan,
         force=force,

@@ -152,7 +152,10 @@ def tokenizer_for(graph: Graph, tokenizer: Any | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ObserveError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+        raise ObserveError(
+            f"no tokenizer could be loaded from {path}: {' '.join(str(error).split())[:200]}; put the tokenizer's files "
+            "there, give calibration={'text': ..., 'tokenizer': ...}, or an iterable of input dicts"
+        ) from error
 
 
 def tokenize_file(
@@ -180,13 +183,13 @@ def tokenize_file(
         raise ObserveError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
         raise ObserveError(f"{path}: the file is empty; it must hold text to run the model on")
-    encode = tokenizer_for(graph, tokenizer)
     wanted = {port.name for port in graph.inputs}
     if "input_ids" not in wanted:
         raise ObserveError(
             f"text cannot feed this model: its inputs are {', '.join(sorted(wanted))}; "
             "give calibration as an iterable of input dicts"
         )
+    encode = tokenizer_for(graph, tokenizer)
     if lines:
         encoded = encode([line for line in text.splitlines() if line.strip()], truncation=True, max_length=length)
     else:

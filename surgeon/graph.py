@@ -122,7 +122,7 @@ class Graph:
             One tensor per input port.
 
         Raises:
-            TraceError: an input is missing, unknown, or of another rank than the graph's.
+            TraceError: an input is missing, unknown, or of another rank or fixed size than the graph's.
 
         Caches and positions may be left out, see :func:`surgeon.caches.complete`.
         """
@@ -148,6 +148,11 @@ class Graph:
                 raise TraceError(
                     f"input {port.name!r} must have {len(port.shape)} dimensions {list(port.shape)}, "
                     f"found shape {list(value.shape)}"
+                )
+            if any(isinstance(size, int) and size != found for size, found in zip(port.shape, value.shape, strict=True)):
+                raise TraceError(
+                    f"input {port.name!r} must have the shape {list(port.shape)} that the model was traced for, found "
+                    f"{list(value.shape)}"
                 )
             ordered.append(value)
         return ordered

@@ -56,6 +56,7 @@ class Request:
         evaluate: what to measure on the finished artefact.
         task: see ``surgeon.trace``.
         dtype: see ``surgeon.trace``.
+        dynamic: see ``surgeon.trace``.
         trust_remote_code: see ``surgeon.trace``.
         saved: a plan to repeat.
         force: replace an existing output.
@@ -73,6 +74,7 @@ class Request:
     evaluate: Evaluate | None = None
     task: str | None = None
     dtype: str | torch.dtype | None = None
+    dynamic: Mapping[str, Mapping[int, str] | None] | None = None
     trust_remote_code: bool = False
     saved: SavedPlan | None = None
     force: bool = False
@@ -111,7 +113,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 "model by running both; give the model with its weights"
             )
         with bars.step("tracing"), clock.phase("trace"):
-            graph = trace_source(source)
+            graph = trace_source(source, dynamic=request.dynamic)
         if request.backend is not None and lower:
             _refuse(request.backend, request.backend.refuses_source(graph))
         with bars.step("discovering the structure"), clock.phase("discover"):

@@ -22,7 +22,8 @@ from surgeon.data import load_data
 from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, TraceError, VerifyError
 from surgeon.passes.drop_blocks import DropBlocks
 from surgeon.progress import Progress
-from tests.conftest import MODELS, Trained
+from surgeon.recipe import load_recipe
+from tests.conftest import MODELS, Patient, Trained
 from tests.models import tiny
 
 CALIBRATION = {"text": str(MODELS / "calibration.txt"), "samples": 8, "length": 48}
@@ -232,6 +233,29 @@ def test_calibration_that_the_model_cannot_take(
     given, _ = building._calibration(broken(batch()))
     with pytest.raises(ObserveError, match=message):
         pipeline._reference(tiny_llama.graph, load_data(given, tiny_llama.graph))
+
+
+def test_text_for_a_model_of_images_is_refused_as_that(patient: Callable[[str], Patient]) -> None:
+    given, _ = building._calibration(CALIBRATION)
+    with pytest.raises(ObserveError, match="text cannot feed this model: its inputs are pixel_values; give calibration as"):
+        load_data(given, patient("vit").graph)
+
+
+def test_dimensions_that_do_not_vary(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"inputs": batch(2, 9), "backend": None, "progress": False}
+    dynamic: dict[str, dict[int, str]] = {"input_ids": {0: "rows"}, "attention_mask": {0: "rows"}}
+    compiled = surgeon.compile(MODELS / "tiny-llama", [], dynamic=dynamic, **arguments)
+    assert compiled.graph is not None
+    assert [port.shape for port in compiled.graph.inputs] == [("rows", 9)] * 2
+    with pytest.raises(TraceError, match=r"'input_ids' must have the shape \['rows', 9\] .*found \[2, 10\]"):
+        compiled(**batch(2, 10))
+    recipe = tmp_path / "recipe.yaml"
+    dims = {"input_ids": ["rows", None], "attention_mask": ["rows", None]}
+    model = {"path": str(MODELS / "tiny-llama"), "task": "forward", "dynamic": dims}
+    recipe.write_text(json.dumps({"model": model, "passes": [], "backend": None}))
+    graph = building.compile_recipe(load_recipe(recipe), progress=False).graph
+    assert graph is not None
+    assert [port.shape for port in graph.inputs] == [("rows", 7)] * 2
 
 
 def test_types_that_the_backend_does_not_take_are_refused_before_any_pass_works() -> None:
