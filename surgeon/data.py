@@ -98,12 +98,6 @@ def _from_batches(spec: Iterable[Batch], graph: Graph) -> Data:
         if empty:
             shape = list(batch[empty[0]].shape)
             raise ObserveError(f"calibration batch {number}: {empty[0]} {shape} holds nothing; leave the batch out")
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not mask.any():
-            raise ObserveError(
-                f"calibration batch {number}: its attention_mask is 0 everywhere, so that no token counts; 1 marks a token, "
-                "0 padding"
-            )
         batches.append(dict(batch))
     if not batches:
         raise ObserveError("calibration is empty: give at least one batch of the model's keyword inputs")

@@ -37,7 +37,15 @@ from surgeon.source import load_source
 from surgeon.structure import Structure
 from surgeon.sweep import run_pass
 from surgeon.tracing import trace_source
-from surgeon.verify import check_caches, check_exact, check_parameters, check_structure, check_thresholds, compare_artifact
+from surgeon.verify import (
+    check_caches,
+    check_exact,
+    check_finite,
+    check_parameters,
+    check_structure,
+    check_thresholds,
+    compare_artifact,
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 check_parameters(step, plan, before, structure_before, graph)
                 check_caches(step, graph, data.held_back)
                 previous, current = current, _outputs(graph, data.held_back)
+                check_finite(step, previous, current)
                 exact = step.exact(plan)
                 divergence = {"exact_error": check_exact(step, previous, current)} if exact else {}
                 divergence |= compare(
@@ -281,6 +290,13 @@ def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[i
 
 def _reference(graph: Graph, data: Data) -> list[Outputs]:
     """Outputs of the source on held-back data; its longest calibration batch is run too, before any pass has worked for it."""
+    for number, batch in enumerate((*data.calibration, *(data.held_back if data.real else ()))):
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask.any():
+            raise ObserveError(
+                f"calibration batch {number}: its attention_mask is 0 everywhere, so that no token counts; 1 marks a token, "
+                "0 padding"
+            )
     longest = sorted(data.calibration, key=lambda batch: sum(value.numel() for value in batch.values()))[-1:]
     for batch in longest:
         try:

@@ -107,9 +107,15 @@ class SavedPlan(BaseModel):
                     "edit the plan's decisions, not the recipe, or plan again"
                 )
             try:
-                plans.append(step.plan_type.model_validate(planned.plan))
+                plan = step.plan_type.model_validate(planned.plan)
             except ValidationError as error:
                 raise PlanError(f"passes.{number} ({step.name}): the plan cannot be read: {first_problem(error)}") from error
+            sites = [decision.site for decision in plan.decisions]
+            twice = sorted({site for site in sites if sites.count(site) > 1})
+            if twice:
+                names = ", ".join(twice)
+                raise PlanError(f"passes.{number} ({step.name}): the plan decides on {names} more than once; keep one")
+            plans.append(plan)
         return plans
 
 

@@ -82,6 +82,30 @@ def check_exact(step: Pass[Any], before: Sequence[Outputs], after: Sequence[Outp
     return worst
 
 
+def check_finite(step: Pass[Any], before: Sequence[Outputs], after: Sequence[Outputs]) -> None:
+    """No number overflows, or becomes NaN, that was finite before the pass; divergences of such outputs say nothing.
+
+    Args:
+        step: the pass.
+        before: outputs of the graph before the pass, one per batch.
+        after: outputs of the rewritten graph on the same batches.
+
+    Raises:
+        VerifyError: names the output and how many of its numbers.
+    """
+    for expected, found in zip(before, after, strict=True):
+        for name, wanted in expected.items():
+            value = found.get(name)
+            if value is None or value.shape != wanted.shape or not value.is_floating_point():
+                continue
+            lost = int((wanted.isfinite() & ~value.isfinite()).sum())
+            if lost:
+                raise VerifyError(
+                    f"{step.name}: {lost} of {value.numel()} numbers of output {name!r} are NaN or infinite ({value.dtype}) "
+                    "that were finite before this pass; a plan holds such a number, or this type overflows: try dtype float32"
+                )
+
+
 def check_caches(step: Pass[Any], graph: Graph, batches: Sequence[Batch]) -> None:
     """A graph with caches computes the same whether a text is read at once or in two parts.
 

@@ -95,10 +95,23 @@ def test_a_saved_plan_repeats_and_can_be_edited(compiled: surgeon.Compiled, tmp_
         surgeon.compile(MODELS / "tiny-mixtral", steps[:1], plan=path, backend=None, progress=False)
     with pytest.raises(PlanError, match="made with other options"):
         surgeon.compile(MODELS / "tiny-llama", [{"drop_blocks": {"count": 2}}], plan=path, backend=None, progress=False)
-    data["passes"][0]["plan"]["decisions"][0]["site"] = "blocks.17"
+    decisions = data["passes"][0]["plan"]["decisions"]
+    decisions.append(decisions[0])
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"passes\.0 \(drop_blocks\): the plan decides on blocks\.0 more than once"):
+        surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+    decisions.pop()
+    decisions[0]["site"] = "blocks.17"
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match="passes.0 .drop_blocks.*blocks.17"):
         surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+
+
+def test_outputs_that_become_nan_are_refused() -> None:
+    whole, spoilt = {"logits": torch.tensor([1.0, -torch.inf])}, {"logits": torch.tensor([torch.nan, -torch.inf])}
+    pipeline.check_finite(DropBlocks(count=1), [whole], [whole])  # what was infinite may stay so
+    with pytest.raises(VerifyError, match=r"drop_blocks: 1 of 2 numbers of output 'logits' are NaN or infinite"):
+        pipeline.check_finite(DropBlocks(count=1), [whole], [spoilt])
 
 
 def test_without_a_backend_the_graph_is_differentiable() -> None:
