@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
+import torch
 from torch import Tensor, fx
 
 from surgeon.errors import GenerateError, LowerError, PlanError
@@ -330,6 +331,7 @@ class Backend(BaseModel, abc.ABC):
     Class attributes:
         name: registered name, equal to the file's name and the YAML key.
         tolerance: largest relative error of the artefact against the graph that a build accepts.
+        half_tolerance: the same where it computes in types of 16 bits, by type; tracing grants as much.
         low_bit_tolerance: the same where the graph holds low-bit weights, whose kernels may round activations too.
         dynamic_tolerance: the same where activations are rounded at run time.  Rounding is discontinuous: a difference in
             the last place flips a code, the flip moves later tensors' ranges, and so on through the layers; single layers
@@ -340,6 +342,7 @@ class Backend(BaseModel, abc.ABC):
 
     name: ClassVar[str]
     tolerance: ClassVar[float] = 1e-3
+    half_tolerance: ClassVar[Mapping[torch.dtype, float]] = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
     low_bit_tolerance: ClassVar[float] = 5e-2
     dynamic_tolerance: ClassVar[float] = 0.25
 
@@ -348,7 +351,11 @@ class Backend(BaseModel, abc.ABC):
         operators = {str(node.target) for node in graph.module.graph.nodes}
         if "surgeon.fake_quantize_dynamic.default" in operators:
             return self.dynamic_tolerance
-        return self.low_bit_tolerance if "surgeon.dequantize.default" in operators else self.tolerance
+        if "surgeon.dequantize.default" in operators:
+            return self.low_bit_tolerance
+        values = [node.meta.get("val") for node in graph.module.graph.nodes if node.op == "call_function"]
+        types = {value.dtype for value in values if isinstance(value, Tensor)}
+        return max([self.tolerance, *(self.half_tolerance.get(dtype, 0.0) for dtype in types)])
 
     @classmethod
     @abc.abstractmethod

@@ -677,6 +677,14 @@ def test_bfloat16_is_refused_on_the_cpu() -> None:
     assert OnnxRuntime(provider="cuda").refuses_source(graph) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "accepted"), [(torch.float32, 1e-3), (torch.float64, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+def test_types_of_16_bits_are_held_to_their_own_rounding(dtype: torch.dtype, accepted: float) -> None:
+    graph = graph_of(nn.Sequential(nn.Linear(4, 4)).to(dtype), {"input": torch.randn(2, 4, dtype=dtype)}, {"input": {0: "b"}})
+    assert OnnxRuntime().accepted_error(graph) == accepted
+
+
 def test_what_brings_a_low_bit_artefact_nearer() -> None:
     codes = quantize_groupwise(torch.randn(8, 64), bits=4, group=32, symmetric=True)
     graph = graph_of(LowBitLinear(codes), {"x": torch.randn(2, 3, 64)}, X)
