@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
 import torch
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, fx
 
 from surgeon.errors import GenerateError, LowerError, PlanError

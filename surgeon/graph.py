@@ -126,9 +126,9 @@ class Graph:
 
         Caches and positions may be left out, see :func:`surgeon.caches.complete`.
         """
-        for name, value in inputs.items():  # what is left out follows from what is given
-            if not isinstance(value, Tensor):
-                raise TraceError(f"input {name!r} must be a torch.Tensor, found {type(value).__name__}")
+        problem = caches.misfit(self.inputs, inputs)
+        if problem:
+            raise TraceError(problem)
         inputs = caches.complete(self.inputs, inputs)
         names = [port.name for port in self.inputs]
         unknown = sorted(set(inputs) - set(names))
@@ -144,11 +144,6 @@ class Graph:
         ordered = []
         for port in self.inputs:
             value = inputs[port.name]
-            if value.dim() != len(port.shape):
-                raise TraceError(
-                    f"input {port.name!r} must have {len(port.shape)} dimensions {list(port.shape)}, "
-                    f"found shape {list(value.shape)}"
-                )
             if any(isinstance(size, int) and size != found for size, found in zip(port.shape, value.shape, strict=True)):
                 raise TraceError(
                     f"input {port.name!r} must have the shape {list(port.shape)} that the model was traced for, found "

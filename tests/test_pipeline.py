@@ -248,6 +248,17 @@ def test_calibration_that_the_model_cannot_take(
         pipeline._reference(tiny_llama.graph, load_data(given, tiny_llama.graph))
 
 
+def test_inputs_of_the_wrong_kind_are_named_in_calls(compiled: surgeon.Compiled) -> None:
+    ids, mask = batch().values()
+    assert compiled.graph is not None
+    calls: list[tuple[Any, type[SurgeonError]]] = [(compiled, LowerError), (compiled.graph, TraceError)]
+    for call, error in calls:
+        with pytest.raises(error, match=r"input 'input_ids' must have shape \['batch', 'sequence'\], found \[9\]"):
+            call(input_ids=ids[0], attention_mask=mask[0])
+        with pytest.raises(error, match=r"input 'input_ids' must be a torch\.Tensor, found list"):
+            call(input_ids=ids.tolist(), attention_mask=mask)
+
+
 def test_text_for_a_model_of_images_is_refused_as_that(patient: Callable[[str], Patient]) -> None:
     given, _ = building._calibration(CALIBRATION)
     with pytest.raises(ObserveError, match="text cannot feed this model: its inputs are pixel_values; give calibration as"):
