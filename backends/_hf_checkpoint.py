@@ -205,7 +205,7 @@ def _filled(fill: Mapping[str, str], fitted: Fitted, source: Source, state: dict
     if source.path is not None:
         from surgeon.checkpoint import load_checkpoint
 
-        module, _ = load_checkpoint(Path(source.path), dtype=None, trust_remote_code=False)
+        module = load_checkpoint(Path(source.path), dtype=None, trust_remote_code=False)[0]
         own = module.state_dict()
     for name, origin in fill.items():
         found = own.get(origin)

@@ -32,19 +32,26 @@ def unsupported(graph: Graph, provider: str, opset: int) -> list[Refusal]:
     """Every reason why this graph cannot be lowered, one per operator and type."""
     found: dict[str, Refusal] = {}
     for node in graph.module.graph.nodes:
+        if node.op == "call_function" and not _translates(node.target, opset):
+            found.setdefault(
+                str(node.target), Refusal(node.name, f"operator {node.target} has no ONNX translation at opset {opset}")
+            )
+    return [*without_kernels(graph, provider), *found.values()]
+
+
+def without_kernels(graph: Graph, provider: str) -> list[Refusal]:
+    """Types of this graph that the provider has no kernels for, one node of each."""
+    found: dict[torch.dtype, Refusal] = {}
+    for node in graph.module.graph.nodes:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, tuple | list) else (value,):
             codes = node.op == "get_attr" and all(user.target is DEQUANTIZE for user in node.users)
             if isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider] and not codes:
                 reason = (
                     f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
-                    "(model: {dtype: float32})"
+                    "(model: {dtype: float32}, or dtype=\"float32\" from Python)"
                 )
-                found.setdefault(f"dtype {tensor.dtype}", Refusal(node.name, reason))
-        if node.op == "call_function" and not _translates(node.target, opset):
-            found.setdefault(
-                str(node.target), Refusal(node.name, f"operator {node.target} has no ONNX translation at opset {opset}")
-            )
+                found.setdefault(tensor.dtype, Refusal(node.name, reason))
     return list(found.values())
 
 
@@ -83,6 +90,8 @@ def rounding_response(graph: Graph) -> float:
     dynamically quantized.  The input is the example, repeated along its dynamic dimensions to 64 or what they allow:
     the more values there are, the more of them sit on a boundary.
     """
+    from surgeon.source import size_of
+
     target = torch.ops.surgeon.fake_quantize_dynamic.default
     if not any(node.target == target for node in graph.module.graph.nodes):
         return 0.0
@@ -95,13 +104,18 @@ def rounding_response(graph: Graph) -> float:
                 args = ((args[0] * (1 + noise.to(args[0]))), *args[1:])
             return super().call_function(function, args, kwargs)
 
+    sizes = {  # of a dimension that is a sum of others (past + sequence) those say the size
+        name: max(graph.example[port.name].shape[axis], min(64, graph.dims[name].max or 64))
+        for port in graph.inputs
+        for axis, name in enumerate(port.shape)
+        if isinstance(name, str) and name in graph.dims
+    }
     inputs = []
     for port in graph.inputs:
         value = graph.example[port.name]
         for axis, name in enumerate(port.shape):
             if isinstance(name, str):
-                length = max(value.shape[axis], min(64, graph.dims[name].max or 64))
-                rows = torch.arange(length) % value.shape[axis]
+                rows = torch.arange(size_of(name, sizes, value.shape[axis])) % value.shape[axis]
                 value = value.index_select(axis, rows)
         inputs.append(value)
     with torch.no_grad():

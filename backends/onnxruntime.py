@@ -102,18 +102,27 @@ class OnnxRuntime(Backend):
         """Operators that neither torch.onnx nor this backend translates, and types the provider has no kernels for."""
         from surgeon.backends._onnx_support import unsupported
 
-        gpu = ("shapes", "ep_context")
-        elsewhere = {"cpu": gpu, "cuda": ("caches", *gpu), "tensorrt": FUSING}[self.provider]
-        found = [
-            Refusal(name, f"has no meaning with provider: {self.provider}")
-            for name in elsewhere
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
-        ]
+        found = self._misused()
         if self.provider == "tensorrt":
             return [*found, *dialect.refusals(graph), *profiles.refusals(self.shapes, graph)]
         found += unsupported(graph, self.provider, self.opset)
         found += shared.refusals(graph) if self.caches == "shared" and self.provider == "cpu" else []
         return [*found, *genai.refusals(graph)] if self.genai else found
+
+    def refuses_source(self, graph: Graph) -> list[Refusal]:
+        """Options that mean nothing with this provider, and types that it has no kernels for."""
+        from surgeon.backends._onnx_support import without_kernels
+
+        return [*self._misused(), *([] if self.provider == "tensorrt" else without_kernels(graph, self.provider))]
+
+    def _misused(self) -> list[Refusal]:
+        gpu = ("shapes", "ep_context")
+        elsewhere = {"cpu": gpu, "cuda": ("caches", *gpu), "tensorrt": FUSING}[self.provider]
+        return [
+            Refusal(name, f"has no meaning with provider: {self.provider}")
+            for name in elsewhere
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
 
     def accepted_error(self, graph: Graph) -> float:
         """Largest relative error of an output that the build accepts.
@@ -125,6 +134,16 @@ class OnnxRuntime(Backend):
         from surgeon.backends._onnx_support import rounding_response
 
         return max(super().accepted_error(graph), 2 * rounding_response(graph))
+
+    def nearer(self, graph: Graph) -> str:
+        """Activations that stay in the model's type, where low-bit products round them."""
+        low_bit = any(str(node.target) == "surgeon.dequantize.default" for node in graph.module.graph.nodes)
+        if self.accuracy_level != 4 or not low_bit or self.provider == "tensorrt":
+            return ""
+        return (
+            "accuracy_level: 4 rounds the inputs of low-bit products, which changes the choice where experts have nearly "
+            "equal scores; accuracy_level: 0 keeps them in the model's type"
+        )
 
     def lower(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact | OnnxHalvesArtifact:
         """Write ``model.onnx``, or one file for each half of an encoder-decoder with caches.

@@ -40,6 +40,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -247,6 +248,10 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
                 raise PlanError(
                     f"{decision.site}: the plan weighs {len(decision.weights)} experts, it has {site.part.experts}"
                 )
+            if not abs(sum(decision.weights) - 1) < 1e-3:
+                raise PlanError(f"{decision.site}: the experts' weights add up to {sum(decision.weights):.4g}, needed 1")
+            if not math.isfinite(decision.scale):
+                raise PlanError(f"{decision.site}: the plan says scale {decision.scale}, needed a finite number")
             if decision.width != self._width(site):
                 raise PlanError(f"{decision.site}: the plan says width {decision.width}, {self._width(site)} is needed")
             if self.method == "top_columns":

@@ -296,7 +296,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
                     f"{site.part.experts} experts exactly once"
                 )
             shapes = [len(group) for group in decision.groups], [len(weights) for weights in decision.weights]
-            if shapes[0] != shapes[1] or any(abs(sum(weights) - 1.0) > 1e-6 for weights in decision.weights):
+            if shapes[0] != shapes[1] or not all(abs(sum(weights) - 1.0) <= 1e-6 for weights in decision.weights):
                 raise PlanError(f"{decision.site}: each group needs one weight per expert, adding up to 1")
 
     def apply(self, editor: Editor, structure: Structure, plan: MergeExpertsPlan, statistics: Statistics) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgeon.compiled import Compiled
 from surgeon.contract import Backend, Pass
-from surgeon.errors import RecipeError
+from surgeon.errors import PlanError, RecipeError
 from surgeon.observe import Batch
 from surgeon.pipeline import Request, run
 from surgeon.plans import SavedPlan
@@ -33,6 +33,7 @@ def compile(
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
+    dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
     trust_remote_code: bool = False,
     plan: SavedPlan | str | Path | None = None,
     force: bool = False,
@@ -55,6 +56,7 @@ def compile(
         task: ``"forward"``: the model as it is called; ``"text-generation"``: with caches, to :meth:`Compiled.generate`
             from; by default forward for a module with inputs, and for a checkpoint what its architecture is for.
         dtype: load the weights in this type; as stored by default.
+        dynamic: dimensions that vary, by input, as in ``surgeon.trace``: ``{"input_ids": {0: "batch"}}``.
         trust_remote_code: run code that a checkpoint brings.
         plan: a saved plan to repeat instead of planning.
         force: replace an output of surgeon that exists.
@@ -79,7 +81,7 @@ def compile(
         verify = verify if verify is not None else recipe.verify
         evaluate = evaluate if evaluate is not None else recipe.evaluate
     else:
-        steps = tuple(make_pass(item) for item in passes)
+        steps = tuple(make_pass(item) for item in _listed(passes))
     spec, tokenizer = _calibration(calibration)
     if backend is None and output is not None:
         raise RecipeError("output: there is nothing to write without a backend; name one or leave output out")
@@ -95,8 +97,9 @@ def compile(
         evaluate=_section(Evaluate, evaluate, "evaluate"),
         task=task,
         dtype=dtype,
+        dynamic=dynamic,
         trust_remote_code=trust_remote_code,
-        saved=SavedPlan.read(plan) if isinstance(plan, str | Path) else plan,
+        saved=_saved(plan),
         force=force,
         recipe=recipe,
     )
@@ -144,11 +147,35 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
         evaluate=recipe.evaluate,
         task=recipe.model.task,
         dtype=recipe.model.dtype,
+        dynamic={
+            name: {dim: label for dim, label in enumerate(labels) if label is not None}
+            for name, labels in (recipe.model.dynamic or {}).items()
+        },
         trust_remote_code=recipe.model.trust_remote_code,
         saved=plan,
         force=force,
         recipe=recipe,
     )
+
+
+def _listed(passes: Any) -> Sequence[Any]:
+    """The passes as a list; a mapping of several would say nothing of their order, and iterates over bare names."""
+    if isinstance(passes, Sequence):
+        return passes
+    found = f"a mapping of {', '.join(map(str, passes))}" if isinstance(passes, Mapping) else type(passes).__name__
+    raise RecipeError(
+        f"passes: found {found}, needed a list of passes in their order, such as [{{'drop_blocks': {{'count': 2}}}}], or "
+        "the path of a recipe; an empty list changes nothing"
+    )
+
+
+def _saved(plan: Any) -> SavedPlan | None:
+    """A saved plan, read where it is a path."""
+    if plan is None or isinstance(plan, SavedPlan):
+        return plan
+    if isinstance(plan, str | Path):
+        return SavedPlan.read(plan)
+    raise PlanError(f"plan: found {type(plan).__name__}, needed the path of a plan file or a surgeon.SavedPlan")
 
 
 def _calibration(given: Any) -> tuple[Calibration | tuple[Batch, ...] | None, Any]:
@@ -159,10 +186,21 @@ def _calibration(given: Any) -> tuple[Calibration | tuple[Batch, ...] | None, An
         return Calibration(text=Path(given)), None
     if isinstance(given, Mapping):
         fields = dict(given)
+        tensors = [str(name) for name, value in fields.items() if isinstance(value, Tensor)]
+        if tensors:
+            raise RecipeError(
+                f"calibration: found one mapping of tensors ({', '.join(tensors)}), needed several batches: an iterable of "
+                "such mappings, [{...}, {...}]; the last one is held back for checks"
+            )
         tokenizer = fields.pop("tokenizer", None)
         if isinstance(fields.get("text"), Path):
             fields["text"] = str(fields["text"])
         return _section(Calibration, fields, "calibration"), tokenizer
+    if not isinstance(given, Iterable):
+        raise RecipeError(
+            f"calibration: found {type(given).__name__}, needed a text file, a mapping with the key text, or an iterable of "
+            "batches (mappings of input names to tensors)"
+        )
     return tuple(given), None
 
 

@@ -83,6 +83,22 @@ def asked(inputs: Sequence[Port], outputs: Sequence[Port], given: Mapping[str, A
     return [port for port in outputs if not (plain and port.role in KEPT)]
 
 
+def misfit(ports: Sequence[Port], inputs: Mapping[str, Any]) -> str:
+    """What is wrong with an input that is given, before others are made from it; empty where type and rank are right.
+
+    Args:
+        ports: inputs of the graph or artefact.
+        inputs: what the caller gave, by name.
+    """
+    for port in ports:
+        value = inputs.get(port.name)
+        if port.name in inputs and not isinstance(value, Tensor):
+            return f"input {port.name!r} must be a torch.Tensor, found {type(value).__name__}"
+        if isinstance(value, Tensor) and value.dim() != len(port.shape):
+            return f"input {port.name!r} must have shape {list(port.shape)}, found {list(value.shape)}"
+    return ""
+
+
 def complete(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a call with what may be left out filled in: empty caches, positions of the new tokens, routing.
 

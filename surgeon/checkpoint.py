@@ -17,7 +17,9 @@ from surgeon.fake import fake_weights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
-def load_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[nn.Module, tuple[str, ...]]:
+def load_checkpoint(
+    path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
     """Load the model of a checkpoint directory.
 
     Args:
@@ -26,10 +28,11 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code:
         trust_remote_code: allow the checkpoint's own Python code.
 
     Returns:
-        The model and the names of the weights that the checkpoint did not hold.
+        The model, the names of the weights that the checkpoint did not hold, and of those that the model has no place for.
 
     Raises:
-        TraceError: no directory, no configuration, no readable safetensors, or a class that cannot be built.
+        TraceError: no directory, no configuration, no readable safetensors, a class that cannot be built, or weights of
+            other shapes than the configuration says.
     """
     if not path.is_dir():
         raise TraceError(f"{path} is a file; give the directory that holds config.json and *.safetensors{_advice(path)}")
@@ -44,13 +47,20 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code:
                 output_loading_info=True,
                 use_safetensors=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **({"trust_remote_code": True} if trust_remote_code else {}),
             )
         except Exception as error:  # configuration, shapes and code of a checkpoint can fail in any way
             raise TraceError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
-    missing = sorted({*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))})
+    misfits = sorted((str(name), list(held), list(wanted)) for name, held, wanted in info["mismatched_keys"])
+    if misfits:
+        listed = ", ".join(f"{name} is {held}, needed {wanted}" for name, held, wanted in misfits[:5])
+        raise TraceError(
+            f"{path}: {len(misfits)} weights have other shapes than config.json says: {listed}"
+            f"{' ...' if len(misfits) > 5 else ''}; give the config.json that they were saved with"
+        )
     module: nn.Module = model
-    return module, tuple(missing)
+    return module, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
 
 
 def build_checkpoint(path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, fx
 
@@ -342,6 +343,7 @@ class Backend(BaseModel, abc.ABC):
     Class attributes:
         name: registered name, equal to the file's name and the YAML key.
         tolerance: largest relative error of the artefact against the graph that a build accepts.
+        half_tolerance: the same where it computes in types of 16 bits, by type; tracing grants as much.
         low_bit_tolerance: the same where the graph holds low-bit weights, whose kernels may round activations too.
         dynamic_tolerance: the same where activations are rounded at run time.  Rounding is discontinuous: a difference in
             the last place flips a code, the flip moves later tensors' ranges, and so on through the layers; single layers
@@ -352,6 +354,7 @@ class Backend(BaseModel, abc.ABC):
 
     name: ClassVar[str]
     tolerance: ClassVar[float] = 1e-3
+    half_tolerance: ClassVar[Mapping[torch.dtype, float]] = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
     low_bit_tolerance: ClassVar[float] = 5e-2
     dynamic_tolerance: ClassVar[float] = 0.25
 
@@ -360,7 +363,11 @@ class Backend(BaseModel, abc.ABC):
         operators = {str(node.target) for node in graph.module.graph.nodes}
         if "surgeon.fake_quantize_dynamic.default" in operators:
             return self.dynamic_tolerance
-        return self.low_bit_tolerance if "surgeon.dequantize.default" in operators else self.tolerance
+        if "surgeon.dequantize.default" in operators:
+            return self.low_bit_tolerance
+        values = [node.meta.get("val") for node in graph.module.graph.nodes if node.op == "call_function"]
+        types = {value.dtype for value in values if isinstance(value, Tensor)}
+        return max([self.tolerance, *(self.half_tolerance.get(dtype, 0.0) for dtype in types)])
 
     @classmethod
     @abc.abstractmethod
@@ -380,6 +387,14 @@ class Backend(BaseModel, abc.ABC):
     @abc.abstractmethod
     def refuses(self, graph: Graph) -> list[Refusal]:
         """What of this graph it cannot express, empty where it can all be."""
+
+    def refuses_source(self, graph: Graph) -> list[Refusal]:
+        """Those of its refusals that no pass could take away, such as a type or an option; asked before any pass works."""
+        return []
+
+    def nearer(self, graph: Graph) -> str:
+        """What to change for an artefact that is nearer to this graph, said where one is refused; empty where nothing is."""
+        return ""
 
     @abc.abstractmethod
     def lower(self, graph: Graph, folder: Path) -> Artifact:

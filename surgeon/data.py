@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from surgeon.caches import OPTIONAL, SUM
-from surgeon.errors import ObserveError
+from surgeon.errors import ObserveError, TraceError
 from surgeon.graph import Graph
 from surgeon.observe import Batch
 
@@ -79,6 +79,7 @@ def load_data(spec: Calibration | Iterable[Batch] | None, graph: Graph, tokenize
     batches = tuple(
         collate(used[start : start + spec.batch], graph, pad) for start in range(0, len(used), spec.batch)
     )
+    _check_ids(graph, (*batches, *held_back), str(spec.text))
     return Data(batches, held_back, reserve > 0, notes)
 
 
@@ -89,13 +90,41 @@ def _from_batches(spec: Iterable[Batch], graph: Graph) -> Data:
             raise ObserveError(
                 f"calibration batch {number} must be a mapping of input names to tensors, found {type(batch).__name__}"
             )
-        graph.bind(batch)
+        try:
+            graph.bind(batch)
+        except TraceError as error:
+            raise ObserveError(f"calibration batch {number}: {error}") from error
+        empty = [port.name for port in graph.inputs if port.role not in OPTIONAL and batch[port.name].numel() == 0]
+        if empty:
+            shape = list(batch[empty[0]].shape)
+            raise ObserveError(f"calibration batch {number}: {empty[0]} {shape} holds nothing; leave the batch out")
         batches.append(dict(batch))
     if not batches:
         raise ObserveError("calibration is empty: give at least one batch of the model's keyword inputs")
+    _check_ids(graph, batches, "calibration")
     if len(batches) == 1:
         return Data(tuple(batches), tuple(synthetic_batches(graph)), False, ("one batch only: checks used random inputs",))
     return Data(tuple(batches[:-1]), (batches[-1],), True)
+
+
+def _check_ids(graph: Graph, batches: Iterable[Batch], what: str) -> None:
+    """Refuse numbers that a table of the model has no row for; torch would only say that an index is out of range."""
+    ports = dict(zip((node for node in graph.module.graph.nodes if node.op == "placeholder"), graph.inputs, strict=True))
+    rows: dict[str, int] = {}
+    for node in graph.module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1] in ports:
+            name = ports[node.args[1]].name
+            rows[name] = min(node.args[0].meta["val"].shape[0], rows.get(name, 1 << 62))
+    for number, batch in enumerate(batches):
+        for name, count in rows.items():
+            if name not in batch or batch[name].is_floating_point():
+                continue
+            low, high = int(batch[name].min()), int(batch[name].max())
+            if low < 0 or high >= count:
+                raise ObserveError(
+                    f"{what} batch {number}: {name} holds {low if low < 0 else high}, and the model's table has rows 0 to "
+                    f"{count - 1}; is it the tokenizer of this model, and padding a token of it?"
+                )
 
 
 def tokenizer_for(graph: Graph, tokenizer: Any | None = None) -> Any:
@@ -117,7 +146,10 @@ def tokenizer_for(graph: Graph, tokenizer: Any | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ObserveError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+        raise ObserveError(
+            f"no tokenizer could be loaded from {path}: {' '.join(str(error).split())[:200]}; put the tokenizer's files "
+            "there, give calibration={'text': ..., 'tokenizer': ...}, or an iterable of input dicts"
+        ) from error
 
 
 def tokenize_file(
@@ -145,27 +177,30 @@ def tokenize_file(
         raise ObserveError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
         raise ObserveError(f"{path}: the file is empty; it must hold text to run the model on")
-    encode = tokenizer_for(graph, tokenizer)
     wanted = {port.name for port in graph.inputs}
     if "input_ids" not in wanted:
         raise ObserveError(
             f"text cannot feed this model: its inputs are {', '.join(sorted(wanted))}; "
             "give calibration as an iterable of input dicts"
         )
+    encode = tokenizer_for(graph, tokenizer)
     if lines:
         encoded = encode([line for line in text.splitlines() if line.strip()], truncation=True, max_length=length)
     else:
         encoded = encode(text, truncation=True, max_length=length, return_overflowing_tokens=True)
     columns = {name: encoded[name] for name in encoded if name in wanted}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    longest = max(len(row["input_ids"]) for row in rows)
-    if longest > length:  # where special tokens leave no place for text, tokenizers do not cut at all
-        raise ObserveError(f"length {length}: the tokenizer makes rows of {longest} tokens of {path}; choose a longer length")
     if not lines and len(rows) > 1 and len(rows[-1]["input_ids"]) < length:
         rows.pop()
     if seed is not None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         rows = [rows[index] for index in order]
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    if longest > length:  # where special tokens leave no place for text, tokenizers do not cut at all
+        raise ObserveError(
+            f"{path}: the tokenizer does not cut rows to length {length}, they have up to {longest} tokens; give a greater "
+            "length, which counts special tokens too, or batches of tensors"
+        )
     return rows[:limit]
 
 

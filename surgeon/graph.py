@@ -122,10 +122,13 @@ class Graph:
             One tensor per input port.
 
         Raises:
-            TraceError: an input is missing, unknown, or of another rank than the graph's.
+            TraceError: an input is missing, unknown, or of another rank or fixed size than the graph's.
 
         Caches and positions may be left out, see :func:`surgeon.caches.complete`.
         """
+        problem = caches.misfit(self.inputs, inputs)
+        if problem:
+            raise TraceError(problem)
         inputs = caches.complete(self.inputs, inputs)
         names = [port.name for port in self.inputs]
         unknown = sorted(set(inputs) - set(names))
@@ -141,12 +144,10 @@ class Graph:
         ordered = []
         for port in self.inputs:
             value = inputs[port.name]
-            if not isinstance(value, Tensor):
-                raise TraceError(f"input {port.name!r} must be a torch.Tensor, found {type(value).__name__}")
-            if value.dim() != len(port.shape):
+            if any(isinstance(size, int) and size != found for size, found in zip(port.shape, value.shape, strict=True)):
                 raise TraceError(
-                    f"input {port.name!r} must have {len(port.shape)} dimensions {list(port.shape)}, "
-                    f"found shape {list(value.shape)}"
+                    f"input {port.name!r} must have the shape {list(port.shape)} that the model was traced for, found "
+                    f"{list(value.shape)}"
                 )
             ordered.append(value)
         return ordered

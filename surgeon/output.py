@@ -27,13 +27,19 @@ def check_free(target: Path, force: bool) -> None:
     """
     if target.is_file():
         raise RecipeError(f"output: {target} is a file; an output is a directory, name another one")
+    parent = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"output: {target} would lie in {parent}, which is a file; name another directory")
     if target.exists() and not force:
         raise RecipeError(f"output: {target} exists already; remove it, name another directory, or pass --force (force=True)")
     if target.exists() and not (target / "surgeon.json").exists() and any(target.iterdir()):
         raise RecipeError(f"output: {target} is not an output of surgeon; force replaces only those, name another directory")
-    parent = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise RecipeError(f"output: {parent} cannot be written to")
+    trial = parent / f".{target.name}.building-{os.getpid()}"
+    try:  # permissions do not say it all: some disks are mounted to be read
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise RecipeError(f"output: {parent} cannot be written to ({error.strerror}); name another directory") from error
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.compiled import Compiled, write_outputs
-from surgeon.contract import Backend, Pass, Plan
+from surgeon.contract import Backend, Pass, Plan, Refusal
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
-from surgeon.errors import LowerError, RecipeError, SurgeonError, TraceError
+from surgeon.errors import LowerError, ObserveError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, compare, is_language_model
 from surgeon.final_check import evaluate_section
 from surgeon.graph import Graph
@@ -37,7 +37,15 @@ from surgeon.source import load_source
 from surgeon.structure import Structure
 from surgeon.sweep import run_pass
 from surgeon.tracing import trace_source
-from surgeon.verify import check_caches, check_exact, check_parameters, check_structure, check_thresholds, compare_artifact
+from surgeon.verify import (
+    check_caches,
+    check_exact,
+    check_finite,
+    check_parameters,
+    check_structure,
+    check_thresholds,
+    compare_artifact,
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Request:
         evaluate: what to measure on the finished artefact.
         task: see ``surgeon.trace``.
         dtype: see ``surgeon.trace``.
+        dynamic: see ``surgeon.trace``.
         trust_remote_code: see ``surgeon.trace``.
         saved: a plan to repeat.
         force: replace an existing output.
@@ -73,6 +82,7 @@ class Request:
     evaluate: Evaluate | None = None
     task: str | None = None
     dtype: str | torch.dtype | None = None
+    dynamic: Mapping[str, Mapping[int, str] | None] | None = None
     trust_remote_code: bool = False
     saved: SavedPlan | None = None
     force: bool = False
@@ -111,7 +121,9 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 "model by running both; give the model with its weights"
             )
         with bars.step("tracing"), clock.phase("trace"):
-            graph = trace_source(source)
+            graph = trace_source(source, dynamic=request.dynamic)
+        if request.backend is not None and lower:
+            _refuse(request.backend, request.backend.refuses_source(graph))
         with bars.step("discovering the structure"), clock.phase("discover"):
             structure = discover(graph)
         plans = request.saved.matched(graph, request.steps) if request.saved is not None else None
@@ -121,7 +133,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         with bars.step("reference outputs"), clock.phase("reference"):
             data = load_data(request.calibration, graph, request.tokenizer)
             language_model = is_language_model(graph)
-            reference = _outputs(graph, data.held_back)
+            reference = _reference(graph, data)
             report = _new_report(request, graph, structure, data, source.notes)
 
         # the passes
@@ -142,6 +154,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 check_parameters(step, plan, before, structure_before, graph)
                 check_caches(step, graph, data.held_back)
                 previous, current = current, _outputs(graph, data.held_back)
+                check_finite(step, previous, current)
                 exact = step.exact(plan)
                 divergence = {"exact_error": check_exact(step, previous, current)} if exact else {}
                 divergence |= compare(
@@ -191,10 +204,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
-        refusals = request.backend.refuses(graph)
-        if refusals:
-            listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
-            raise LowerError(f"backend {request.backend.name} refuses this model: {listing}")
+        _refuse(request.backend, request.backend.refuses(graph))
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
         with staged(target, request.force) as folder:
             with bars.step(f"lowering to {request.backend.name}"), clock.phase("lower"):
@@ -203,7 +213,10 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 report.warnings.append(f"the artefact was not run in this build: {artifact.unavailable}")
             else:
                 with bars.step("checking the artefact"), clock.phase("check"):
-                    comparisons = compare_artifact(artifact, graph, data.held_back, request.backend.accepted_error(graph))
+                    backend = request.backend
+                    comparisons = compare_artifact(
+                        artifact, graph, data.held_back, backend.accepted_error(graph), advice=backend.nearer(graph)
+                    )
                     report.comparisons = [Comparison(**comparison) for comparison in comparisons]
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
@@ -261,12 +274,40 @@ def _require_installed(backend: Backend) -> None:
         raise LowerError(f"backend {backend.name} needs {', '.join(missing)}, not installed: {backend.install()}")
 
 
+def _refuse(backend: Backend, refusals: Sequence[Refusal]) -> None:
+    if refusals:
+        listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
+        raise LowerError(f"backend {backend.name} refuses this model: {listing}")
+
+
 def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[int]:
     """Blocks of which no weight is read any more."""
     if len(after.blocks) == len(before.blocks):
         return []
     alive = set(graph.parameters())
     return [block.index for block in before.blocks if block.weights and not alive.intersection(block.weights)]
+
+
+def _reference(graph: Graph, data: Data) -> list[Outputs]:
+    """Outputs of the source on held-back data; its longest calibration batch is run too, before any pass has worked for it."""
+    for number, batch in enumerate((*data.calibration, *(data.held_back if data.real else ()))):
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask.any():
+            raise ObserveError(
+                f"calibration batch {number}: its attention_mask is 0 everywhere, so that no token counts; 1 marks a token, "
+                "0 padding"
+            )
+    longest = sorted(data.calibration, key=lambda batch: sum(value.numel() for value in batch.values()))[-1:]
+    for batch in longest:
+        try:
+            _outputs(graph, [batch])
+        except Exception as error:  # the graph ran at several sizes when it was traced: this is the data's doing
+            shapes = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in batch.items())
+            raise ObserveError(
+                f"the model fails on calibration data of {shapes}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "give shorter sequences, fewer at once, or values that the model takes"
+            ) from error
+    return _outputs(graph, data.held_back)
 
 
 def _outputs(graph: Graph, batches: Sequence[Batch]) -> list[Outputs]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.caches import SUM, complete
+from surgeon.caches import SUM, complete, misfit
 from surgeon.errors import LowerError
 from surgeon.graph import Port
 
@@ -45,6 +45,9 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
     Raises:
         LowerError: an input is missing, unknown, or of another type or shape; dynamic dimensions of one name must agree.
     """
+    problem = misfit(ports, inputs)
+    if problem:
+        raise LowerError(problem)
     inputs = complete(ports, inputs)
     names = [port.name for port in ports]
     missing, unknown = [n for n in names if n not in inputs], sorted(set(inputs) - set(names))
@@ -55,14 +58,9 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
     sizes: dict[str, tuple[int, str]] = {}
     for port in ports:
         value = inputs[port.name]
-        if not isinstance(value, Tensor):
-            raise LowerError(f"input {port.name!r} must be a torch.Tensor, found {type(value).__name__}")
         if value.dtype != port.dtype:
             raise LowerError(f"input {port.name!r} must be {port.dtype}, found {value.dtype}")
-        fits = value.dim() == len(port.shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(port.shape, value.shape, strict=True)
-        )
-        if not fits:
+        if not all(isinstance(want, str) or want == have for want, have in zip(port.shape, value.shape, strict=True)):
             raise LowerError(f"input {port.name!r} must have shape {list(port.shape)}, found {list(value.shape)}")
         for want, have in zip(port.shape, value.shape, strict=True):
             if isinstance(want, str) and want != "?" and sizes.setdefault(want, (have, port.name))[0] != have:

@@ -71,6 +71,9 @@ class ModelSpec(_Settings):
     task: str | None = None
     """What to trace: "forward" is the model as it is called, without caches, "text-generation" a causal language model or an
     encoder-decoder with them; by default what a checkpoint's architecture is for."""
+    dynamic: dict[str, list[str | None]] | None = None
+    """Names of the dimensions of each input named here, null where one is fixed: {input_ids: [batch, null]}; by default the
+    batch varies, and the sequence of integer inputs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 

@@ -110,6 +110,7 @@ def load_source(
     wanted, fake = _dtype(dtype), weights == "fake"
     path: Path | None = None
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
         module, description = model, type(model).__name__
     elif isinstance(model, str) and _CALLABLE.fullmatch(model) and not Path(model).exists():
@@ -125,7 +126,12 @@ def load_source(
         if fake:
             module = build_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
         else:
-            module, missing = load_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
+            module, missing, unused = load_checkpoint(path, dtype=wanted, trust_remote_code=trust_remote_code)
+            if unused:
+                notes += (
+                    f"{len(unused)} weights of the checkpoint have no place in the model that its config.json describes: "
+                    f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}",
+                )
     else:
         raise TraceError(
             f"a model is a directory, a hub id, 'package.module:callable' or an nn.Module, found {type(model).__name__}"
@@ -137,7 +143,6 @@ def load_source(
         module = _converted(module, wanted)
     with calling(module):  # which may run it
         example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
-    notes: tuple[str, ...] = ()
     causal = None
     own_choice = task is None and path is not None and inputs is None and not fake
     if task == "text-generation" or (own_choice and _generates(module)):
@@ -151,7 +156,7 @@ def load_source(
         except TraceError as error:
             if task is not None:
                 raise
-            notes = (str(error).replace("Trace it with", "It is traced with"),)
+            notes += (str(error).replace("Trace it with", "It is traced with"),)
     task = "forward" if causal is None else "text-generation"
     config: Any = getattr(module, "config", None)
     plain = json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
@@ -299,11 +304,11 @@ def _check_inputs(inputs: Mapping[str, Tensor], module: nn.Module, dtype: torch.
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
     known = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is None or dtype in known.values():
+        return dtype  # type: ignore[return-value]  # a membership narrows nothing
     if dtype not in known:
-        raise TraceError(f"unknown dtype {dtype!r}: {nearest(dtype, known)}")
+        raise TraceError(f"unknown dtype {dtype!r}: {nearest(str(dtype), known)}")
     return known[dtype]
 
 

@@ -82,6 +82,30 @@ def check_exact(step: Pass[Any], before: Sequence[Outputs], after: Sequence[Outp
     return worst
 
 
+def check_finite(step: Pass[Any], before: Sequence[Outputs], after: Sequence[Outputs]) -> None:
+    """No number overflows, or becomes NaN, that was finite before the pass; divergences of such outputs say nothing.
+
+    Args:
+        step: the pass.
+        before: outputs of the graph before the pass, one per batch.
+        after: outputs of the rewritten graph on the same batches.
+
+    Raises:
+        VerifyError: names the output and how many of its numbers.
+    """
+    for expected, found in zip(before, after, strict=True):
+        for name, wanted in expected.items():
+            value = found.get(name)
+            if value is None or value.shape != wanted.shape or not value.is_floating_point():
+                continue
+            lost = int((wanted.isfinite() & ~value.isfinite()).sum())
+            if lost:
+                raise VerifyError(
+                    f"{step.name}: {lost} of {value.numel()} numbers of output {name!r} are NaN or infinite ({value.dtype}) "
+                    "that were finite before this pass; a plan holds such a number, or this type overflows: try dtype float32"
+                )
+
+
 def check_caches(step: Pass[Any], graph: Graph, batches: Sequence[Batch]) -> None:
     """A graph with caches computes the same whether a text is read at once or in two parts.
 
@@ -134,9 +158,16 @@ def check_thresholds(limits: Verify, quality: Mapping[str, float]) -> None:
 
 
 def compare_artifact(
-    artifact: Artifact, graph: Graph, batches: Sequence[Batch], tolerance: float
+    artifact: Artifact, graph: Graph, batches: Sequence[Batch], tolerance: float, *, advice: str = ""
 ) -> list[dict[str, Any]]:
     """Run the artefact beside the graph on inputs of several shapes, and on their second halves behind caches.
+
+    Args:
+        artifact: what was written.
+        graph: what it must compute.
+        batches: inputs of several shapes.
+        tolerance: largest relative error (Frobenius) of an output.
+        advice: what may bring it nearer, for the message.
 
     Returns:
         Per batch: input shapes, and per output the relative error and the mean cosine similarity of its rows.
@@ -167,6 +198,7 @@ def compare_artifact(
                 raise VerifyError(
                     f"the {artifact.backend} artefact does not compute what the graph does: output {name!r} differs by "
                     f"{errors[name]:.2e} (relative), at most {accepted:.0e} is accepted, on inputs of shapes {shapes}"
+                    f"{'; ' if advice else ''}{advice}"
                 )
         comparisons.append(
             {

@@ -673,6 +673,24 @@ def test_bfloat16_is_refused_on_the_cpu() -> None:
     )
     assert any("bfloat16 has no kernels" in refusal.reason for refusal in OnnxRuntime().refuses(graph))
     assert OnnxRuntime(provider="cuda").refuses(graph) == []
+    assert OnnxRuntime().refuses_source(graph) == OnnxRuntime().refuses(graph)
+    assert OnnxRuntime(provider="cuda").refuses_source(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accepted"), [(torch.float32, 1e-3), (torch.float64, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+def test_types_of_16_bits_are_held_to_their_own_rounding(dtype: torch.dtype, accepted: float) -> None:
+    graph = graph_of(nn.Sequential(nn.Linear(4, 4)).to(dtype), {"input": torch.randn(2, 4, dtype=dtype)}, {"input": {0: "b"}})
+    assert OnnxRuntime().accepted_error(graph) == accepted
+
+
+def test_what_brings_a_low_bit_artefact_nearer() -> None:
+    codes = quantize_groupwise(torch.randn(8, 64), bits=4, group=32, symmetric=True)
+    graph = graph_of(LowBitLinear(codes), {"x": torch.randn(2, 3, 64)}, X)
+    assert "accuracy_level: 0 keeps" in OnnxRuntime().nearer(graph)
+    assert OnnxRuntime(accuracy_level=0).nearer(graph) == ""
+    assert OnnxRuntime().nearer(graph_of(Rounded(), {"x": torch.randn(2, 3, 4)}, X)) == ""
 
 
 def test_a_provider_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:

@@ -246,6 +246,22 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
         DensifyMoE(**fields)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"weights": (1.0,) * 6}, "weights add up to 6, needed 1"),
+        ({"weights": (float("nan"),) * 6}, "weights add up to nan, needed 1"),
+        ({"scale": float("nan")}, "scale nan, needed a finite number"),
+    ],
+)
+def test_edited_plans_are_checked(patient: MakePatient, edit: dict[str, Any], message: str) -> None:
+    subject = patient("mixtral")
+    plan = densify(subject).plan
+    edited = plan.model_copy(update={"decisions": (plan.decisions[0].model_copy(update=edit), *plan.decisions[1:])})
+    with pytest.raises(PlanError, match=rf"blocks\.0\.moe: .*{message}"):
+        subject.operate({"densify_moe": {}}, edited)
+
+
 def test_refusals_by_site(patient: MakePatient) -> None:
     subject = patient("mixtral")
     with pytest.raises(PlanError, match="no mixture of experts"):

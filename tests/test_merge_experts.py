@@ -272,6 +272,15 @@ def test_a_saved_plan_gives_the_same_model(tiny_mixtral: Trained, options: dict[
     assert make_pass(step).apply_reads_statistics == bool(options)
 
 
+@pytest.mark.parametrize("share", [float("nan"), 3.0])
+def test_edited_shares_are_checked(tiny_mixtral: Trained, share: float) -> None:
+    step = {"merge_experts": {"groups": 4, "grouping": "random"}}
+    plan = tiny_mixtral.operate(step).plan
+    first = plan.decisions[0].model_copy(update={"weights": tuple((share,) * len(g) for g in plan.decisions[0].groups)})
+    with pytest.raises(PlanError, match=r"blocks\.0\.moe: each group needs one weight per expert, adding up to 1"):
+        tiny_mixtral.operate(step, plan.model_copy(update={"decisions": (first, *plan.decisions[1:])}))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

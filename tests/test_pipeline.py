@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon import building, pipeline
+from surgeon.backends.onnxruntime import OnnxRuntime
 from surgeon.data import load_data
-from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, VerifyError
+from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, TraceError, VerifyError
 from surgeon.output import check_writable, staged
 from surgeon.passes.drop_blocks import DropBlocks
 from surgeon.progress import Progress
-from tests.conftest import MODELS, Trained
+from surgeon.recipe import load_recipe
+from tests.conftest import MODELS, Patient, Trained
 from tests.models import tiny
 
 CALIBRATION = {"text": str(MODELS / "calibration.txt"), "samples": 8, "length": 48}
@@ -146,10 +148,23 @@ def test_a_saved_plan_repeats_and_can_be_edited(compiled: surgeon.Compiled, tmp_
         surgeon.compile(MODELS / "tiny-mixtral", steps[:1], plan=path, backend=None, progress=False)
     with pytest.raises(PlanError, match="made with other options"):
         surgeon.compile(MODELS / "tiny-llama", [{"drop_blocks": {"count": 2}}], plan=path, backend=None, progress=False)
-    data["passes"][0]["plan"]["decisions"][0]["site"] = "blocks.17"
+    decisions = data["passes"][0]["plan"]["decisions"]
+    decisions.append(decisions[0])
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"passes\.0 \(drop_blocks\): .*blocks\.0 decided more than once"):
+        surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+    decisions.pop()
+    decisions[0]["site"] = "blocks.17"
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match="passes.0 .drop_blocks.*blocks.17"):
         surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+
+
+def test_outputs_that_become_nan_are_refused() -> None:
+    whole, spoilt = {"logits": torch.tensor([1.0, -torch.inf])}, {"logits": torch.tensor([torch.nan, -torch.inf])}
+    pipeline.check_finite(DropBlocks(count=1), [whole], [whole])  # what was infinite may stay so
+    with pytest.raises(VerifyError, match=r"drop_blocks: 1 of 2 numbers of output 'logits' are NaN or infinite"):
+        pipeline.check_finite(DropBlocks(count=1), [whole], [spoilt])
 
 
 def test_without_a_backend_the_graph_is_differentiable() -> None:
@@ -247,6 +262,107 @@ def test_errors_say_what_and_leave_nothing(
     with pytest.raises(error, match=message):
         surgeon.compile(MODELS / "tiny-llama", steps, progress=False, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("passes", "given", "error", "message"),
+    [
+        ({"expose_routing": {"replay": True}}, {}, RecipeError, "passes: found a mapping of expose_routing, needed a list"),
+        (None, {}, RecipeError, "passes: found NoneType, needed a list of passes"),
+        ([], {"calibration": 3}, RecipeError, "calibration: found int, needed a text file"),
+        ([], {"calibration": {"input_ids": torch.ones(2, 3)}}, RecipeError, r"one mapping of tensors \(input_ids\), needed"),
+        ([], {"plan": {"passes": []}}, PlanError, "plan: found dict, needed the path of a plan file"),
+        ([], {"dtype": torch.int8}, TraceError, r"unknown dtype torch\.int8: known: bfloat16, float16"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(passes: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        surgeon.compile(MODELS / "tiny-llama", passes, progress=False, **given)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda b: [{k: v.numpy() for k, v in b.items()}], "batch 0: input 'input_ids' must be a torch.Tensor, found ndarray"),
+        (lambda b: [b, b | {"labels": b["input_ids"]}], "batch 1: the graph's inputs are .* unknown: labels"),
+        (lambda b: [b, b | {"input_ids": b["input_ids"] + 1023}], r"batch 1: input_ids holds \d+, .* rows 0 to 1023"),
+        (lambda b: [b | {"input_ids": -b["input_ids"]}], r"batch 0: input_ids holds -\d+, and the model's table has rows 0"),
+        (lambda b: [b | {"attention_mask": 0 * b["attention_mask"]}], "batch 0: its attention_mask is 0 everywhere"),
+        (lambda b: [b, {k: v[:0] for k, v in b.items()}], r"batch 1: input_ids \[0, 9\] holds nothing"),
+        (lambda b: [b | {"input_ids": b["input_ids"].float()}], r"fails on calibration data of input_ids .* torch\.float32"),
+        (lambda b: {**CALIBRATION, "length": 1}, "does not cut rows to length 1, they have up to"),
+    ],
+)
+def test_calibration_that_the_model_cannot_take(
+    broken: Callable[[dict[str, torch.Tensor]], Any], message: str, tiny_llama: Trained
+) -> None:
+    given, _ = building._calibration(broken(batch()))
+    with pytest.raises(ObserveError, match=message):
+        pipeline._reference(tiny_llama.graph, load_data(given, tiny_llama.graph))
+
+
+def test_inputs_of_the_wrong_kind_are_named_in_calls(compiled: surgeon.Compiled) -> None:
+    ids, mask = batch().values()
+    assert compiled.graph is not None
+    calls: list[tuple[Any, type[SurgeonError]]] = [(compiled, LowerError), (compiled.graph, TraceError)]
+    for call, error in calls:
+        with pytest.raises(error, match=r"input 'input_ids' must have shape \['batch', 'sequence'\], found \[9\]"):
+            call(input_ids=ids[0], attention_mask=mask[0])
+        with pytest.raises(error, match=r"input 'input_ids' must be a torch\.Tensor, found list"):
+            call(input_ids=ids.tolist(), attention_mask=mask)
+
+
+def test_text_for_a_model_of_images_is_refused_as_that(patient: Callable[[str], Patient]) -> None:
+    given, _ = building._calibration(CALIBRATION)
+    with pytest.raises(ObserveError, match="text cannot feed this model: its inputs are pixel_values; give calibration as"):
+        load_data(given, patient("vit").graph)
+
+
+def test_dimensions_that_do_not_vary(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"inputs": batch(2, 9), "backend": None, "progress": False}
+    dynamic: dict[str, dict[int, str]] = {"input_ids": {0: "rows"}, "attention_mask": {0: "rows"}}
+    compiled = surgeon.compile(MODELS / "tiny-llama", [], dynamic=dynamic, **arguments)
+    assert compiled.graph is not None
+    assert [port.shape for port in compiled.graph.inputs] == [("rows", 9)] * 2
+    with pytest.raises(TraceError, match=r"'input_ids' must have the shape \['rows', 9\] .*found \[2, 10\]"):
+        compiled(**batch(2, 10))
+    recipe = tmp_path / "recipe.yaml"
+    dims = {"input_ids": ["rows", None], "attention_mask": ["rows", None]}
+    model = {"path": str(MODELS / "tiny-llama"), "task": "forward", "dynamic": dims}
+    recipe.write_text(json.dumps({"model": model, "passes": [], "backend": None}))
+    graph = building.compile_recipe(load_recipe(recipe), progress=False).graph
+    assert graph is not None
+    assert [port.shape for port in graph.inputs] == [("rows", 7)] * 2
+
+
+def test_types_that_the_backend_does_not_take_are_refused_before_any_pass_works() -> None:
+    steps = [{"drop_blocks": {"count": 5}}]  # which the pass would refuse
+    with pytest.raises(LowerError, match=r"bfloat16 has no kernels .* dtype=\"float32\" from Python"):
+        surgeon.compile(MODELS / "tiny-llama", steps, calibration=CALIBRATION, dtype="bfloat16", progress=False)
+
+
+def test_an_artefact_that_is_too_far_says_what_brings_it_nearer(tiny_llama: Trained, tmp_path: Path) -> None:
+    graph = tiny_llama.operate({"quantize": {"scheme": "int4"}}).graph
+    found = OnnxRuntime().lower(graph, tmp_path)
+    with pytest.raises(VerifyError, match=r"differs by .*, at most 1e-09 is accepted.*; accuracy_level: 4 rounds"):
+        pipeline.compare_artifact(found, graph, [batch()], 1e-9, advice=OnnxRuntime().nearer(graph))
+
+
+def test_dynamic_quantization_of_a_model_with_caches() -> None:
+    steps = [{"quantize": {"scheme": "int8_dynamic"}}]
+    compiled = surgeon.compile(MODELS / "tiny-llama", steps, backend=None, progress=False)
+    assert compiled.graph is not None
+    assert any("+" in str(size) for port in compiled.graph.inputs for size in port.shape)  # past + sequence
+    assert OnnxRuntime().accepted_error(compiled.graph) == OnnxRuntime.dynamic_tolerance  # it moves by less than that
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RecipeError, match=r"would lie in .*file, which is a file; name another directory"):
+        surgeon.compile("no-such-model", [], output=tmp_path / "file" / "out", progress=False)
+    if Path("/proc").is_dir():  # where the administrator cannot make a folder either
+        with pytest.raises(RecipeError, match="/proc cannot be written to"):
+            surgeon.compile("no-such-model", [], output="/proc/out", progress=False)
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -404,7 +404,8 @@ def test_numbers_survive(tmp_path: Path) -> None:
 
 
 def test_dumped_recipe_loads_as_an_equal_recipe(folder: Path) -> None:
-    models = ["m", "./model", {"path": "m", "dtype": "float16", "trust_remote_code": True}]
+    forms = [{"dtype": "float16", "trust_remote_code": True}, {"dynamic": {"ids": ["b", None]}}]
+    models = ["m", "./model", *({"path": "m", **form} for form in forms)]
     calibrations = [None, {"text": "calib.txt"}, {"text": "calib.txt", "unit": "line", "seed": 7, "batch": 1}]
     chains = [
         [],

@@ -427,6 +427,24 @@ def test_a_truncated_file(copied: Path) -> None:
         trace(copied)
 
 
+def _reconfigured(folder: Path, **changes: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_weights_of_other_shapes_are_named(copied: Path) -> None:
+    with pytest.raises(TraceError, match=r"3 weights have other shapes .*down_proj\.weight is \[\d+, \d+\], needed \[\d+, 8\]"):
+        trace(_reconfigured(copied, intermediate_size=8))
+
+
+def test_weights_that_the_model_has_no_place_for_are_noted(copied: Path) -> None:
+    module: Any = tiny("llama", layers=2)[0]
+    module.save_pretrained(copied)
+    loaded = load_source(_reconfigured(copied, num_hidden_layers=1))
+    assert any("9 weights of the checkpoint have no place" in n and "layers.1.input_layernorm" in n for n in loaded.notes)
+
+
 def test_a_corrupt_file(copied: Path) -> None:
     (copied / "model.safetensors").write_bytes(b"\x00" * 50)
     with pytest.raises(TraceError, match=r"model\.safetensors is truncated or not safetensors"):
