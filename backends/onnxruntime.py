@@ -135,15 +135,17 @@ class OnnxRuntime(Backend):
 
         return max(super().accepted_error(graph), 2 * rounding_response(graph))
 
-    def nearer(self, graph: Graph) -> str:
+    def nearer(self, graph: Graph) -> tuple[OnnxRuntime | None, str]:
         """Activations that stay in the model's type, where low-bit products round them."""
         low_bit = any(str(node.target) == "surgeon.dequantize.default" for node in graph.module.graph.nodes)
         if self.accuracy_level != 4 or not low_bit or self.provider == "tensorrt":
-            return ""
-        return (
+            return None, ""
+        advice = (
             "accuracy_level: 4 rounds the inputs of low-bit products, which changes the choice where experts have nearly "
             "equal scores; accuracy_level: 0 keeps them in the model's type"
         )
+        asked = "accuracy_level" in self.model_fields_set
+        return (None if asked else self.model_copy(update={"accuracy_level": 0})), advice
 
     def lower(self, graph: Graph, folder: Path) -> OnnxRuntimeArtifact | OnnxHalvesArtifact:
         """Write ``model.onnx``, or one file for each half of an encoder-decoder with caches.

@@ -392,9 +392,14 @@ class Backend(BaseModel, abc.ABC):
         """Those of its refusals that no pass could take away, such as a type or an option; asked before any pass works."""
         return []
 
-    def nearer(self, graph: Graph) -> str:
-        """What to change for an artefact that is nearer to this graph, said where one is refused; empty where nothing is."""
-        return ""
+    def nearer(self, graph: Graph) -> tuple[Backend | None, str]:
+        """What is done where the artefact is too far from this graph.
+
+        Returns:
+            The same backend with other options whose artefact is nearer, None where there is none or the user chose these
+            options; and what to change, for the warning or the error.
+        """
+        return None, ""
 
     @abc.abstractmethod
     def lower(self, graph: Graph, folder: Path) -> Artifact:

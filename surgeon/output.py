@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,8 @@ def check_free(target: Path, force: bool) -> None:
         raise RecipeError(f"output: {target} exists already; remove it, name another directory, or pass --force (force=True)")
     if target.exists() and not (target / "surgeon.json").exists() and any(target.iterdir()):
         raise RecipeError(f"output: {target} is not an output of surgeon; force replaces only those, name another directory")
-    trial = parent / f".{target.name}.building-{os.getpid()}"
     try:  # permissions do not say it all: some disks are mounted to be read
-        trial.mkdir()
-        trial.rmdir()
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.trial-", dir=parent))
     except OSError as error:
         raise RecipeError(f"output: {parent} cannot be written to ({error.strerror}); name another directory") from error
 

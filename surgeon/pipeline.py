@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from surgeon.evaluate import Outputs, compare, is_language_model
 from surgeon.final_check import evaluate_section
 from surgeon.graph import Graph
 from surgeon.inspection import inspection
+from surgeon.lowering import lower as lower_and_compare
 from surgeon.observe import Batch
 from surgeon.output import check_free, staged
 from surgeon.plans import PlannedPass, SavedPlan
@@ -44,7 +46,6 @@ from surgeon.verify import (
     check_parameters,
     check_structure,
     check_thresholds,
-    compare_artifact,
 )
 
 
@@ -207,17 +208,13 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         _refuse(request.backend, request.backend.refuses(graph))
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
         with staged(target, request.force) as folder:
-            with bars.step(f"lowering to {request.backend.name}"), clock.phase("lower"):
-                artifact = request.backend.lower(graph, folder)
-            if artifact.unavailable:
-                report.warnings.append(f"the artefact was not run in this build: {artifact.unavailable}")
-            else:
-                with bars.step("checking the artefact"), clock.phase("check"):
-                    backend = request.backend
-                    comparisons = compare_artifact(
-                        artifact, graph, data.held_back, backend.accepted_error(graph), advice=backend.nearer(graph)
-                    )
-                    report.comparisons = [Comparison(**comparison) for comparison in comparisons]
+            lowered = lower_and_compare(request.backend, graph, folder, data.held_back, partial(_timed, bars, clock))
+            artifact = lowered.artifact
+            report.comparisons = [Comparison(**comparison) for comparison in lowered.comparisons]
+            report.warnings += lowered.warnings
+            if request.recipe is not None:  # says what was built, so that it builds the same again
+                compiled.recipe = request.recipe.model_copy(update={"backend": lowered.backend})
+                report.recipe = compiled.recipe.model_dump(mode="json")
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
@@ -350,6 +347,12 @@ def _finish(compiled: Compiled, clock: _Clock) -> Compiled:
     return compiled
 
 
+@contextmanager
+def _timed(bars: Progress, clock: _Clock, title: str, phase: str) -> Iterator[None]:
+    with bars.step(title), clock.phase(phase):
+        yield
+
+
 class _Clock:
     """Seconds per phase.
 
@@ -365,7 +368,7 @@ class _Clock:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def total(self) -> dict[str, float]:
         return {**self.seconds, "total": time.perf_counter() - self._start}

@@ -158,7 +158,7 @@ def check_thresholds(limits: Verify, quality: Mapping[str, float]) -> None:
 
 
 def compare_artifact(
-    artifact: Artifact, graph: Graph, batches: Sequence[Batch], tolerance: float, *, advice: str = ""
+    artifact: Artifact, graph: Graph, batches: Sequence[Batch], tolerance: float
 ) -> list[dict[str, Any]]:
     """Run the artefact beside the graph on inputs of several shapes, and on their second halves behind caches.
 
@@ -167,7 +167,6 @@ def compare_artifact(
         graph: what it must compute.
         batches: inputs of several shapes.
         tolerance: largest relative error (Frobenius) of an output.
-        advice: what may bring it nearer, for the message.
 
     Returns:
         Per batch: input shapes, and per output the relative error and the mean cosine similarity of its rows.
@@ -198,7 +197,6 @@ def compare_artifact(
                 raise VerifyError(
                     f"the {artifact.backend} artefact does not compute what the graph does: output {name!r} differs by "
                     f"{errors[name]:.2e} (relative), at most {accepted:.0e} is accepted, on inputs of shapes {shapes}"
-                    f"{'; ' if advice else ''}{advice}"
                 )
         comparisons.append(
             {

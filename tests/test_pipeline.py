@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 
 import surgeon
-from surgeon import building, pipeline
+from surgeon import building, lowering, pipeline
 from surgeon.backends.onnxruntime import OnnxRuntime
 from surgeon.data import load_data
 from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, TraceError, VerifyError
@@ -341,11 +342,24 @@ def test_types_that_the_backend_does_not_take_are_refused_before_any_pass_works(
         surgeon.compile(MODELS / "tiny-llama", steps, calibration=CALIBRATION, dtype="bfloat16", progress=False)
 
 
-def test_an_artefact_that_is_too_far_says_what_brings_it_nearer(tiny_llama: Trained, tmp_path: Path) -> None:
-    graph = tiny_llama.operate({"quantize": {"scheme": "int4"}}).graph
-    found = OnnxRuntime().lower(graph, tmp_path)
-    with pytest.raises(VerifyError, match=r"differs by .*, at most 1e-09 is accepted.*; accuracy_level: 4 rounds"):
-        pipeline.compare_artifact(found, graph, [batch()], 1e-9, advice=OnnxRuntime().nearer(graph))
+def test_an_artefact_that_is_too_far_is_built_with_less_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unless the user chose how much: then the error says what brings it nearer."""
+    monkeypatch.setattr(OnnxRuntime, "low_bit_tolerance", 1e-4)
+    recipe = {"model": {"path": str(MODELS / "tiny-llama")}, "passes": [{"quantize": {"scheme": "int4"}}]}
+    path, output = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(json.dumps({**recipe, "backend": {"onnxruntime": {"threads": 1}}, "output": str(output)}))
+    compiled = building.compile_recipe(load_recipe(path), progress=False)
+    (warning,) = [text for text in compiled.report.warnings if "accuracy_level" in text]
+    assert re.search(r"differs by .*, at most 1e-04 is accepted.*; accuracy_level: 4 rounds .*, and was taken", warning)
+    assert compiled.artifact is not None
+    assert compiled.artifact.options["accuracy_level"] == 0
+    assert max(max(each.relative_error.values()) for each in compiled.report.comparisons) < 1e-4
+    assert load_recipe(output / "recipe.yaml").backend == OnnxRuntime(accuracy_level=0, threads=1)
+    assert sorted(each.name for each in output.iterdir() if each.suffix == ".onnx") == ["model.onnx"]
+    path.write_text(json.dumps({**recipe, "backend": {"onnxruntime": {"accuracy_level": 4}}, "output": str(tmp_path / "b")}))
+    with pytest.raises(VerifyError, match=r"at most 1e-04 is accepted.*; accuracy_level: 4 rounds .* model's type$"):
+        building.compile_recipe(load_recipe(path), progress=False)
+    assert not (tmp_path / "b").exists()
 
 
 def test_dynamic_quantization_of_a_model_with_caches() -> None:
@@ -488,8 +502,9 @@ def test_everything_that_takes_long_is_under_a_bar(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(owner, attribute, watched)
 
     monkeypatch.setattr(pipeline, "Progress", Recorder)
-    for attribute in ("load_source", "trace_source", "discover", "load_data", "inspection", "run_pass", "compare_artifact"):
+    for attribute in ("load_source", "trace_source", "discover", "load_data", "inspection", "run_pass"):
         watch(pipeline, attribute)
+    watch(lowering, "compare_artifact")
     for attribute in ("evaluate_section", "write_outputs"):
         watch(pipeline, attribute)
     watch(pipeline.Graph, "__call__")
