@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from surgeon.caches import MASK, PAST, PRESENT, SUM, TOKENS, has_caches, room
 from surgeon.contract import Refusal
 from surgeon.errors import LowerError
-from surgeon.generation import GraphDecoder
+from surgeon.generation import GraphDecoder, empty_cache
 from surgeon.graph import Graph, Port
 from surgeon.halves import has_halves
 from surgeon.ports import InputCheck
@@ -255,8 +255,7 @@ class BufferDecoder(GraphDecoder):
                 axis = port.shape.index(PAST)
                 held = self._caches.get(port.name)
                 if held is None:
-                    sizes = [size if isinstance(size, int) else 0 for size in port.shape]
-                    held = torch.empty([len(inputs[TOKENS]), *sizes[1:]], dtype=port.dtype, device=self._device)
+                    held = empty_cache(port, len(inputs[TOKENS]), self._device)
                 used = held.narrow(axis, 0, self._length)
                 self._caches[port.name] = grown(used, axis, self._capacity, self._device)
         self._length = length

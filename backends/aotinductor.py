@@ -28,7 +28,6 @@ from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.generation import Decoder
 from surgeon.graph import Graph, assign_tensor
-from surgeon.halves import has_halves
 from surgeon.latency import pinned_threads
 from surgeon.ports import InputCheck, port_of
 
@@ -203,7 +202,7 @@ class AotInductorArtifact(Artifact):
 
     def decoder(self) -> Decoder:
         """Start generating a text."""
-        if self._buffers is None or has_halves(self.inputs):
+        if self._buffers is None:
             return super().decoder()
         return shared.BufferDecoder(self.run, self.inputs, self.outputs, self._device)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+from surgeon.environment import version_of
 
 STATUSES = ("right", "opaque", "differs", "refused", "not traced", "crashed", "timed out", "not built")
 HEAD = """\
@@ -28,7 +29,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [HEAD, f"| | {' | '.join(STATUSES)} | all |", "|---" * (len(STATUSES) + 2) + "|"]
     for library in libraries:
         counts = Counter(row["status"] for name, row in rows.items() if name.startswith(f"{library}/"))
-        version = _version(library)
+        version = version_of(library) or ""
         cells = [str(counts.get(status, 0)) for status in STATUSES]
         lines.append(f"| {library} {version} | {' | '.join(cells)} | {sum(counts.values())} |")
     lines += ["", "Models without a row were not looked at yet (`--missing` does it, in an order by lot).", ""]
@@ -41,12 +42,6 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append("")
     return "\n".join(lines)
 
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _why(row: Mapping[str, Any]) -> str:

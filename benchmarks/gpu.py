@@ -34,7 +34,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ import torch
 from _gpu_floor import Shape
 from _gpu_models import VARIANTS, artifact_runs, build, module_runs, probes
 from _gpu_report import PEERS, add_floors, line, print_table, stored_as, wrong_cells
+
+from surgeon.environment import version_of
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 NO_GPU = 3
@@ -140,7 +141,7 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
         torch.cuda.empty_cache()
     results: dict[str, Any] = {
         "device": "cpu (a rehearsal)" if rehearse else torch.cuda.get_device_name(), "torch": torch.__version__,
-        "versions": {name: _version(name) for name in ("transformers", "onnxruntime-gpu", "onnxruntime", "triton")},
+        "versions": {name: version_of(name) for name in ("transformers", "onnxruntime-gpu", "onnxruntime", "triton")},
         "bandwidth": rate, "bandwidth_known_from": known, "shape": asdict(shape), "cells": {},
     }  # fmt: skip
     cells = results["cells"]
@@ -170,13 +171,6 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
                 if stored_as(listed) != listed and stored_as(listed) in cells:
                     cells[listed] = {**{peer: cells[stored_as(listed)][peer] for peer in PEERS}, **cells[listed]}
             keep(results)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class Worker:

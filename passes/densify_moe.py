@@ -297,9 +297,9 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         expert = torch.repeat_interleave(torch.tensor([len(own) for own in neurons]))
         chosen = torch.tensor([neuron for own in neurons for neuron in own])
         columns = stack.w_out.transpose(1, 2)[expert, chosen]
-        inner = [chosen + part * stack.width for part in range(stack.parts)]
-        w_in = torch.cat([stack.w_in[expert, own] for own in inner])
-        b_in = None if stack.b_in is None else torch.cat([stack.b_in[expert, own] for own in inner])
+        owner, inner = expert.repeat(stack.parts), stack.rows(chosen)
+        w_in = stack.w_in[owner, inner]
+        b_in = None if stack.b_in is None else stack.b_in[owner, inner]
         factor = weights[expert] * decision.scale * (stack.experts if self.method == "top_columns" else 1)
         if self._by_contribution:
             x, _, index, weight = _sampled(statistics, decision.site)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgeon.expert_merging import Merger, Routed, group_outputs
 from surgeon.expert_stack import ExpertStack
-from surgeon.gates import gate as lookup
+from surgeon.ops.mixture import inner_activation
 
 TOKENS = 256
 """Most tokens of a group that candidates are compared on: a handful of shares needs no more."""
@@ -92,7 +92,6 @@ class Loss:
 
     Attributes:
         activation: as ``surgeon::moe`` takes it.
-        parts: rows of the input matrix per neuron.
         pre: what every expert's input matrix gives, [n, T, O].
         w_out: every expert's output matrix, [n, G, I].
         b_out: [n, G] or None.
@@ -101,7 +100,6 @@ class Loss:
     """
 
     activation: str
-    parts: int
     pre: Tensor
     w_out: Tensor
     b_out: Tensor | None
@@ -116,13 +114,13 @@ class Loss:
             return None
         members, orders = list(group), torch.stack(merger.orders(stack, group))
         place = torch.arange(len(group))[:, None]
-        rows = torch.cat([orders + part * stack.width for part in range(stack.parts)], dim=1)
+        rows = stack.rows(orders)
         pre = torch.einsum("th,noh->nto", x.to(stack.dtype), stack.w_in[members][place, rows].to(stack.dtype))
         if stack.b_in is not None:
             pre = pre + stack.b_in[members][place, rows].to(stack.dtype)[:, None]
         w_out = stack.w_out[members].transpose(1, 2)[place, orders].transpose(1, 2).to(stack.dtype)
         b_out = None if stack.b_out is None else stack.b_out[members].to(stack.dtype)
-        return cls(stack.activation, stack.parts, pre, w_out, b_out, wanted, factor)
+        return cls(stack.activation, pre, w_out, b_out, wanted, factor)
 
     def __call__(self, shares: Tensor) -> Tensor:
         """Losses [P] of shares [P, n]."""
@@ -131,8 +129,7 @@ class Loss:
 
     def _some(self, shares: Tensor) -> Tensor:
         pre = torch.einsum("pn,nto->pto", shares, self.pre)
-        entry = lookup(self.activation)
-        hidden = entry.alone(pre) if self.parts == 1 else entry.joined(*pre.chunk(2, dim=-1))
+        hidden = inner_activation(pre, self.w_out.shape[2], self.activation)
         output = hidden @ torch.einsum("pn,ngi->pig", shares, self.w_out)
         if self.b_out is not None:
             output = output + (shares @ self.b_out)[:, None]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgeon.gates import gate as lookup
 from surgeon.graph import Graph
 from surgeon.numerics import best_assignment
+from surgeon.ops.mixture import inner_activation
 from surgeon.resizing import expert_operands
 from surgeon.structure import MoE
 
@@ -80,10 +80,14 @@ class ExpertStack:
     def in_order(self, order: Tensor) -> ExpertStack:
         """The same, neuron n of expert e what neuron ``order[e, n]`` was, order [E, I]."""
         numbers = torch.arange(self.experts)[:, None]
-        inner = torch.cat([order + part * self.width for part in range(self.parts)], dim=1)
+        inner = self.rows(order)
         b_in = None if self.b_in is None else self.b_in[numbers, inner]
         w_out = self.w_out.transpose(1, 2)[numbers, order].transpose(1, 2)
         return replace(self, w_in=self.w_in[numbers, inner], w_out=w_out, b_in=b_in)
+
+    def rows(self, neurons: Tensor) -> Tensor:
+        """Rows of the input matrix that belong to neurons [..., n]: all gate rows, then all up rows; [..., parts n]."""
+        return torch.cat([neurons + part * self.width for part in range(self.parts)], dim=-1)
 
     def inputs(self, expert: int) -> Tensor:
         """All that makes each neuron's activation: its input rows (gate and up) and their biases, [I, F]."""
@@ -121,8 +125,7 @@ class ExpertStack:
         """Activations of one expert's neurons, x [T, H] -> [T, I]."""
         bias = None if self.b_in is None else self.b_in[expert].to(self.dtype)
         pre = torch.nn.functional.linear(x.to(self.dtype), self.w_in[expert].to(self.dtype), bias)
-        entry = lookup(self.activation)
-        return entry.alone(pre) if self.parts == 1 else entry.joined(*pre.chunk(2, dim=-1))
+        return inner_activation(pre, self.width, self.activation)
 
     def mean_outputs(self, x: Tensor) -> Tensor:
         """``mean_t E_e(x_t)`` of every expert over all tokens, whether routed to it or not, [T, H] -> [E, G] float64.

@@ -294,12 +294,12 @@ def _reference(graph: Graph, data: Data) -> list[Outputs]:
                 f"calibration batch {number}: its attention_mask is 0 everywhere, so that no token counts; 1 marks a token, "
                 "0 padding"
             )
-    longest = sorted(data.calibration, key=lambda batch: sum(value.numel() for value in batch.values()))[-1:]
-    for batch in longest:
+    if data.calibration:
+        longest = max(data.calibration, key=lambda batch: sum(value.numel() for value in batch.values()))
         try:
-            _outputs(graph, [batch])
+            _outputs(graph, [longest])
         except Exception as error:  # the graph ran at several sizes when it was traced: this is the data's doing
-            shapes = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in batch.items())
+            shapes = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in longest.items())
             raise ObserveError(
                 f"the model fails on calibration data of {shapes}: {type(error).__name__}: {str(error).splitlines()[0]}; "
                 "give shorter sequences, fewer at once, or values that the model takes"

@@ -107,10 +107,9 @@ class SavedPlan(BaseModel):
                     "edit the plan's decisions, not the recipe, or plan again"
                 )
             try:
-                plan = step.plan_type.model_validate(planned.plan)
+                plans.append(step.plan_type.model_validate(planned.plan))
             except ValidationError as error:
                 raise PlanError(f"passes.{number} ({step.name}): the plan cannot be read: {first_problem(error)}") from error
-            plans.append(plan)
         return plans
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from surgeon.expert_outputs import dense_weights
 from surgeon.ops import moe as run_experts
 from surgeon.rerouting import reroute
 from surgeon.structure import MoE
@@ -69,9 +70,8 @@ class Reconstruction:
         Tokens that the mixture left out altogether (an expert was full) do not count.
         """
         rows = self._index.shape[0]
-        shape = (rows, self.moe.experts)
-        seen = torch.zeros(shape, dtype=torch.float64).scatter_add(1, index[:rows], weight[:rows].double())
-        found = torch.zeros(shape, dtype=torch.float64).scatter_add(1, self._index, self._weight)
+        seen = dense_weights(index[:rows], weight[:rows], self.moe.experts)
+        found = dense_weights(self._index, self._weight, self.moe.experts)
         kept = seen.ne(0).any(1)
         return float((seen[kept] - found[kept]).norm()) <= tolerance * float(seen[kept].norm())
 

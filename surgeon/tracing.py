@@ -263,10 +263,11 @@ def _compare(
     types = [t.dtype for t in graph.parameters().values() if t.is_floating_point()]
     types += [t.dtype for t in expected.values() if t.is_floating_point()]
     tolerance = max((_TOLERANCE.get(dtype, 5e-2) for dtype in types), default=1e-5)
-    for name, reference in expected.items():
-        error = relative_error(found[name], reference)
-        rounding = tolerance < error <= _ROUNDING * tolerance and _is_rounding(graph, loaded, inputs, name, error)
-        if not error <= tolerance and not rounding:
+    errors = {name: relative_error(found[name], reference) for name, reference in expected.items()}
+    off = {name: error for name, error in errors.items() if not error <= tolerance}
+    rounded = _rounded(graph, loaded, inputs, {name: error for name, error in off.items() if error <= _ROUNDING * tolerance})
+    for name, error in off.items():
+        if name not in rounded:
             raise TraceError(
                 f"the traced graph does not reproduce the source model at {where}: output {name!r} differs by "
                 f"{error:.3g} relative, at most {tolerance:g} is accepted. The model's Python code takes another path "
@@ -275,19 +276,22 @@ def _compare(
             )
 
 
-def _is_rounding(graph: Graph, loaded: LoadedSource, inputs: Mapping[str, Tensor], name: str, error: float) -> bool:
-    """Whether an output differs by a tenth at most of what it did, once both compute in float64."""
+def _rounded(
+    graph: Graph, loaded: LoadedSource, inputs: Mapping[str, Tensor], errors: Mapping[str, float]
+) -> frozenset[str]:
+    """Outputs that differ by a tenth at most of what they did (``errors``), once graph and source compute in float64."""
     modules = (loaded.module, graph.module)
-    if not fits_in_float64(*modules):
-        return False
+    if not errors or not fits_in_float64(*modules):
+        return frozenset()
     with in_float64(*modules), torch.no_grad():
         wide = widened(inputs)
         try:
             expected = loaded.call(loaded.module, wide)[0]
             found = graph(**wide)
         except (RuntimeError, ValueError, TypeError, TraceError):  # types that are written down in the model do not fit
-            return False
-    return relative_error(found[name], expected[name]) <= min(error, _TOLERANCE[torch.float32]) / 10
+            return frozenset()
+    limit = _TOLERANCE[torch.float32]
+    return frozenset(n for n, e in errors.items() if relative_error(found[n], expected[n]) <= min(e, limit) / 10)
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

@@ -20,6 +20,7 @@ from surgeon.caches import PAST, PRESENT, complete, continued, room
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.registry import make_backend
+from tests.alone import ALONE
 from tests.causal import causal
 from tests.conditional import conditional
 from tests.conftest import MODELS
@@ -27,15 +28,7 @@ from tests.models import tiny
 from tests.test_generation import assert_same, plain_batch, source
 
 CPU = torch.device("cpu")
-ALONE = """
-import importlib.abc, json, sys
-class Forbidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("surgeon", "transformers"):
-            raise ImportError(f"{name} is not to be imported")
-sys.meta_path.insert(0, Forbidden())
-import torch
-package = torch._inductor.aoti_load_package(sys.argv[1])
+PROGRAM = ALONE + """
 ids, caches, expected = torch.load(sys.argv[2], weights_only=True)
 errors = []
 for start, end in ((0, 5), (5, 6), (6, 9)):
@@ -240,7 +233,7 @@ def test_a_process_without_surgeon_runs_a_package(llama: Path, tmp_path: Path) -
     caches: list[Any] = [torch.full((2, p.shape[1], 30, p.shape[3]), 7.0) for p in graph.inputs if p.role == PAST]  # type: ignore[arg-type]
     torch.save((ids, caches, expected), tmp_path / "inputs.pt")
     run = subprocess.run(
-        [sys.executable, "-c", ALONE, str(llama / "model.pt2"), str(tmp_path / "inputs.pt")],
+        [sys.executable, "-c", PROGRAM, str(llama / "model.pt2"), str(tmp_path / "inputs.pt")],
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -26,18 +26,11 @@ from surgeon.graph import Port, assign_tensor
 from surgeon.ops import moe_dense, moe_grouped
 from surgeon.ports import InputCheck, check_inputs
 from surgeon.registry import make_backend
+from tests.alone import ALONE
 from tests.models import inputs_for, tiny
 
 MOEFIED = {"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid"}}
-ALONE = """
-import importlib.abc, json, sys
-class Forbidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("surgeon", "transformers"):
-            raise ImportError(f"{name} is not to be imported")
-sys.meta_path.insert(0, Forbidden())
-import torch
-package = torch._inductor.aoti_load_package(sys.argv[1])
+PLAIN = ALONE + """
 inputs, expected = torch.load(sys.argv[2], weights_only=True)
 (found,) = package(*inputs)
 print(json.dumps(float((found - expected).norm() / expected.norm())))
@@ -48,7 +41,7 @@ def alone(path: Path, inputs: list[torch.Tensor], expected: torch.Tensor) -> flo
     """Relative error of a package in a fresh process that can import neither surgeon nor transformers."""
     torch.save((inputs, expected), path.with_suffix(".pt"))
     run = subprocess.run(
-        [sys.executable, "-c", ALONE, str(path), str(path.with_suffix(".pt"))], capture_output=True, text=True, cwd=path.parent
+        [sys.executable, "-c", PLAIN, str(path), str(path.with_suffix(".pt"))], capture_output=True, text=True, cwd=path.parent
     )
     assert run.returncode == 0, run.stderr
     return float(json.loads(run.stdout.splitlines()[-1]))
