@@ -1,32 +1,38 @@
 """Store weights in 8 or 4 bits, or in 8-bit floats, and optionally multiply in 8-bit integers.
 
 Paper:
-    Round-to-nearest baseline as in GPTQ (Frantar et al. 2022, arXiv:2210.17323) and LLM.int8 (Dettmers et al. 2022,
-    arXiv:2208.07339); dynamic activation quantization as ONNX's DynamicQuantizeLinear.
+    ``nearest`` as in LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339); ``gptq`` (Frantar et al. 2022, arXiv:2210.17323);
+    the search for scales as AWQ's for clipping (Lin et al. 2023, arXiv:2306.00978); dynamic activation quantization as
+    ONNX's DynamicQuantizeLinear.
 Formula:
     ``w ~ (q - z) s`` per group of inputs, q = clamp(round(w / s) + z); symmetric: z = 2^(bits-1).
     ``int8_dynamic``: weights per output row; each activation tensor x is rounded at run time to
     ``(q_x - z_x) s_x``, s_x = (max(x, 0) - min(x, 0)) / 255, one scale for the whole tensor.
     ``fp8``: ``w ~ q s`` with q an 8-bit float (e4m3), s = max |w| / 448 per output row (Micikevicius et al. 2022,
     arXiv:2209.05433).
+    ``gptq``: with ``C = sum_t x_t x_t^T``, inputs are rounded from the largest C_jj to the smallest, and the error of each
+    is made up for by those that are left, so that ``||(W - Q) X||`` becomes small.  An expert's C counts its own tokens, by
+    the square of their weights.
 Shapes:
     W: [out, in] (experts [E, out, in]); codes [out, groups, group * bits / 8] bytes; scales [out, groups].
 Units:
     group: inputs per scale.
 Reads:
-    Nothing: round-to-nearest needs no data.
+    ``nearest``: nothing.  ``gptq``: the input of each linear and mixture, on the already-changed model, block by block;
+    8 in^2 bytes for each input, and ``tokens`` rows for each mixture.
 Changes:
     A weight becomes ``dequantize(codes, scales)``; for ``int8_dynamic`` the input passes through
     ``fake_quantize_dynamic``.
 Errors:
     PlanError for groups that are not a multiple of 16 (codes must fill whole bytes) or quantized sites.
 Example:
-    ``- quantize: {scheme: int4, group: 32}`` or ``- quantize: {scheme: int8_dynamic, embeddings: true}``
+    ``- quantize: {scheme: int4, algorithm: gptq, group: 128}`` or ``- quantize: {scheme: int8_dynamic, embeddings: true}``
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -34,17 +40,35 @@ from torch import fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
-from surgeon.contract import Decision, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
+from surgeon.expert_moments import quantize_experts
+from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
-from surgeon.numerics import quantize_float8, quantize_groupwise
+from surgeon.numerics import (
+    SEARCH,
+    WHOLE_RANGE,
+    Levels,
+    NumericsError,
+    QuantizedTensor,
+    quantize_compensated,
+    quantize_float8,
+    quantize_groupwise,
+)
+from surgeon.observe import SecondMoment
 from surgeon.rewrite import Editor
-from surgeon.structure import Embedding, Linear, MoE, Selection, Structure
+from surgeon.samples import Sample
+from surgeon.structure import Embedding, Linear, MoE, Selection, Site, Structure
 
 PER_ROW = -1
 
 _Form = tuple[Key, int, int, bool]
 """A weight's memory, and bits, group and kind of its codes."""
+
+
+_Part = Linear | Embedding | MoE
+
+_SHARED = "other blocks read its weight too, on inputs of their own; left as it is (algorithm: nearest quantizes it)"
 
 
 class QuantizeWeight(Decision):
@@ -56,12 +80,14 @@ class QuantizeWeight(Decision):
         group: inputs per scale, -1 for one scale per row.
         dynamic: the input is quantized to 8 bits at run time too.
         float8: codes are 8-bit floats.
+        compensated: the errors of inputs that are rounded are made up for by those that are not yet, on calibration data.
     """
 
     bits: Literal[4, 8]
     group: int
     dynamic: bool = False
     float8: bool = False
+    compensated: bool = False
 
 
 class QuantizePlan(Plan[QuantizeWeight]):
@@ -72,7 +98,9 @@ class Quantize(Pass[QuantizePlan]):
     """Quantize weights to 8 or 4 bits per group, to 8-bit floats, or to 8 bits with 8-bit activations."""
 
     name = "quantize"
+    scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = QuantizePlan
+    apply_reads_statistics = True
 
     scheme: Literal["int8", "int4", "int8_dynamic", "fp8"]
     """int8 and int4: weights only; int8_dynamic: 8-bit weights per row and 8-bit activations, for integer kernels; fp8: 8-bit
@@ -83,7 +111,19 @@ class Quantize(Pass[QuantizePlan]):
     symmetric: bool = True
     """One fixed zero point (True), or one per group (False), which is better for skewed weights."""
     embeddings: bool = False
-    """Quantize embedding tables too (and heads tied to them), in groups along the row."""
+    """Quantize embedding tables too (and heads tied to them), in groups along the row, to the nearest."""
+    algorithm: Literal["nearest", "gptq"] = "nearest"
+    """nearest needs no data; gptq lets the weights that are not rounded yet make up for the error of those that are, on
+    calibration data: about half the loss of quality at 4 bits."""
+    scales: Literal["range", "search"] | None = None
+    """range: a scale covers every weight of its group; search: it may clip the largest ones where that makes the error
+    smaller (for gptq the default, of inputs as large as they are)."""
+    damp: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For gptq: what is added to the diagonal of the inputs' second moments, as a share of its mean; 0.01 by default."""
+    tokens: Annotated[int, Field(ge=32)] | None = None
+    """For gptq: calibration tokens that are kept for each mixture of experts; 16384 by default."""
+    seed: int | None = None
+    """For gptq: seed of that sample; 0 by default."""
 
     @model_validator(mode="after")
     def _group_fits(self) -> Quantize:
@@ -91,38 +131,93 @@ class Quantize(Pass[QuantizePlan]):
             raise ValueError(f"group must be a multiple of 16, found {self.group}")
         if self.scheme == "fp8" and not self.symmetric:
             raise ValueError("8-bit floats have no zero point; leave out symmetric: false")
+        if self.scheme == "fp8" and self.scales == "search":
+            raise ValueError("8-bit floats lose nothing by a scale that covers all weights; leave out scales: search")
+        for field in ("damp", "tokens", "seed"):
+            if getattr(self, field) is not None and self.algorithm != "gptq":
+                raise ValueError(f"{field} is for algorithm gptq; algorithm is {self.algorithm}")
         return self
 
+    @property
+    def _shrink(self) -> Sequence[float]:
+        searched = self.scales == "search" or (self.scales is None and self.algorithm == "gptq")
+        return SEARCH if searched and self.scheme != "fp8" else WHOLE_RANGE
+
+    @property
+    def _damping(self) -> float:
+        return 0.01 if self.damp is None else self.damp
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """For gptq: second moments of the inputs, shared by linears that read the same value, and tokens of mixtures."""
+        if self.algorithm != "gptq":
+            return {}
+        found: dict[str, Observer] = {
+            site.part.input.name: SecondMoment(site.part.input) for site in self._linears(structure)
+        }
+        for moe in structure.moes():
+            operands = [argument for argument in moe.part.node.args[:3] if isinstance(argument, fx.Node)]
+            found[moe.name] = Sample(*operands, limit=self.tokens or 16384, seed=self.seed or 0)
+        return found
+
+    def _linears(self, structure: Structure) -> Iterator[Site[Linear]]:
+        """Selected linears; routers stay in floating point unless named."""
+        for site in structure.selected_linears():
+            if self.names is not None or not site.name.endswith(".router"):
+                yield site
+
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
-        """List the sites; routers stay in floating point unless named."""
+        """List the sites."""
         bits: Literal[4, 8] = 4 if self.scheme == "int4" else 8
         dynamic = self.scheme == "int8_dynamic"
         float8 = self.scheme == "fp8"
         group = self.group or (PER_ROW if float8 else 32)
         decisions, notes = [], []
         tables = {memory(graph.tensor(site.part.weight)) for site in structure.embeddings}
-        for site in structure.selected_linears():
-            if self.names is None and site.name.endswith(".router"):
-                continue
+        shared = _in_several_blocks(graph, structure) if self.algorithm == "gptq" else set()
+        for site in self._linears(structure):
             weight = graph.tensor(site.part.weight)
             _refuse_quantized(site.name, weight)
             if memory(weight) in tables:
                 done = "quantized with it" if self.embeddings else "left as it is (embeddings: true quantizes both)"
                 notes.append(f"{site.name}: tied to an embedding table, {done}")
                 continue
+            if memory(weight) in shared:
+                notes.append(f"{site.name}: {_SHARED}")
+                continue
             decisions.append(
                 QuantizeWeight(
-                    site=site.name, bits=bits, group=PER_ROW if dynamic else group, dynamic=dynamic, float8=float8
+                    site=site.name,
+                    bits=bits,
+                    group=PER_ROW if dynamic else group,
+                    dynamic=dynamic,
+                    float8=float8,
+                    compensated=self._reached(site.name, site.part.input.name, statistics, notes),
                 )
             )
         for moe in structure.moes():
             _refuse_quantized(moe.name, graph.tensor(moe.part.w_in))
-            decisions.append(QuantizeWeight(site=moe.name, bits=bits, group=group, float8=float8))
+            if memory(graph.tensor(moe.part.w_in)) in shared:
+                notes.append(f"{moe.name}: {_SHARED}")
+                continue
+            compensated = self._reached(moe.name, moe.name, statistics, notes)
+            decisions.append(
+                QuantizeWeight(site=moe.name, bits=bits, group=group, float8=float8, compensated=compensated)
+            )
         if self.embeddings:
             for table in structure.selected_embeddings():
                 _refuse_quantized(table.name, graph.tensor(table.part.weight))
                 decisions.append(QuantizeWeight(site=table.name, bits=bits, group=group, float8=float8))
         return QuantizePlan(decisions=tuple(decisions), notes=tuple(notes))
+
+    def _reached(self, site: str, key: str, statistics: Statistics, notes: list[str]) -> bool:
+        """Whether a site is fitted to data: calibration data reached it."""
+        if self.algorithm != "gptq":
+            return False
+        observer = statistics[key]
+        assert isinstance(observer, SecondMoment | Sample)
+        if observer.tokens == 0:
+            notes.append(f"{site}: calibration data never reached it (no unmasked token); rounded to the nearest")
+        return observer.tokens > 0
 
     def check(self, graph: Graph, structure: Structure, plan: QuantizePlan) -> None:
         """Every site exists and its group is possible."""
@@ -136,19 +231,42 @@ class Quantize(Pass[QuantizePlan]):
                 raise PlanError(f"{decision.site}: float8 has 8 bits and inputs as they are; found {decision}")
             if decision.dynamic and not isinstance(known[decision.site], Linear):
                 raise PlanError(f"{decision.site}: only linears can quantize their input; set dynamic to false")
+            if decision.compensated and (self.algorithm != "gptq" or isinstance(known[decision.site], Embedding)):
+                raise PlanError(
+                    f"{decision.site}: the plan says compensated, which is for linears and experts with algorithm gptq"
+                )
 
     def apply(self, editor: Editor, structure: Structure, plan: QuantizePlan, statistics: Statistics) -> None:
         """Replace weights by codes; weights that several sites share keep one set of codes."""
         parts = self._parts(structure)
         stored: dict[_Form, _Stored] = {}
+        moments = self._moments(editor.graph, parts, plan, statistics)
         for decision in plan.decisions:
             part = parts[decision.site]
-            if isinstance(part, Linear):
-                self._linear(editor, part, decision, stored)
-            elif isinstance(part, Embedding):
-                self._table(editor, part, decision, stored)
-            else:
-                self._experts(editor, part, decision, stored)
+            try:
+                if isinstance(part, Linear):
+                    self._linear(editor, part, decision, stored, moments)
+                elif isinstance(part, Embedding):
+                    self._table(editor, part, decision, stored)
+                else:
+                    self._experts(editor, part, decision, stored, statistics)
+            except NumericsError as error:
+                raise PlanError(f"{decision.site}: {error}") from error
+
+    def _moments(
+        self, graph: Graph, parts: Mapping[str, _Part], plan: QuantizePlan, statistics: Statistics
+    ) -> dict[Key, torch.Tensor]:
+        """Second moments of all that is multiplied with a weight, by the weight's memory."""
+        found: dict[Key, torch.Tensor] = {}
+        for decision in plan.decisions:
+            part = parts[decision.site]
+            if isinstance(part, Linear) and decision.compensated:
+                observer = statistics[part.input.name]
+                assert isinstance(observer, SecondMoment)
+                assert observer.matrix is not None
+                key = memory(graph.tensor(part.weight))
+                found[key] = found[key] + observer.matrix if key in found else observer.matrix
+        return found
 
     def _codes(
         self,
@@ -157,6 +275,8 @@ class Quantize(Pass[QuantizePlan]):
         decision: QuantizeWeight,
         stored: dict[_Form, _Stored],
         transposed: bool = False,
+        moment: torch.Tensor | None = None,
+        made: QuantizedTensor | None = None,
     ) -> fx.Node:
         """Read the dequantized weight at the insertion point, quantizing it where that has not been done yet."""
         weight = editor.tensor(name).detach()
@@ -167,11 +287,8 @@ class Quantize(Pass[QuantizePlan]):
             zeros = None if have.zero_point is None else editor.read(have.zero_point)
         else:
             matrix = weight.transpose(-1, -2) if transposed else weight
-            group = matrix.shape[-1] if decision.group == PER_ROW else decision.group
-            if decision.float8:
-                codes = quantize_float8(matrix, group=group)
-            else:
-                codes = quantize_groupwise(matrix, bits=decision.bits, group=group, symmetric=self.symmetric)
+            codes = made if made is not None else self._quantized(matrix, decision, moment)
+            group = codes.group
             packed = editor.add_tensor(f"{name}_codes", codes.packed)
             scale = editor.add_tensor(f"{name}_scale", codes.scale)
             zeros = None if codes.zero_point is None else editor.add_tensor(f"{name}_zero_point", codes.zero_point)
@@ -183,16 +300,44 @@ class Quantize(Pass[QuantizePlan]):
             torch.ops.surgeon.dequantize.default, packed, scale, zeros, decision.bits, have.group, have.in_features
         )
 
+    def _quantized(
+        self, matrix: torch.Tensor, decision: QuantizeWeight, moment: torch.Tensor | None
+    ) -> QuantizedTensor:
+        group = matrix.shape[-1] if decision.group == PER_ROW else decision.group
+        if moment is not None:
+            return quantize_compensated(
+                matrix,
+                moment,
+                levels=self._levels(decision),
+                group=group,
+                damp=self._damping,
+                shrink=self._shrink,
+            )
+        if decision.float8:
+            return quantize_float8(matrix, group=group)
+        return quantize_groupwise(
+            matrix, bits=decision.bits, group=group, symmetric=self.symmetric, shrink=self._shrink
+        )
+
+    def _levels(self, decision: QuantizeWeight) -> Levels:
+        return Levels(decision.bits, self.symmetric, decision.float8)
+
     def _linear(
-        self, editor: Editor, part: Linear, decision: QuantizeWeight, stored: dict[_Form, _Stored]
+        self,
+        editor: Editor,
+        part: Linear,
+        decision: QuantizeWeight,
+        stored: dict[_Form, _Stored],
+        moments: Mapping[Key, torch.Tensor],
     ) -> None:
+        moment = moments.get(memory(editor.tensor(part.weight)))
         with editor.before(part.node):
             x = editor.current(part.input)
             if decision.dynamic:
                 operator = torch.ops.surgeon.fake_quantize_dynamic.default
                 shared = [user for user in x.users if user.target is operator]
                 x = shared[0] if shared else editor.call(operator, x)
-            weight = self._codes(editor, part.weight, decision, stored, part.transposed)
+            weight = self._codes(editor, part.weight, decision, stored, part.transposed, moment)
             bias = (editor.read(part.bias),) if part.bias is not None else ()
             new = editor.call(torch.ops.aten.linear.default, x, weight, *bias)
         editor.replace(part.node, new)
@@ -210,12 +355,31 @@ class Quantize(Pass[QuantizePlan]):
                 editor.replace(node, weight)
 
     def _experts(
-        self, editor: Editor, part: MoE, decision: QuantizeWeight, stored: dict[_Form, _Stored]
+        self,
+        editor: Editor,
+        part: MoE,
+        decision: QuantizeWeight,
+        stored: dict[_Form, _Stored],
+        statistics: Statistics,
     ) -> None:
-        for name in (part.w_in, part.w_out):
+        made: tuple[QuantizedTensor | None, QuantizedTensor | None] = (None, None)
+        if decision.compensated:
+            sample = statistics[decision.site]
+            assert isinstance(sample, Sample)
+            stack = ExpertStack.of(editor.graph, part)
+            widths = (stack.w_in.shape[2], stack.w_out.shape[2])
+            made = quantize_experts(
+                stack,
+                *sample.values(),
+                levels=self._levels(decision),
+                groups=widths if decision.group == PER_ROW else (decision.group, decision.group),
+                damp=self._damping,
+                shrink=self._shrink,
+            )
+        for name, codes in zip((part.w_in, part.w_out), made, strict=True):
             readers = [node for node in part.node.all_input_nodes if node.op == "get_attr" and node.target == name]
             with editor.before(part.node):
-                weight = self._codes(editor, name, decision, stored)
+                weight = self._codes(editor, name, decision, stored, made=codes)
             for node in readers:
                 part.node.replace_input_with(node, weight)
 
@@ -238,12 +402,13 @@ class Quantize(Pass[QuantizePlan]):
 
     def summary(self, plan: QuantizePlan) -> str:
         """Scheme and number of sites."""
-        return f"{len(plan.decisions)} weights in {self.scheme}"
+        fitted = f" ({self.algorithm})" if self.algorithm != "nearest" else ""
+        return f"{len(plan.decisions)} weights in {self.scheme}{fitted}"
 
     @staticmethod
-    def _parts(structure: Structure) -> dict[str, Linear | Embedding | MoE]:
+    def _parts(structure: Structure) -> dict[str, _Part]:
         everything = structure.select(Selection())
-        parts: dict[str, Linear | Embedding | MoE] = {site.name: site.part for site in everything.linears}
+        parts: dict[str, _Part] = {site.name: site.part for site in everything.linears}
         parts |= {site.name: site.part for site in everything.embeddings}
         parts |= {site.name: site.part for site in everything.moes()}
         return parts
@@ -257,6 +422,19 @@ class _Stored(NamedTuple):
     zero_point: str | None
     group: int
     in_features: int
+
+
+def _in_several_blocks(graph: Graph, structure: Structure) -> set[Key]:
+    """Memories of weights that linears or mixtures of more than one block read."""
+    everything = structure.select(Selection())
+    read = [(site.part.weight, site.block) for site in everything.linears]
+    read += [(moe.part.w_in, moe.block) for moe in everything.moes()]
+    present = graph.parameters()  # those of blocks that the sweep is through with are gone
+    readers: dict[Key, set[int | None]] = {}
+    for name, block in read:
+        if name in present:
+            readers.setdefault(memory(present[name]), set()).add(block)
+    return {key for key, blocks in readers.items() if len(blocks) > 1}
 
 
 def _refuse_quantized(site: str, weight: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from surgeon.numerics.clustering import balanced_assignment as balanced_assignme
 from surgeon.numerics.clustering import balanced_kmeans as balanced_kmeans
 from surgeon.numerics.clustering import kmeans as kmeans
 from surgeon.numerics.clustering import members as members
+from surgeon.numerics.compensation import quantize_compensated as quantize_compensated
 from surgeon.numerics.densify import largest_neurons as largest_neurons
 from surgeon.numerics.densify import learn_weights as learn_weights
 from surgeon.numerics.densify import sum_of_truncations as sum_of_truncations
@@ -35,6 +36,9 @@ from surgeon.numerics.mlp_router import train_mlp_router as train_mlp_router
 from surgeon.numerics.partition import coactivation_graph as coactivation_graph
 from surgeon.numerics.partition import inside_weight as inside_weight
 from surgeon.numerics.partition import partition_graph as partition_graph
+from surgeon.numerics.quantization import SEARCH as SEARCH
+from surgeon.numerics.quantization import WHOLE_RANGE as WHOLE_RANGE
+from surgeon.numerics.quantization import Levels as Levels
 from surgeon.numerics.quantization import QuantizedTensor as QuantizedTensor
 from surgeon.numerics.quantization import dequantize as dequantize
 from surgeon.numerics.quantization import dynamic_quantize_linear as dynamic_quantize_linear

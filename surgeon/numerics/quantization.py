@@ -1,4 +1,4 @@
-"""Round-to-nearest quantization in groups along the input dimension, and dynamic quantization of activations.
+"""Low-bit codes in groups along the input dimension, rounding to the nearest, and dynamic quantization of activations.
 
 Layout of the codes (that of ONNX Runtime's ``MatMulNBits``): unsigned integers of 2, 4 or 8 bits, packed into bytes
 with the earlier code in the lower bits; value = (code - zero point) * scale, with the zero point 2**(bits - 1) where
@@ -7,6 +7,7 @@ none is stored.  Codes may be 8-bit floats in their place, with value = code * s
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,122 @@ BITS = (2, 4, 8)
 FLOAT8 = torch.float8_e4m3fn
 """The 8-bit float of weights: 4 bits of exponent, 3 of mantissa, no infinities; the largest is 448 (OCP FP8, Micikevicius et
 al. 2022, arXiv:2209.05433)."""
+WHOLE_RANGE = (1.0,)
+"""Factors of a group's range that are tried: the whole range alone."""
+SEARCH = tuple(1 - step / 20 for step in range(6))
+"""The factors that AWQ's search for clipping tries (Lin et al. 2023, arXiv:2306.00978), to 0.75: at 4 bits none below is
+ever the best."""
 _ELEMENTS_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The numbers that codes can stand for under one scale: (q - z) s for integers q of ``bits`` bits, q s for 8-bit floats.
+
+    Attributes:
+        bits: 2, 4 or 8.
+        symmetric: the zero point z is 2**(bits - 1).
+        float8: codes are 8-bit floats.
+    """
+
+    bits: int
+    symmetric: bool = True
+    float8: bool = False
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether a zero point is stored for every group."""
+        return not (self.symmetric or self.float8)
+
+    def group(self, where: str, group: int, in_features: int) -> int:
+        """Inputs per scale, with -1 resolved.
+
+        Raises:
+            NumericsError: bits or group is not possible.
+        """
+        _check_bits(self.bits)
+        per_byte = 8 // self.bits
+        if group == -1:
+            return -(-in_features // per_byte) * per_byte
+        if group < 1 or group % per_byte:
+            least = "at least 1" if per_byte == 1 else f"a positive multiple of {per_byte} at {self.bits} bits"
+            raise NumericsError(f"{where}: group = {group}, needed -1 or {least}")
+        return group
+
+    def fit(
+        self,
+        blocks: Tensor,
+        dtype: torch.dtype,
+        *,
+        importance: Tensor | None = None,
+        shrink: Sequence[float] = WHOLE_RANGE,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of least squared error among those that :func:`quantize_groupwise` tries.
+
+        Args:
+            blocks: groups of weights, [..., groups, group].
+            dtype: the scale is rounded to it.
+            importance: weights of the squared errors, of a shape that broadcasts to ``blocks``.
+            shrink: factors of the range, the first of which is kept among equals.
+
+        Returns:
+            scale [..., groups] of ``dtype`` and zero point [..., groups] of the type of ``blocks``, or None.
+        """
+        best: tuple[Tensor, Tensor, Tensor | None] | None = None
+        candidates = list(self._candidates(blocks, dtype, shrink))
+        if len(candidates) == 1:
+            return candidates[0]
+        for scale, zero in candidates:
+            step = scale.to(blocks.dtype).unsqueeze(-1)
+            zeros = unsqueezed(zero)
+            lost = (self.value(self.nearest(blocks, step, zeros), step, zeros) - blocks).square_()
+            error = (lost if importance is None else lost.mul_(importance)).sum(-1)
+            if best is None:
+                best = error, scale, zero
+            else:
+                less = error < best[0]
+                best = (
+                    torch.where(less, error, best[0]),
+                    torch.where(less, scale, best[1]),
+                    None if zero is None or best[2] is None else torch.where(less, zero, best[2]),
+                )
+        assert best is not None
+        return best[1], best[2]
+
+    def _candidates(
+        self, blocks: Tensor, dtype: torch.dtype, shrink: Sequence[float]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        half, top = 2 ** (self.bits - 1), 2**self.bits - 1
+        if self.has_zero_point:
+            low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+            for factor in shrink:
+                scale = _usable(((high - low) * factor / top).to(dtype))
+                yield scale, (-low * factor / scale.to(blocks.dtype)).round().clamp(0, top)
+            return
+        peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        ends = [peak.abs() / torch.finfo(FLOAT8).max] if self.float8 else [peak.abs() / (half - 1), peak / -half]
+        for factor in shrink:
+            for end in ends:
+                yield _usable((end * factor).to(dtype)), None
+
+    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes nearest to values, ties to even, as floats (8-bit ones where the codes are); shapes broadcast."""
+        if self.float8:
+            # a scale that was rounded down would take the largest beyond it, to NaN
+            limit = torch.finfo(FLOAT8).max
+            return (values / scale).clamp_(-limit, limit).to(FLOAT8)
+        offset = 2 ** (self.bits - 1) if zero is None else zero
+        return (values / scale).round_().add_(offset).clamp_(0, 2**self.bits - 1)
+
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """What codes stand for; shapes broadcast."""
+        if self.float8:
+            return codes.to(scale.dtype) * scale
+        return (codes - (2 ** (self.bits - 1) if zero is None else zero)) * scale
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes [..., group] of :meth:`nearest` in the form in which they are stored."""
+        return codes if self.float8 else pack_codes(codes.to(torch.uint8), self.bits)
 
 
 @dataclass(frozen=True)
@@ -41,12 +157,37 @@ class QuantizedTensor:
     group: int
     in_features: int
 
+    @classmethod
+    def empty(cls, shape: Sequence[int], dtype: torch.dtype, levels: Levels, group: int) -> QuantizedTensor:
+        """Codes to be filled, for a weight of this shape [..., out, in] and dtype."""
+        groups = -(-shape[-1] // group)
+        inner = (*shape[:-1], groups)
+        packed = torch.empty(*inner, group * levels.bits // 8, dtype=FLOAT8 if levels.float8 else torch.uint8)
+        zero = torch.empty(inner, dtype=torch.uint8) if levels.has_zero_point else None
+        return cls(packed, torch.empty(inner, dtype=dtype), zero, levels.bits, group, shape[-1])
+
+    @classmethod
+    def joined(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Codes of several weights of one form, one behind the other in the first dimension."""
+        if len(parts) == 1:
+            return parts[0]
+        packed, scale, zeros = zip(*(part.tensors for part in parts), strict=True)
+        zero = None if zeros[0] is None else torch.cat(zeros)
+        return cls(torch.cat(packed), torch.cat(scale), zero, parts[0].bits, parts[0].group, parts[0].in_features)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zero points."""
+        return self.packed, self.scale, self.zero_point
+
     def dequantize(self) -> Tensor:
         """Return the weight [..., out, in] that these codes stand for."""
         return dequantize(self.packed, self.scale, self.zero_point, self.bits, self.group, self.in_features)
 
 
-def quantize_groupwise(weight: Tensor, *, bits: int, group: int, symmetric: bool) -> QuantizedTensor:
+def quantize_groupwise(
+    weight: Tensor, *, bits: int, group: int, symmetric: bool, shrink: Sequence[float] = WHOLE_RANGE
+) -> QuantizedTensor:
     """Quantize each run of ``group`` inputs of a row to the nearest of 2**bits levels, ties to even.
 
     Symmetric (h = 2**(bits - 1), no zero point stored): two scales are tried for every group and the one of less
@@ -62,6 +203,8 @@ def quantize_groupwise(weight: Tensor, *, bits: int, group: int, symmetric: bool
         bits: 2, 4 or 8.
         group: inputs per scale, a whole number of bytes; -1 for one scale per row.
         symmetric: whether the zero point is fixed.
+        shrink: factors of the range that are tried too, keeping the one of least squared error: below 1 the steps are finer
+            and the largest weights are clipped.
 
     Returns:
         The codes.  The scale is rounded to the weight's dtype first and the codes chosen for that rounded scale.
@@ -69,36 +212,7 @@ def quantize_groupwise(weight: Tensor, *, bits: int, group: int, symmetric: bool
     Raises:
         NumericsError: bits or group is not possible, or an entry is not finite.
     """
-    _check_bits(bits)
-    _check_weight("quantize_groupwise", weight)
-    per_byte = 8 // bits
-    in_features = weight.shape[-1]
-    if group == -1:
-        group = -(-in_features // per_byte) * per_byte
-    if group < 1 or group % per_byte:
-        raise NumericsError(
-            f"quantize_groupwise: group = {group}, needed -1 or a positive multiple of {per_byte} at {bits} bits"
-        )
-    require_finite(weight=weight)
-    rows = weight.detach().reshape(-1, in_features)
-    groups = -(-in_features // group)
-    shape = (*weight.shape[:-1], groups)
-    packed = torch.empty(rows.shape[0], groups, group // per_byte, dtype=torch.uint8)
-    scale = torch.empty(rows.shape[0], groups, dtype=weight.dtype)
-    zero_point = None if symmetric else torch.empty(rows.shape[0], groups, dtype=torch.uint8)
-    # Some rows at a time: the working copies would otherwise take several times the weight's own memory.
-    count = max(1, _ELEMENTS_AT_ONCE // in_features)
-    for start in range(0, rows.shape[0], count):
-        part = slice(start, start + count)
-        work = rows[part].to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        blocks = torch.nn.functional.pad(work, (0, groups * group - in_features)).reshape(-1, groups, group)
-        if zero_point is None:
-            scale[part], codes = _symmetric(blocks, bits, weight.dtype)
-        else:
-            scale[part], zero_point[part], codes = _asymmetric(blocks, bits, weight.dtype)
-        packed[part] = pack_codes(codes, bits)
-    zeros = None if zero_point is None else zero_point.reshape(shape)
-    return QuantizedTensor(packed.reshape(*shape, -1), scale.reshape(shape), zeros, bits, group, in_features)
+    return _round_to_nearest("quantize_groupwise", weight, Levels(bits, symmetric), group, shrink)
 
 
 def quantize_float8(weight: Tensor, *, group: int = -1) -> QuantizedTensor:
@@ -113,25 +227,33 @@ def quantize_float8(weight: Tensor, *, group: int = -1) -> QuantizedTensor:
     Raises:
         NumericsError: the shape or the group is not possible, or an entry is not finite.
     """
-    _check_weight("quantize_float8", weight)
+    return _round_to_nearest("quantize_float8", weight, Levels(8, float8=True), group, WHOLE_RANGE)
+
+
+def _round_to_nearest(
+    where: str, weight: Tensor, levels: Levels, group: int, shrink: Sequence[float]
+) -> QuantizedTensor:
+    check_weight(where, weight)
     in_features = weight.shape[-1]
-    group = in_features if group == -1 else group
-    if group < 1:
-        raise NumericsError(f"quantize_float8: group = {group}, needed -1 or at least 1")
-    require_finite(weight=weight)
+    group = levels.group(where, group, in_features)
+    rows = weight.detach().reshape(-1, in_features)
     groups = -(-in_features // group)
-    packed = torch.empty(*weight.shape[:-1], groups, group, dtype=FLOAT8)
-    scale = torch.empty(*weight.shape[:-1], groups, dtype=weight.dtype)
-    rows, flat_packed, flat_scale = weight.detach().flatten(0, -2), packed.flatten(0, -3), scale.flatten(0, -2)
+    codes = QuantizedTensor.empty(weight.shape, weight.dtype, levels, group)
+    packed, scale, zero = (None if t is None else t.flatten(0, weight.ndim - 2) for t in codes.tensors)
+    assert packed is not None
+    assert scale is not None
+    # Some rows at a time: the working copies would otherwise take several times the weight's own memory.
     count = max(1, _ELEMENTS_AT_ONCE // in_features)
     for start in range(0, rows.shape[0], count):
         part = slice(start, start + count)
-        work = rows[part].to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        work = rows[part].to(working_type(weight.dtype))
         blocks = torch.nn.functional.pad(work, (0, groups * group - in_features)).reshape(-1, groups, group)
-        flat_scale[part] = _usable((blocks.abs().amax(-1) / torch.finfo(FLOAT8).max).to(weight.dtype))
-        limit = torch.finfo(FLOAT8).max  # a scale that was rounded down would take the largest beyond it, to NaN
-        flat_packed[part] = (blocks / flat_scale[part].to(work.dtype).unsqueeze(-1)).clamp(-limit, limit).to(FLOAT8)
-    return QuantizedTensor(packed, scale, None, 8, group, in_features)
+        scale[part], zeros = levels.fit(blocks, weight.dtype, shrink=shrink)
+        found = levels.nearest(blocks, scale[part].to(work.dtype).unsqueeze(-1), unsqueezed(zeros))
+        packed[part] = levels.pack(found)
+        if zero is not None and zeros is not None:
+            zero[part] = zeros.to(torch.uint8)
+    return codes
 
 
 def dequantize(
@@ -236,39 +358,23 @@ def _check_bits(bits: int) -> None:
         raise NumericsError(f"bits = {bits}, needed one of {', '.join(map(str, BITS))}")
 
 
-def _check_weight(where: str, weight: Tensor) -> None:
+def check_weight(where: str, weight: Tensor) -> None:
+    """Raise NumericsError for what is not a finite, floating [..., out, in] with entries."""
     if weight.ndim < 2 or not weight.dtype.is_floating_point or weight.numel() == 0:
         raise NumericsError(
             f"{where}: weight is {weight.dtype} {list(weight.shape)}, needed a non-empty floating [..., out, in]"
         )
+    require_finite(weight=weight)
 
 
-def _symmetric(blocks: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale [..., groups] and codes [..., groups, group] of blocks [..., groups, group]."""
-    half = 2 ** (bits - 1)
-    peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    full = _usable((peak.abs() / (half - 1)).to(dtype))
-    fine = _usable((peak / -half).to(dtype))
-    candidates = []
-    for scale in (full, fine):
-        step = scale.to(blocks.dtype).unsqueeze(-1)
-        levels = (blocks / step).round().clamp(-half, half - 1)
-        candidates.append((levels, (levels * step - blocks).square().sum(-1)))
-    (full_levels, full_error), (fine_levels, fine_error) = candidates
-    finer = fine_error < full_error
-    levels = torch.where(finer.unsqueeze(-1), fine_levels, full_levels)
-    return torch.where(finer, fine, full), (levels + half).to(torch.uint8)
+def unsqueezed(tensor: Tensor | None) -> Tensor | None:
+    """With a last dimension of 1, where there is a tensor."""
+    return None if tensor is None else tensor.unsqueeze(-1)
 
 
-def _asymmetric(blocks: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero point [..., groups] and codes [..., groups, group] of blocks [..., groups, group]."""
-    top = 2**bits - 1
-    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    scale = _usable(((high - low) / top).to(dtype))
-    step = scale.to(blocks.dtype)
-    zero_point = (-low / step).round().clamp(0, top)
-    codes = ((blocks / step.unsqueeze(-1)).round() + zero_point.unsqueeze(-1)).clamp(0, top)
-    return scale, zero_point.to(torch.uint8), codes.to(torch.uint8)
+def working_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights of ``dtype`` are rounded: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _usable(scale: Tensor) -> Tensor:
