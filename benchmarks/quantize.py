@@ -1,13 +1,14 @@
-"""How much 4-bit weights lose, by how they are rounded, on trained models; llm-compressor beside it where it is installed.
+"""How much 4-bit weights and 8-bit activations lose on trained models; llm-compressor beside it where it is installed.
 
     python benchmarks/quantize.py
     pip install llmcompressor && python benchmarks/quantize.py
 
-All weights of linears and experts in 4 bits but for the output matrix and routers; 48 sequences of 256 tokens to calibrate,
-others to measure.  *kl* is the mean Kullback-Leibler divergence of the next token's distribution from that of the model
-itself, in thousandths of a nat; *loss* what the cross entropy rises by; *seconds* what the pass takes, on one thread.
-llm-compressor's modifiers quantize the model of transformers (of two orders of columns that its GPTQ has, the better one is
-given), on the same sequences.  Its modifiers see linears, not stacked experts, so it is beside the dense model only.
+All weights of linears and experts in 4 bits, but for the output matrix and routers, and all linears in ``int8_dynamic``; 48
+sequences of 256 tokens to calibrate, others to measure.  *kl* is the mean Kullback-Leibler divergence of the next token's
+distribution from that of the model itself, in thousandths of a nat; *loss* what the cross entropy rises by; *seconds* what
+the passes take, on one thread.  llm-compressor's modifiers quantize the model of transformers (of two orders of columns that
+its GPTQ has, the better one is given), on the same sequences.  They see linears, not stacked experts, so they are beside the
+dense model only.
 Writes ``benchmarks/results/quantize.json`` and ``quantize.md``.
 """
 
@@ -28,12 +29,23 @@ from surgeon.environment import versions_of
 RESULTS = Path(__file__).parent / "results"
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 NAMES = ("tiny-llama", "tiny-mixtral", "tiny-upcycled")
-FORMS = tuple((group, symmetric) for group in (32, 128) for symmetric in (True, False))
-OURS: dict[str, dict[str, Any]] = {
+FOUR_BITS = {
+    f"int4, group {group}{'' if symmetric else ', zero points'}": {
+        "scheme": "int4", "group": group, "symmetric": symmetric, "blocks": ":"
+    }
+    for group in (32, 128) for symmetric in (True, False)
+}  # fmt: skip
+FOUR_BIT_METHODS: dict[str, dict[str, Any]] = {
     "nearest": {},
     "nearest, scales: search": {"scales": "search"},
     "gptq, scales: range": {"algorithm": "gptq", "scales": "range"},
     "gptq": {"algorithm": "gptq"},
+}
+EIGHT_BIT_METHODS: dict[str, list[dict[str, Any]]] = {
+    "nearest": [],
+    "smooth: {alpha: 0.5}": [{"smooth": {"alpha": 0.5}}],
+    "smooth": [{"smooth": {}}],
+    "smooth: {insert: false}": [{"smooth": {"insert": False}}],
 }
 SEQUENCES, LENGTH = 48, 256
 
@@ -61,17 +73,19 @@ def measured(run: Any, ids: Tensor, want: Tensor) -> dict[str, float]:
     return {"kl": float((before.exp() * (before - after)).sum(-1).mean()), "loss": losses[1] - losses[0]}
 
 
-def ours(model: str, fields: dict[str, Any], calibration: Tensor, held_out: Tensor, want: Tensor) -> dict[str, float]:
+def ours(
+    model: str, steps: list[dict[str, Any]], calibration: Tensor, held_out: Tensor, want: Tensor
+) -> dict[str, float]:
     batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in calibration.split(8)]
     compiled = surgeon.compile(
         MODELS / model,
-        [{"quantize": {"scheme": "int4", "blocks": ":", **fields}}],
+        steps,
         calibration=batches,
         dtype="float32",
         backend=None,
         progress=False,
     )
-    return {**measured(compiled, held_out, want), "seconds": compiled.report.passes[0].seconds}
+    return {**measured(compiled, held_out, want), "seconds": sum(each.seconds for each in compiled.report.passes)}
 
 
 def peer(
@@ -116,41 +130,44 @@ def rows_of(model: str) -> list[dict[str, Any]]:
         want = torch.cat([module(input_ids=rows).logits for rows in held_out.split(8)])
     del module
     rows = []
-    for group, symmetric in FORMS:
-        form = {"model": model, "group": group, "symmetric": symmetric}
-        for name, fields in OURS.items():
-            figures = ours(model, {"group": group, "symmetric": symmetric, **fields}, calibration, held_out, want)
-            rows.append({**form, "method": name, **figures})
+    for label, form in FOUR_BITS.items():
+        for name, fields in FOUR_BIT_METHODS.items():
+            figures = ours(model, [{"quantize": {**form, **fields}}], calibration, held_out, want)
+            rows.append({"model": model, "form": label, "method": name, **figures})
             print(rows[-1], flush=True)
         for algorithm in ("nearest", "gptq") if model == "tiny-llama" else ():
-            other = peer(model, group, symmetric, algorithm, calibration, held_out, want)
+            other = peer(model, form["group"], form["symmetric"], algorithm, calibration, held_out, want)
             if other is not None:
-                rows.append({**form, "method": f"llm-compressor, {algorithm}", **other})
+                rows.append({"model": model, "form": label, "method": f"llm-compressor, {algorithm}", **other})
                 print(rows[-1], flush=True)
+    for name, steps in EIGHT_BIT_METHODS.items():
+        figures = ours(model, [*steps, {"quantize": {"scheme": "int8_dynamic"}}], calibration, held_out, want)
+        rows.append({"model": model, "form": "int8_dynamic", "method": name, **figures})
+        print(rows[-1], flush=True)
     return rows
 
 
 def table(results: dict[str, Any]) -> str:
     rows = results["rows"]
     lines = [
-        "# What 4-bit weights lose",
+        "# What 4-bit weights and 8-bit activations lose",
         "",
         "Made by `python benchmarks/quantize.py`, which says what is measured. Thousandths of a nat per token; "
         "*of nearest* is the divergence over that of `nearest` in the same form. "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version),
         "",
-        "| model | group | zero points | method | kl | of nearest | loss | seconds |",
-        "|---|--:|---|---|--:|--:|--:|--:|",
+        "| model | form | method | kl | of nearest | loss | seconds |",
+        "|---|---|---|--:|--:|--:|--:|",
     ]
     for row in rows:
         plain = next(
             other["kl"]
             for other in rows
-            if other["method"] == "nearest" and all(other[key] == row[key] for key in ("model", "group", "symmetric"))
+            if other["method"] == "nearest" and all(other[key] == row[key] for key in ("model", "form"))
         )
         lines.append(
-            f"| {row['model']} | {row['group']} | {'fixed' if row['symmetric'] else 'stored'} | {row['method']} "
-            f"| {1e3 * row['kl']:.1f} | {row['kl'] / plain:.2f} | {1e3 * row['loss']:.1f} | {row['seconds']:.1f} |"
+            f"| {row['model']} | {row['form']} | {row['method']} | {1e3 * row['kl']:.1f} | {row['kl'] / plain:.2f} "
+            f"| {1e3 * row['loss']:.1f} | {row['seconds']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -76,8 +76,9 @@ def load_data(spec: Calibration | Iterable[Batch] | None, graph: Graph, tokenize
     if len(used) < spec.samples:
         notes += (f"calibration: {spec.samples} samples asked, the text holds {len(used)} of length {spec.length}",)
     pad = tokenizer_for(graph, tokenizer)
+    least = spec.length if spec.pad == "length" else 0
     batches = tuple(
-        collate(used[start : start + spec.batch], graph, pad) for start in range(0, len(used), spec.batch)
+        collate(used[start : start + spec.batch], graph, pad, least) for start in range(0, len(used), spec.batch)
     )
     _check_ids(graph, (*batches, *held_back), str(spec.text))
     return Data(batches, held_back, reserve > 0, notes)
@@ -204,19 +205,22 @@ def tokenize_file(
     return rows[:limit]
 
 
-def collate(rows: Sequence[Mapping[str, list[int]]], graph: Graph, tokenizer: Any) -> dict[str, Tensor]:
-    """Pad rows to one length and stack them, [rows, length] each.
+def collate(
+    rows: Sequence[Mapping[str, list[int]]], graph: Graph, tokenizer: Any, least: int = 0
+) -> dict[str, Tensor]:
+    """Pad rows to the length of the longest, at least ``least``, and stack them, [rows, length] each.
 
     A decoder that has an encoder before it reads the same text.  Other inputs that the tokenizer does not make but the graph
     takes are refused by ``Graph.bind``.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(least, *(len(row["input_ids"]) for row in rows))
     if all(len(row["input_ids"]) == longest for row in rows):
         batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     else:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        batch = dict(tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
+        padded = tokenizer.pad([dict(row) for row in rows], padding="max_length", max_length=longest, return_tensors="pt")
+        batch = dict(padded)
     for port in graph.inputs:
         if port.name == "attention_mask" and port.name not in batch:
             batch[port.name] = torch.ones_like(batch["input_ids"])

@@ -7,7 +7,7 @@ where the graph has a two-dimensional ``attention_mask`` input, the rows of mask
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -220,6 +220,57 @@ class MeanValue(Observer):
     def mean(self) -> Tensor:
         """The mean, [D]."""
         return self.total / max(self.tokens, 1)
+
+
+class Extremes(Observer):
+    """Least and greatest value of every feature of one value over all positions, padding too: what a range at run time spans.
+
+    Batches go to two halves in turn, so that what one says of the data to come can be tried on the other.
+
+    Attributes:
+        low: min_t x_t of each half, [2, D] float64.
+        high: max_t x_t of each half, [2, D] float64.
+        tokens: number of tokens, without padding.
+    """
+
+    whole: ClassVar[bool] = True
+
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+        self.low = torch.full((2, 1), float("inf"), dtype=torch.float64)
+        self.high = -self.low
+        self.tokens = 0
+        self._batches = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add [..., D], with the numbers of the rows that are no padding."""
+        value, rows = values
+        if value.numel():
+            half = self._batches % 2
+            low, high = value.flatten(0, -2).aminmax(dim=0)
+            self.low, self.high = (kept.expand(2, low.numel()).clone() for kept in (self.low, self.high))
+            self.low[half] = torch.minimum(self.low[half], low.double())
+            self.high[half] = torch.maximum(self.high[half], high.double())
+            self._batches += 1
+        self.tokens += rows.numel()
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, Extremes)
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.tokens += other.tokens
+        self._batches += other._batches
+
+    @property
+    def peaks(self) -> Tensor:
+        """Largest magnitudes in each half, or in all there was where one is empty, [2, D]."""
+        found = torch.maximum(self.high, -self.low)
+        return torch.where(found.isfinite(), found, found.flip(0))
+
+    @property
+    def peak(self) -> Tensor:
+        """Largest magnitude, [D]."""
+        return self.peaks.amax(0)
 
 
 class SecondMoment(Observer):

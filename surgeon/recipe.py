@@ -112,6 +112,8 @@ class Calibration(_Settings):
     """Number of sequences to take."""
     length: int = Field(512, ge=1)
     """Tokens per sequence; longer lines are cut."""
+    pad: Literal["batch", "length"] = "batch"
+    """Shorter sequences are padded to the longest one of their batch, or all to ``length``."""
     batch: int = Field(8, ge=1)
     """Sequences per forward run."""
     seed: int = Field(0, ge=0, lt=2**64)

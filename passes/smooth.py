@@ -1,0 +1,276 @@
+"""Move the range of activations into the weights behind them, so that rounding both to 8 bits loses less.
+
+Paper:
+    SmoothQuant (Xiao et al. 2022, arXiv:2211.10438).
+Formula:
+    ``W x = (W diag(s)) (x / s)``, ``s_j = max_t |x_tj|^a / max_i |W_ij|^(1-a)``, over ``sqrt(max(s) min(s))``, and rounded to
+    powers of two where weights have 16 bits, so that no digit of them is lost.  ``alpha: search`` takes, for every input, the
+    a (or none) of least ``||Q(W diag(s)) Q(x / s) - W x||^2``, Q being the rounding of ``quantize: {scheme: int8_dynamic}``.
+Shapes:
+    x: [tokens, in]; W: [out, in]; s: [in], one for all linears that read x.
+Reads:
+    Each selected linear's input: its extremes (padding too, which takes part in the range at run time), and ``tokens`` rows.
+Changes:
+    The columns of the linears' weights are multiplied by s.  The input is divided by it where it is computed: in the weight of
+    the norm or of the linear in front, where nothing else reads that; with ``insert: true`` elsewhere by one multiplication.
+Errors:
+    PlanError for quantized weights, and where nothing is selected.
+Example:
+    ``- smooth: {}`` before ``- quantize: {scheme: int8_dynamic}``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.discovery import operators
+from surgeon.errors import PlanError
+from surgeon.graph import Graph
+from surgeon.numerics import fake_quantize_dynamic, quantize_groupwise
+from surgeon.observe import Extremes
+from surgeon.rescaling import Factor, Readers, divisible, multiplied
+from surgeon.rewrite import Editor
+from surgeon.samples import Sample
+from surgeon.structure import Linear, Site, Structure
+
+_EXPONENTS = (0.4, 0.55, 0.7, 0.85, 0.95)
+"""Exponents that a search tries, beside none."""
+_FARTHEST = 2.0**8
+"""Largest factor between a feature and the middle of all."""
+
+
+class SmoothInput(Decision):
+    """One value whose readers are smoothed.
+
+    Attributes:
+        site: the first linear that reads it.
+        readers: all selected linears that read it.
+        alpha: exponent of the activations' magnitudes; 0 leaves them as they are.
+        folded: the division is made by weights in front; otherwise by a multiplication.
+    """
+
+    readers: tuple[str, ...]
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    folded: bool
+
+
+class SmoothPlan(Plan[SmoothInput]):
+    """The values that are divided."""
+
+
+class Smooth(Pass[SmoothPlan]):
+    """Scale activations down and weights up, feature by feature, without changing the outputs, before both are quantized."""
+
+    name = "smooth"
+    scope: ClassVar[Literal["model", "block"]] = "block"
+    plan_type = SmoothPlan
+    apply_reads_statistics = True
+
+    alpha: Annotated[float, Field(gt=0, le=1)] | Literal["search"] = "search"
+    """Share of the range that moves into the weights: one number for all, or for every input what loses least."""
+    insert: bool = True
+    """Where the division cannot be made in weights in front, multiply: a norm whose output is the residual stream too, or an
+    activation function. False leaves those alone."""
+    tokens: Annotated[int, Field(ge=16)] = 256
+    """For search: tokens on which the roundings are compared."""
+    seed: int = 0
+    """Seed of their sample."""
+
+    def observers(self, structure: Structure) -> Mapping[str, Observer]:
+        """Extremes, and where the exponent is searched tokens, of every value that selected linears read."""
+        found: dict[str, Observer] = {}
+        for source in _by_input(self._linears(structure)):
+            found[source.name] = Extremes(source)
+            if self.alpha == "search":
+                found[f"{source.name}.sample"] = Sample(source, limit=self.tokens, seed=self.seed)
+        return found
+
+    def _linears(self, structure: Structure) -> Iterator[Site[Linear]]:
+        """Selected linears as quantize takes them: routers only where they are named."""
+        for site in structure.selected_linears():
+            if self.names is not None or not site.name.endswith(".router"):
+                yield site
+
+    def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> SmoothPlan:
+        """Choose the exponent for each value and where the division is made."""
+        readers = Readers(graph)
+        decisions, notes = [], []
+        for source, sites in _by_input(self._linears(structure)).items():
+            for site in sites:
+                if not graph.tensor(site.part.weight).is_floating_point():
+                    raise PlanError(f"{site.name}: its weight is quantized already; put smooth before quantize")
+            names = ", ".join(site.name for site in sites)
+            if not all(readers.only(_weight_node(site)) for site in sites):
+                notes.append(f"{names}: something else reads the weight too; left alone")
+                continue
+            folded = _foldable(source, structure, readers) is not None
+            if not folded and not self.insert:
+                notes.append(f"{names}: no weight in front divides their input alone; left alone (insert: true multiplies)")
+                continue
+            if _extremes(statistics, source).tokens == 0:
+                notes.append(f"{names}: calibration data never reached it (no unmasked token); left alone")
+                continue
+            alpha = self._exponent(graph, source, sites, statistics)
+            if alpha == 0:
+                notes.append(f"{names}: no exponent loses less than none; left alone")
+                continue
+            readers_of = tuple(site.name for site in sites)
+            decisions.append(SmoothInput(site=readers_of[0], readers=readers_of, alpha=alpha, folded=folded))
+        return SmoothPlan(decisions=tuple(decisions), notes=tuple(notes))
+
+    def _exponent(
+        self, graph: Graph, source: fx.Node, sites: Sequence[Site[Linear]], statistics: Statistics
+    ) -> float:
+        if isinstance(self.alpha, float):
+            return self.alpha
+        sample = statistics[f"{source.name}.sample"]
+        assert isinstance(sample, Sample)
+        peaks = _extremes(statistics, source).peaks
+        x = sample.values()[0].float()
+        weights = [_matrix(graph, site.part).float() for site in sites]
+        wanted = [x @ weight.T for weight in weights]
+
+        def lost(alpha: float) -> float:
+            """Squared error where the scales are those of one half of the data and the range that of the other."""
+            total = 0.0
+            for mine, other in ((0, 1), (1, 0)):
+                scale = self._scale(graph, sites, alpha, peaks[mine]) if alpha else torch.ones(x.shape[1])
+                # two rows at the end give the rounding the range that it will have, which padding widens too
+                reach = peaks[other].float() / scale
+                rows = fake_quantize_dynamic(torch.cat([x / scale, reach[None], -reach[None]]))[:-2]
+                for weight, want in zip(weights, wanted, strict=True):
+                    total += float((rows @ _rounded(weight * scale).T - want).double().square().sum())
+            return total
+
+        return min((0.0, *_EXPONENTS), key=lost)
+
+    def _scale(self, graph: Graph, sites: Sequence[Site[Linear]], alpha: float, peak: Tensor) -> Tensor:
+        """The factors s [in] for features of these peaks; 1 for one that is always zero."""
+        largest = torch.stack([_matrix(graph, site.part).abs().amax(0).double() for site in sites]).amax(0)
+        alive = (peak > 0) & (largest > 0)
+        if not bool(alive.any()):
+            return torch.ones(len(largest))
+        exponent = alpha * peak.log2() - (1 - alpha) * largest.log2()
+        middle = (exponent[alive].max() + exponent[alive].min()) / 2
+        limit = math.log2(_FARTHEST)
+        powers = (exponent - middle).clamp(-limit, limit)
+        if graph.tensor(sites[0].part.weight).dtype.itemsize < torch.float32.itemsize:
+            powers = powers.round()
+        return torch.where(alive, torch.exp2(powers), 1.0).float()
+
+    def check(self, graph: Graph, structure: Structure, plan: SmoothPlan) -> None:
+        """Linears exist, read one value, and it can be divided as the plan says."""
+        readers = Readers(graph)
+        sites = {site.name: site for site in structure.linears}
+        for decision in plan.decisions:
+            missing = [name for name in decision.readers if name not in sites]
+            if missing or decision.site not in decision.readers:
+                raise PlanError(
+                    f"the plan smooths {', '.join(missing) or decision.site}, which this model does not have"
+                    if missing
+                    else f"{decision.site}: the plan's readers do not name it"
+                )
+            chosen = [sites[name] for name in decision.readers]
+            if len({site.part.input for site in chosen}) > 1:
+                raise PlanError(f"{decision.site}: {', '.join(decision.readers)} do not read the same value")
+            if not all(readers.only(_weight_node(site)) for site in chosen):
+                raise PlanError(f"{decision.site}: something else reads the weights of {', '.join(decision.readers)} too")
+            if decision.folded and _foldable(chosen[0].part.input, structure, readers) is None:
+                raise PlanError(f"{decision.site}: no weight in front divides its input alone; the plan says folded: true")
+
+    def apply(self, editor: Editor, structure: Structure, plan: SmoothPlan, statistics: Statistics) -> None:
+        """Multiply the columns, divide the input."""
+        by_name = {site.name: site for site in structure.linears}
+        readers = Readers(editor.graph)
+        for decision in plan.decisions:
+            sites = [by_name[name] for name in decision.readers]
+            source = sites[0].part.input
+            scale = self._scale(editor.graph, sites, decision.alpha, _extremes(statistics, source).peak)
+            factors = _foldable(source, structure, readers) if decision.folded else None
+            # linears that are not selected read the divided value too where that is folded
+            for site in sites if factors is None else _readers_of(source, structure):
+                weight = editor.tensor(site.part.weight).detach()
+                columns = scale[:, None] if site.part.transposed else scale
+                editor.set_tensor(site.part.weight, weight * columns.to(weight.dtype))
+            if factors is not None:
+                for factor in factors:
+                    factor.divide(editor, scale)
+                continue
+            with editor.before(sites[0].part.node):
+                value = multiplied(editor, editor.current(source), f"{sites[0].part.weight}_smoothing", 1 / scale)
+            for site in sites:
+                editor.redirect(site.part.node, source, value)
+
+    def exact(self, plan: SmoothPlan) -> bool:
+        """Nothing changes but the order of multiplications."""
+        return True
+
+    def parameter_delta(self, graph: Graph, structure: Structure, plan: SmoothPlan) -> int:
+        """One number for each feature that is multiplied."""
+        features = {site.name: site.part.in_features for site in structure.linears}
+        return sum(features[decision.site] for decision in plan.decisions if not decision.folded)
+
+    def summary(self, plan: SmoothPlan) -> str:
+        """How many inputs, and how they are divided."""
+        folded = sum(decision.folded for decision in plan.decisions)
+        return f"{len(plan.decisions)} inputs smoothed, {folded} of them by weights in front"
+
+
+def _by_input(sites: Iterator[Site[Linear]]) -> dict[fx.Node, list[Site[Linear]]]:
+    """Linears by the value that they read."""
+    found: dict[fx.Node, list[Site[Linear]]] = {}
+    for site in sites:
+        found.setdefault(site.part.input, []).append(site)
+    return found
+
+
+def _weight_node(site: Site[Linear]) -> fx.Node | None:
+    """The node that reads the weight for this linear alone, as it is stored or with its dimensions exchanged."""
+    for node in site.part.node.all_input_nodes:
+        while operators.is_reshape(node) and len(node.users) == 1 and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        if node.op == "get_attr" and node.target == site.part.weight:
+            return node
+    return None
+
+
+def _extremes(statistics: Statistics, source: fx.Node) -> Extremes:
+    found = statistics[source.name]
+    assert isinstance(found, Extremes)
+    return found
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """A weight as ``int8_dynamic`` stores it."""
+    return quantize_groupwise(weight, bits=8, group=weight.shape[1], symmetric=True).dequantize()
+
+
+def _matrix(graph: Graph, part: Linear) -> Tensor:
+    weight = graph.tensor(part.weight).detach()
+    return weight.T if part.transposed else weight
+
+
+def _readers_of(source: fx.Node, structure: Structure) -> list[Site[Linear]]:
+    """All linears that read a value, selected or not."""
+    return [site for site in structure.linears if site.part.input is source]
+
+
+def _foldable(source: fx.Node, structure: Structure, readers: Readers) -> list[Factor] | None:
+    """The tensors in front by which a value is divided, where linears alone read it; None where there are none.
+
+    All that changes lies in one block: the sweep has computed what is in front of it.
+    """
+    every = _readers_of(source, structure)
+    blocks = {site.block for site in every}
+    if len(blocks) > 1 or not all(readers.only(_weight_node(site)) for site in every):
+        return None
+    (block,) = blocks
+    within = None if block is None else frozenset(structure.blocks[block].nodes)
+    return divisible(source, {site.part.node for site in every}, readers, within)
