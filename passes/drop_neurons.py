@@ -1,6 +1,39 @@
 """Make feed-forward networks narrower: remove the neurons that matter least, and let the others make up for them.
 
-TODO
+Paper:
+    MoDeGPT (Lin et al. 2024, arXiv:2408.09632), type I: ridge leverage scores and the refitted output columns.  Minitron
+    (Muralidharan et al. 2024, arXiv:2407.14679): mean activations.  Optimal brain surgeon (Hassibi and Stork 1992), by
+    columns as in ZipLM (Kurtic et al. 2023, arXiv:2302.04089): one neuron after the other.
+Formula:
+    With h_t the activations behind gate and up, ``y = W h + b``, ``C = sum_t h_t h_t^T`` (``sum_t w_t^2 h_t h_t^T`` over the
+    tokens of an expert that weighs w_t), K the neurons that stay and R those that go:
+    ``refit``: ``W' = W_K + W_R C_RK (C_KK + lambda)^-1``, the least squares of ``W h`` on ``h_K`` with a penalty on the
+    change: lambda is I / 2 times the mean of ``h_i^2``, as if I / 2 further tokens had shown that nothing is to change.  b is
+    fitted with it, as the column of one more neuron that always gives 1.  On 2 I tokens or more, neurons that are linear
+    combinations of those that stay are not penalised: they go without loss.
+    ``reconstruction``: the neuron that costs least goes first, ``|w_i|^2 / P_ii`` with ``P = (C + slight)^-1``, and W and P
+    are brought up to date as if it had been refitted, before the next goes.  Without refit it costs what it adds to the
+    loss, ``sum_{j in R} <w_i, w_j> C_ij``.
+    ``contribution``: ``sqrt(C_ii) |w_i|``.  ``leverage``: the diagonal of ``C (C + lambda)^-1``.  ``activation``: the mean of
+    ``|h_i|``.  ``random``: by lot, a baseline.  The neurons of least score go.
+    benchmarks/results/width.md has what each loses on trained models.
+Shapes:
+    up (and gate) [I, H], down [G, I] -> [K, H], [G, K]; experts [E, O, H], [E, G, I] -> the same with K, every expert with
+    neurons of its own but as many as the others.
+Units:
+    ratio is the share of neurons that go; keep and multiple are numbers of neurons; loss is a share of the output's energy.
+Reads:
+    The activations of every network, experts' on the tokens that they run for, on the already-changed model, block by block.
+    Only sums are kept: 8 (I + 1)^2 bytes for each network and expert of one block, and about three times that while one
+    network (all experts of one mixture) is worked on.  Nothing is read for ``random`` without refit.
+Changes:
+    The tensors of gate, up, down and their biases under their own names; nothing else of the graph but sizes.
+Errors:
+    PlanError where weights are quantized or factored, calibration data never reaches a network, or ``keep`` is more than it
+    has.  Networks whose neurons cannot be told apart, or that share their weights with other layers, are left alone, with a
+    note.
+Example:
+    ``- drop_neurons: {ratio: 0.25}`` or ``- drop_neurons: {keep: 1024, criterion: contribution, names: "*.ffn"}``
 """
 
 from __future__ import annotations
@@ -39,9 +72,6 @@ from surgeon.numerics import (
 from surgeon.rewrite import Editor
 from surgeon.structure import FFN, MoE, Selection, Site, Structure
 
-RIDGE = 1e-4
-"""Penalty on changes of output columns, over the mean of the neurons' second moments."""
-
 
 class KeepNeurons(Decision):
     """The neurons of one network that stay.
@@ -75,9 +105,11 @@ class DropNeurons(Pass[DropNeuronsPlan]):
     keep: Annotated[int, Field(ge=1)] | None = None
     """Neurons to keep in every network, of a mixture in every expert; give this or ratio."""
     multiple: Annotated[int, Field(ge=1)] = 8
-    """With ratio: widths are rounded up to a multiple of this."""
-    criterion: Literal["reconstruction", "contribution", "leverage", "activation", "magnitude", "random"] = "reconstruction"
-    """How neurons are chosen."""
+    """With ratio: widths are rounded up to a multiple of this; kernels want rows of 16 bytes, 8 numbers of 16 bits, and
+    quantize in groups of 32 is not padded where it is 32."""
+    criterion: Literal["reconstruction", "contribution", "leverage", "activation", "random"] = "reconstruction"
+    """How neurons are ranked: by what the output loses without them once the others make up for it, by the size of what
+    they give, by how little the others can stand in for them, by how active they are, or by lot."""
     refit: bool = True
     """Fit the output columns (and bias) of those that stay to what the whole network gave on calibration data."""
     seed: int = 0
@@ -91,7 +123,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
 
     @property
     def _observes(self) -> bool:
-        return self.refit or self.criterion not in ("magnitude", "random")
+        return self.refit or self.criterion != "random"
 
     # -- observing ----------------------------------------------------------------------------------------------
 
@@ -164,16 +196,14 @@ class DropNeurons(Pass[DropNeuronsPlan]):
         if self.criterion == "reconstruction":
             gone = network.down.shape[2] - width
             if self.refit:
-                return eliminate(network.moment, network.columns, gone, RIDGE, network.fixed)[:, :width]
+                return eliminate(network.moment, network.columns, gone, network.tokens, network.fixed)[:, :width]
             return eliminate_unfitted(network.second, network.down, gone)
         if self.criterion == "leverage":
-            scores = leverage_scores(network.second, RIDGE)
+            scores = leverage_scores(network.second, network.tokens)
         elif self.criterion == "contribution":
             scores = network.second.diagonal(dim1=1, dim2=2).sqrt() * network.down.double().norm(dim=1)
-        elif self.criterion == "activation":
-            scores = network.absolute
         else:
-            scores = network.magnitude
+            scores = network.absolute
         return scores.topk(width).indices.sort(1).values
 
     def _loss(self, network: _Network, kept: Tensor) -> float | None:
@@ -186,7 +216,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
     def _outputs(self, network: _Network, columns: Tensor) -> Tensor:
         """Output columns of those that stay, the bias among them where it is fitted; [B, G, K] or [B, G, K + 1]."""
         if self.refit:
-            return refitted_outputs(network.moment, network.columns, columns, RIDGE)
+            return refitted_outputs(network.moment, network.columns, columns, network.tokens)
         return network.columns.gather(2, columns[:, None].expand(-1, network.columns.shape[1], -1))
 
     # -- applying -----------------------------------------------------------------------------------------------
@@ -253,13 +283,11 @@ class _Network:
     Attributes:
         down: output columns, [B, G, I].
         bias: of the output, [B, G] or None.
-        magnitude: norm of the input rows and biases times norm of the output column, [B, I].
         seen: sums over calibration tokens, or None.
     """
 
     down: Tensor
     bias: Tensor | None
-    magnitude: Tensor
     seen: NeuronMoments | None
 
     @classmethod
@@ -274,15 +302,9 @@ class _Network:
             raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token), so there is nothing to go by")
         if isinstance(site.part, MoE):
             stack = ExpertStack.of(graph, site.part)
-            inputs = torch.stack([stack.inputs(expert).norm(dim=1) for expert in range(stack.experts)])
-            down, bias = stack.w_out, stack.b_out
-        else:
-            neurons = Neurons.of(graph, site.part)
-            parts = [part for part in (neurons.gate, neurons.up) if part is not None]
-            parts += [part[:, None] for part in (neurons.gate_bias, neurons.up_bias) if part is not None]
-            inputs = torch.cat(parts, dim=1).double().norm(dim=1)[None]
-            down, bias = neurons.down[None], None if neurons.down_bias is None else neurons.down_bias[None]
-        return cls(down, bias, inputs.double() * down.double().norm(dim=1), observer)
+            return cls(stack.w_out, stack.b_out, observer)
+        neurons = Neurons.of(graph, site.part)
+        return cls(neurons.down[None], None if neurons.down_bias is None else neurons.down_bias[None], observer)
 
     @property
     def fixed(self) -> int:
@@ -306,6 +328,12 @@ class _Network:
         """Second moments of the neurons alone, [B, I, I]."""
         assert self.seen is not None
         return self.seen.moment[:, :-1, :-1]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens that were seen, [B]."""
+        assert self.seen is not None
+        return self.seen.seen
 
     @property
     def absolute(self) -> Tensor:

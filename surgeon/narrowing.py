@@ -34,7 +34,7 @@ def not_its_own(graph: Graph, ffn: FFN) -> str | None:
         weight = graph.tensor(name)
         count = int(weight.shape[1 if parts[0].transposed else 0])
         if placed != list(range(count)):
-            return f"{name} has {count} output features, of which {len(placed)} are the FFN's; the others belong to another part"
+            return f"{name} has {count} output features, and {len(placed)} are the FFN's; the others belong to another part"
         if any(_stride(_rows(part)) is None for part in parts):
             return f"gate and up rows alternate in {name} in groups, which fewer neurons would not"
     linears = [*_first(ffn), ffn.down]
@@ -44,7 +44,8 @@ def not_its_own(graph: Graph, ffn: FFN) -> str | None:
 
 def experts_not_their_own(graph: Graph, moe: MoE) -> str | None:
     """Why the tensors of experts cannot lose rows and columns in place, or None."""
-    operands = [operators.argument(moe.node, position + 3, key) for position, key in enumerate(("w_in", "w_out", "b_in", "b_out"))]
+    names = ("w_in", "w_out", "b_in", "b_out")
+    operands = [operators.argument(moe.node, position, name) for position, name in enumerate(names, start=3)]
     computed = [node.name for node in operands if node is not None and node.op != "get_attr"]
     if computed:
         return f"its experts' weights are computed from other tensors ({', '.join(computed)})"

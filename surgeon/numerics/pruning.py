@@ -13,40 +13,54 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from surgeon.numerics.errors import NumericsError, require_finite
 
+_SLIGHT = 1e-8
+"""Penalty that makes a singular moment regular, over the mean of its diagonal."""
+_EXACT = 1e-6
+"""Share of a neuron's energy that may be left of it behind the others, for it to count as a linear combination of them."""
 _BLOCK = 64
 """Neurons that go before the inverse is brought up to date."""
 _CANDIDATES = 256
 """Neurons among which these are looked for: those that would cost least."""
 
 
-def refitted_outputs(moment: Tensor, down: Tensor, keep: Tensor, ridge: float) -> Tensor:
+def refitted_outputs(moment: Tensor, down: Tensor, keep: Tensor, tokens: Tensor) -> Tensor:
     """Output columns of the neurons that stay, with the least squares of what the others gave.
 
     Minimises ``sum_t |W h_t - W' h_t,K|^2 + lambda |W' - W_K|^2`` (MoDeGPT, Lin et al. 2024, arXiv:2408.09632, type I, with
-    the penalty on the change): ``W' = W_K + W_R C_RK (C_KK + lambda)^-1``, lambda = ridge times the mean of C's diagonal.
-    What no token shows stays as it was, and so does a network that no token reached.
+    the penalty on the change): ``W' = W_K + W_R C_RK (C_KK + lambda)^-1``.  lambda is J / 2 times the mean energy of a neuron
+    at a token: as if J / 2 more tokens, in every direction, had shown that nothing is to change.  So many tokens fit freely,
+    few hardly do, and a network that no token reached keeps its columns.
+    A neuron that is a linear combination of those that stay (on at least 2 J tokens) is not penalised, so that nothing is lost.
 
     Args:
         moment: C, [B, J, J].
         down: W, [B, G, J].
         keep: numbers of the columns that stay, [B, K], ascending.
-        ridge: relative, above 0.
+        tokens: how many C is of, [B].
 
     Returns:
         W', [B, G, K] float64.
 
     Raises:
-        NumericsError: shapes do not fit, an entry is not finite, or ``ridge`` is not positive.
+        NumericsError: shapes do not fit, or an entry is not finite.
     """
-    _check(moment, down, ridge)
+    _check(moment, down)
     c, w = moment.double(), down.double()
     gone = others(keep, c.shape[-1])
     kept = _columns(w, keep)
     if gone.shape[1] == 0:
         return kept
-    cross = torch.gather(c.gather(1, keep[:, :, None].expand(-1, -1, c.shape[2])), 2, gone[:, None].expand(-1, keep.shape[1], -1))
-    change = torch.cholesky_solve(cross @ _columns(w, gone).mT, _factor(_square(c, keep), _penalty(c, ridge)))
-    return kept + change.mT
+    stay, known = _square(c, keep), _is_known(c, tokens)
+    cross = _columns(c.gather(1, keep[:, :, None].expand(-1, -1, c.shape[2])), gone)
+    alone = w.new_zeros(gone.shape, dtype=torch.bool)
+    shares = torch.zeros_like(cross)
+    if bool(known.any()):
+        shares = torch.cholesky_solve(cross, _factor(stay, _slight(c)))
+        energy = c.diagonal(dim1=1, dim2=2).gather(1, gone)
+        alone = known[:, None] & (energy - (cross * shares).sum(1) <= _EXACT * energy)
+    if not bool(alone.all()):
+        shares = torch.where(alone[:, None], shares, torch.cholesky_solve(cross, _factor(stay, _penalty(c, tokens))))
+    return kept + _columns(w, gone) @ shares.mT
 
 
 def lost_energy(moment: Tensor, down: Tensor, keep: Tensor, outputs: Tensor) -> tuple[float, float]:
@@ -63,20 +77,20 @@ def lost_energy(moment: Tensor, down: Tensor, keep: Tensor, outputs: Tensor) -> 
     return float(((change @ c) * change).sum().clamp_min(0)), float(((w @ c) * w).sum())
 
 
-def leverage_scores(moment: Tensor, ridge: float) -> Tensor:
-    """Ridge leverage scores ``diag(C (C + lambda)^-1)`` (MoDeGPT, algorithm 1), lambda as above; [B, I, I] -> [B, I].
+def leverage_scores(moment: Tensor, tokens: Tensor) -> Tensor:
+    """Ridge leverage scores ``diag(C (C + lambda)^-1)`` (MoDeGPT, algorithm 1), lambda as above; [B, I, I], [B] -> [B, I].
 
     Raises:
-        NumericsError: an entry is not finite, or ``ridge`` is not positive.
+        NumericsError: an entry is not finite.
     """
-    _check(moment, moment, ridge)
+    _check(moment, moment)
     c = moment.double()
-    penalty = _penalty(c, ridge)
+    penalty = _penalty(c, tokens)
     inverse = torch.cholesky_inverse(_factor(c, penalty))
     return 1 - penalty[:, None] * inverse.diagonal(dim1=1, dim2=2)
 
 
-def eliminate(moment: Tensor, down: Tensor, count: int, ridge: float, fixed: int = 0) -> Tensor:
+def eliminate(moment: Tensor, down: Tensor, count: int, tokens: Tensor, fixed: int = 0) -> Tensor:
     """Take neurons away one by one, each time the one that costs least once the others make up for it.
 
     Optimal brain surgeon (Hassibi and Stork 1992) for columns: with ``P = (C + lambda)^-1`` the loss grows by
@@ -89,20 +103,20 @@ def eliminate(moment: Tensor, down: Tensor, count: int, ridge: float, fixed: int
         moment: C, [B, J, J].
         down: W, [B, G, J].
         count: how many go, R.
-        ridge: lambda over the mean of C's diagonal, above 0.
+        tokens: how many C is of, [B]; lambda is slight where these are 2 J at least, and as above where they are fewer.
         fixed: that many last columns stay (the bias).
 
     Returns:
         Those that stay, [B, J - R], ascending, the fixed ones among them.
 
     Raises:
-        NumericsError: shapes do not fit, an entry is not finite, ``ridge`` is not positive, or fewer than 1 would stay.
+        NumericsError: shapes do not fit, an entry is not finite, or fewer than 1 would stay.
     """
-    _check(moment, down, ridge)
+    _check(moment, down)
     if not 0 <= count < moment.shape[-1] - fixed:
         raise NumericsError(f"eliminate: {count} of {moment.shape[-1] - fixed} neurons are to go; at least one must stay")
     c, w = moment.double(), down.double().clone()
-    p = torch.cholesky_inverse(_factor(c, _penalty(c, ridge)))
+    p = torch.cholesky_inverse(_factor(c, torch.where(_is_known(c, tokens), _slight(c), _penalty(c, tokens))))
     alive = torch.arange(c.shape[-1], device=c.device).expand(c.shape[0], -1)
     while count:
         size = min(_BLOCK, count)
@@ -159,7 +173,7 @@ def eliminate_unfitted(moment: Tensor, down: Tensor, count: int) -> Tensor:
     Raises:
         NumericsError: shapes do not fit, an entry is not finite, or fewer than 1 would stay.
     """
-    _check(moment, down, 1.0)
+    _check(moment, down)
     if not 0 <= count < moment.shape[-1]:
         raise NumericsError(f"eliminate_unfitted: {count} of {moment.shape[-1]} neurons are to go; at least one must stay")
     w = down.double()
@@ -188,10 +202,21 @@ def _square(matrix: Tensor, chosen: Tensor) -> Tensor:
     return _columns(matrix.gather(1, chosen[:, :, None].expand(-1, -1, matrix.shape[2])), chosen)
 
 
-def _penalty(c: Tensor, ridge: float) -> Tensor:
-    """lambda of each network, [B]; 1 for one that no token reached, so that its neurons are told apart by their weights."""
+def _is_known(c: Tensor, tokens: Tensor) -> Tensor:
+    """Whether there are tokens enough to tell what depends on what, [B]."""
+    return tokens.to(c.device) >= 2 * c.shape[-1]
+
+
+def _slight(c: Tensor) -> Tensor:
+    """A lambda that changes nothing but lets C be inverted, [B]."""
     mean = c.diagonal(dim1=1, dim2=2).mean(1)
-    return torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
+    return torch.where(mean > 0, _SLIGHT * mean, torch.ones_like(mean))
+
+
+def _penalty(c: Tensor, tokens: Tensor) -> Tensor:
+    """The lambda of J / 2 tokens, [B]; 1 for a network that no token reached, whose neurons are told apart by their weights."""
+    mean = c.diagonal(dim1=1, dim2=2).mean(1) / tokens.to(c.device).clamp_min(1)
+    return torch.where(mean > 0, mean * c.shape[-1] / 2, torch.ones_like(mean))
 
 
 def _factor(c: Tensor, penalty: Tensor) -> Tensor:
@@ -205,11 +230,10 @@ def _factor(c: Tensor, penalty: Tensor) -> Tensor:
     return factor
 
 
-def _check(moment: Tensor, down: Tensor, ridge: float) -> None:
+def _check(moment: Tensor, down: Tensor) -> None:
     square = moment.ndim == 3 and moment.shape[1] == moment.shape[2]
-    if not square or down.ndim != 3 or down.shape[0] != moment.shape[0] or down.shape[2] != moment.shape[2] or not ridge > 0:
+    if not square or down.ndim != 3 or down.shape[0] != moment.shape[0] or down.shape[2] != moment.shape[2]:
         raise NumericsError(
-            f"pruning: moment {list(moment.shape)}, down {list(down.shape)}, ridge {ridge}; needed [B, J, J], [B, G, J] and a "
-            "number above 0"
+            f"pruning: moment {list(moment.shape)}, down {list(down.shape)}; needed [B, J, J] and [B, G, J]"
         )
     require_finite(moment=moment, down=down)
