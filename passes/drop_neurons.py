@@ -24,7 +24,7 @@ Units:
     ratio is the share of neurons that go; keep and multiple are numbers of neurons; loss is a share of the output's energy.
 Reads:
     The activations of every network, experts' on the tokens that they run for, on the already-changed model, block by block.
-    Only sums are kept: 8 (I + 1)^2 bytes for each network and expert of one block, and about three times that while one
+    Only sums are kept: 8 (I + 1)^2 bytes for each network and expert of one block, and about four times that while one
     network (all experts of one mixture) is worked on.  Nothing is read for ``random`` without refit.
 Changes:
     The tensors of gate, up, down and their biases under their own names; nothing else of the graph but sizes.
@@ -39,6 +39,7 @@ Example:
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -80,7 +81,8 @@ class KeepNeurons(Decision):
         site: ``blocks.I.ffn``, ``blocks.I.moe`` or ``blocks.I.moe.shared``.
         keep: their numbers, ascending: one list for a dense network, one for each expert of a mixture.
         width: how many neurons there were.
-        loss: share of the energy of the network's output that is lost on calibration data, where it was observed.
+        loss: share of the energy of the network's output (of its experts' weighed outputs) that is lost on calibration data,
+            where it was observed.
     """
 
     keep: tuple[tuple[int, ...], ...]
@@ -190,9 +192,10 @@ class DropNeurons(Pass[DropNeuronsPlan]):
     def _kept(self, network: _Network, site: str, width: int) -> Tensor:
         """The neurons of every network that stay, [B, width], ascending."""
         if self.criterion == "random":
-            # by site: the same lot in every layer would be no lot
-            lot = torch.Generator().manual_seed(self.seed + sum(ord(letter) << place for place, letter in enumerate(site)))
-            return torch.rand(network.down.shape[::2], generator=lot).topk(width).indices.sort(1).values
+            # of the site too: blocks are planned one by one, and the same lot in each would be none
+            lot = torch.Generator().manual_seed(self.seed ^ zlib.crc32(site.encode()))
+            drawn = torch.rand(network.down.shape[::2], generator=lot)
+            return drawn.topk(width).indices.sort(1).values.to(network.down.device)
         if self.criterion == "reconstruction":
             gone = network.down.shape[2] - width
             if self.refit:
@@ -250,7 +253,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
             site, keep = sites[decision.site], torch.tensor(decision.keep)
             network = _Network.of(editor.graph, site, statistics.get(site.name))
             try:
-                outputs = self._outputs(network, network.kept_columns(keep))
+                outputs = self._outputs(network, network.kept_columns(keep.to(network.down.device)))
             except NumericsError as error:
                 raise PlanError(f"{site.name}: {error}") from error
             columns, bias = outputs[:, :, : keep.shape[1]], outputs[:, :, -1] if network.fixed else None

@@ -121,7 +121,7 @@ def test_every_pass_keeps_the_kind_of_the_router(name: str, step: str) -> None:
     subject = Patient(graph, structure, load_data([inputs(name), inputs(name, 3, 9)], graph))
     part = next(structure.moes()).part
     fewer = part.experts - part.groups
-    # The FFN in front of some mixtures has its family's own width, 18432 for one.
+    # The FFN in front of some mixtures has its family's own width, which may be thousands.
     factored = {"names": "*.attention.*"} if any(structure.attentions()) else {}
     fields: dict[str, Any] = {
         "drop_experts": {"keep": fewer}, "merge_experts": {"groups": fewer, "grouping": "outputs"},
