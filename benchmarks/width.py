@@ -150,7 +150,8 @@ def table(results: dict[str, Any]) -> str:
         tokens = next(row["tokens"] for row in rows if row["model"] == model)
         lines += [f"## {model}", "", f"Untouched {own.pop((0.0, '', False)):.4f}; {tokens:,} calibration tokens.", ""]
         columns = [(ratio, refit) for ratio in RATIOS for refit in (True, False)]
-        lines.append("| criterion | " + " | ".join(f"{100 * ratio:g} % {'r' if refit else '-'}" for ratio, refit in columns) + " |")
+        heads = [f"{100 * ratio:g} % {'r' if refit else '-'}" for ratio, refit in columns]
+        lines.append(f"| criterion | {' | '.join(heads)} |")
         lines.append("|---|" + "--:|" * len(columns))
         for criterion in CRITERIA:
             cells = []

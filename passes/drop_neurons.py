@@ -245,6 +245,8 @@ class DropNeurons(Pass[DropNeuronsPlan]):
             for own in decision.keep:
                 if sorted(set(own) & set(range(part.width))) != list(own):
                     raise PlanError(f"{decision.site}: keep must be ascending neurons of 0 to {part.width - 1}, found {own}")
+            if decision.width != part.width:
+                raise PlanError(f"{decision.site}: the plan is for {decision.width} neurons, it has {part.width}")
 
     def apply(self, editor: Editor, structure: Structure, plan: DropNeuronsPlan, statistics: Statistics) -> None:
         """Slice the networks' tensors and fit what stays."""

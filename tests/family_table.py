@@ -145,7 +145,8 @@ what is committed here; `python -m tests.families --write` rewrites them.
   change no bit.
 - `low_rank` is *exact* where all linears as two factors of full rank give the same outputs to 1e-5.
 - `quantize` (eight bits) is *lossy*: outputs within 10 %.
-- *refused*: the message of the pass. *left alone*: its note. *n/a*: the model has no part that the pass works on; it refuses that too.
+- *refused*: the message of the pass. *left alone*: its note. *n/a*: the model has no part that the pass works on; it refuses
+  that too.
 """
 
 

@@ -342,6 +342,7 @@ def test_plans_that_do_not_fit_are_refused(patient: MakePatient) -> None:
         ("llama", "blocks.0.ffn", ((),), "equally many are needed in each of 1"),
         ("llama", "blocks.0.ffn", ((1,), (2,)), r"keeps \[1\] neurons in 2 networks"),
         ("mixtral", "blocks.0.moe", ((1,), (2,), (1,), (1,), (1,), (1, 2)), r"\[1, 2\] neurons in 6 networks; equally many"),
+        ("mixtral", "blocks.0.moe", ((1,),) * 6, r"blocks\.0\.moe: the plan is for 112 neurons, it has 48"),
         ("mixtral", "blocks.0.ffn", ((1,),), "blocks.0.ffn, which is no feed-forward network or mixture"),
     ):
         plan = make_pass({"drop_neurons": {"keep": 1}}).plan_type(decisions=(KeepNeurons(site=site, keep=keep, width=112),))
