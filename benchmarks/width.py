@@ -4,7 +4,7 @@
 
 ``drop_neurons`` removes 12.5, 25 and 50 % of the neurons of every network (of every expert) and nothing is trained
 afterwards.  The models of ``examples/models`` are judged by their next-token cross entropy in nats on 64 held-out windows of
-128 tokens, calibrated on 64 others; all-MiniLM-L6-v2 by 1 - cos between its embeddings and the source's (mean-pooled) on
+128 tokens, calibrated on 72 others; all-MiniLM-L6-v2 by 1 - cos between its embeddings and the source's (mean-pooled) on
 ``examples/sentences.txt``, calibrated on the lines of ``examples/calibration-sentences.txt``.  Random choices are means over
 three lots.  Latency is of MiniLM at 50 %, on one thread: eager torch and the artefacts of ONNX Runtime run in turn, and the
 median over the rounds of the ratio within a round is given.  Writes ``benchmarks/results/width.json`` and ``width.md``.
