@@ -149,6 +149,14 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
         PlanError: its weights are quantized or factored, its activation was not recognised, its neurons are normalised or
             scaled by something beside its weights, or its down projection is one matrix with that of an attention beside it.
     """
+    refuse_rewritten(name, graph, site, ffn)
+    reason = not_of_neurons(name, ffn)
+    if reason is not None:
+        raise PlanError(f"{site}: {reason}")
+
+
+def refuse_rewritten(name: str, graph: Graph, site: str, ffn: FFN) -> None:
+    """Refuse an FFN that an earlier pass has made one of other weights; arguments and errors as above."""
     for part in (ffn.gate, ffn.up, ffn.down):
         if part is None:
             continue
@@ -156,20 +164,25 @@ def refuse_ffn(name: str, graph: Graph, site: str, ffn: FFN) -> None:
             raise PlanError(f"{site}: its weights are quantized already; put {name} before quantize")
         if part.factors:
             raise PlanError(f"{site}: its weights were factored already; put {name} before low_rank")
+
+
+def not_of_neurons(name: str, ffn: FFN) -> str | None:
+    """Why an FFN is no sum over neurons, each of its own rows and column, or None; ``name`` is the pass that asks."""
     if ffn.down.columns is not None:
-        raise PlanError(
-            f"{site}: its down projection {ffn.down.weight} is one matrix with that of another part (input features "
+        return (
+            f"its down projection {ffn.down.weight} is one matrix with that of another part (input features "
             f"{ffn.down.columns[0]} to {ffn.down.columns[1]} are the FFN's), so it cannot be replaced alone"
         )
     if ffn.activation is None:
-        raise PlanError(f"{site}: its activation function was not recognised, so its neurons cannot be told apart")
+        return "its activation function was not recognised, so its neurons cannot be told apart"
     if ffn.normed:
-        raise PlanError(f"{site}: a normalisation over all neurons stands in front of down, so they cannot be told apart")
+        return "a normalisation over all neurons stands in front of down, so they cannot be told apart"
     if ffn.scaled:
-        raise PlanError(
-            f"{site}: its neurons are multiplied by a learned vector or by another input of the layer, or their activation has "
+        return (
+            "its neurons are multiplied by a learned vector or by another input of the layer, or their activation has "
             f"learned numbers; {name} takes networks of two or three matrices and biases alone"
         )
+    return None
 
 
 def rows(graph: Graph, linear: Linear) -> Tensor:

@@ -66,6 +66,7 @@ NUMBERED = {"moe_intermediate_size": INNER, "num_experts": EXPERTS, "num_experts
 GROUPED = {
     **LATENT,
     "num_key_value_heads": 4,
+    "intermediate_size": 40,
     "moe_intermediate_size": INNER,
     "n_routed_experts": 8,
     "num_experts_per_tok": CHOSEN,

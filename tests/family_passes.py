@@ -20,6 +20,7 @@ from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.observe import observe
+from surgeon.passes.drop_neurons import networks
 from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
@@ -76,6 +77,20 @@ class Case:
             editor = Editor(graph)
             change(editor, list(discover(graph).moes())[index].part)
             graph = editor.finish()
+        return replace(self, graph=graph, structure=discover(graph))
+
+    def silenced(self) -> Case:
+        """The same, the output columns of the first quarter of every network's neurons zero."""
+        graph = self.graph.clone()
+        editor = Editor(graph)
+        for site in networks(discover(graph)):
+            name, axis = (site.part.w_out, 2) if isinstance(site.part, MoE) else (site.part.down.weight, 1)
+            if not isinstance(site.part, MoE) and site.part.down.transposed:
+                axis = 0
+            weight = editor.tensor(name).detach().clone()
+            weight.narrow(axis, 0, site.part.width // 4).zero_()
+            editor.set_tensor(name, weight)
+        graph = editor.finish()
         return replace(self, graph=graph, structure=discover(graph))
 
 
@@ -160,6 +175,22 @@ def route_to_all_groups(case: Case) -> str:
     """Attention whose groups are all chosen computes what it did."""
     _, plan = case.operate({"moefy_attention": {"select": "threshold", "threshold": 0.0}})
     assert len(plan.decisions) == len(list(case.structure.attentions()))
+    return "exact"
+
+
+def drop_silent_neurons(case: Case) -> str:
+    """The pass finds the neurons whose output columns are zero, and the model without them computes what it did."""
+    sites = list(networks(case.structure))
+    silent = case.silenced()
+    graph, plan = silent.operate({"drop_neurons": {"ratio": 0.25, "multiple": 1}})
+    assert len(plan.decisions) + len(plan.notes) == len(sites)
+    if not plan.decisions:
+        return f"left alone ({plan.notes[0].removesuffix('; left alone')})"
+    assert all("share" in note for note in plan.notes), plan.notes
+    for decision in plan.decisions:
+        first = range(decision.width // 4)
+        assert all(set(own).isdisjoint(first) for own in decision.keep)
+    same(outputs(graph, case.inputs), outputs(silent.graph, case.inputs))
     return "exact"
 
 
@@ -329,6 +360,7 @@ PASSES: dict[str, Entry] = {
     "moefy_ffn": Entry(split_with_all_experts, {"experts": 2, "top_k": 1}, Structure.ffns, "no dense FFN"),
     "upcycle_ffn": Entry(upcycle, {"experts": 2, "top_k": 1}, Structure.ffns, "no dense FFN"),
     "moefy_attention": Entry(route_to_all_groups, {"top_k": 1}, Structure.attentions, "no attention"),
+    "drop_neurons": Entry(drop_silent_neurons, {"ratio": 0.5}, networks, "no feed-forward network"),
     "drop_experts": Entry(drop_idle_experts, {"keep": 1}, Structure.moes, "no experts"),
     "merge_experts": Entry(merge_copies, {"groups": 1}, Structure.moes, "no experts"),
     "densify_moe": Entry(join_copies, {}, Structure.moes, "no experts"),

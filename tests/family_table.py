@@ -134,6 +134,8 @@ what is committed here; `python -m tests.families --write` rewrites them.
   the second, of several streams the last of each. Where a layer cannot be deleted, it returns what it is given instead.
 - `moefy_ffn` is *exact* where the FFNs split into four experts, all of them used, equal the dense FFNs to 1e-5;
   `upcycle_ffn` where four copies of which two are used do; `moefy_attention` where all key/value groups are used.
+- `drop_neurons` is *exact* where it finds the neurons of a quarter of each network whose output columns are zero (the model
+  is edited so that there are some), of experts too, and dropping them leaves the outputs as they were to 1e-5.
 - `drop_experts` is *exact* where it finds the experts that no token chooses (the router of the model is edited so that
   there are some) and dropping them leaves the outputs as they were to 1e-5; `merge_experts` where it finds two experts
   that are copies and merging them does; `densify_moe` where joining experts that are all copies does: it is *lossy*
@@ -144,7 +146,8 @@ what is committed here; `python -m tests.families --write` rewrites them.
 - `low_rank` is *exact* where all linears as two factors of full rank give the same outputs to 1e-5.
 - `smooth` is *exact* where half of the range of activations moved into weights leaves the outputs as they were to 1e-5.
 - `quantize` (eight bits) is *lossy*: outputs within 10 %.
-- *refused*: the message of the pass. *n/a*: the model has no part that the pass works on; it refuses that too.
+- *refused*: the message of the pass. *left alone*: its note. *n/a*: the model has no part that the pass works on; it refuses
+  that too.
 """
 
 

@@ -110,23 +110,24 @@ def test_a_choice_that_cannot_be_repeated_is_refused_by_site() -> None:
 
 
 KINDS = (*ROUTERS, "phimoe", "corrected_groups", "one_expert", "soft_mixture", "relu_routed", "expert_choice")
+STEPS = ("drop_experts", "drop_neurons", "merge_experts", "skip_experts", "expose_routing", "low_rank", "quantize")
 FACTS = ("scoring", "normalised", "groups", "top_groups", "group_worth", "scale", "capacity", "input_scaled")
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("step", ["drop_experts", "merge_experts", "skip_experts", "expose_routing", "low_rank", "quantize"])
+@pytest.mark.parametrize("step", STEPS)
 def test_every_pass_keeps_the_kind_of_the_router(name: str, step: str) -> None:
     """Scores, selection, groups, correction, scale and capacity are found behind the pass as in front of it."""
     _, graph, structure = traced(name)
     subject = Patient(graph, structure, load_data([inputs(name), inputs(name, 3, 9)], graph))
     part = next(structure.moes()).part
     fewer = part.experts - part.groups
-    # The FFN in front of some mixtures has its family's own width, 18432 for one.
+    # The FFN in front of some mixtures has its family's own width, which may be thousands.
     factored = {"names": "*.attention.*"} if any(structure.attentions()) else {}
     fields: dict[str, Any] = {
         "drop_experts": {"keep": fewer}, "merge_experts": {"groups": fewer, "grouping": "outputs"},
         "skip_experts": {"beta": "median"}, "expose_routing": {"replay": True}, "low_rank": {"ratio": 0.9, **factored},
-        "quantize": {"scheme": "int8"},
+        "quantize": {"scheme": "int8"}, "drop_neurons": {"ratio": 0.25, "multiple": 1},
     }[step]  # fmt: skip
     after = subject.operate({step: fields}).structure
     assert len(list(after.moes())) == len(list(structure.moes()))

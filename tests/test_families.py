@@ -120,6 +120,14 @@ def test_refusals_are_the_expected_ones() -> None:
     }
 
 
+def test_networks_that_are_left_alone_are_the_expected_ones() -> None:
+    place = list(PASSES).index("drop_neurons") + 2
+    cells = {name: text.strip("| ").split(" | ")[place] for (_, name), text in committed().items()}
+    alone = {name for name, cell in cells.items() if cell.startswith("left alone")}
+    assert alone == {"albert", "bitnet", "ffn: Normed", "ffn: Snake"}
+    assert {cell for name, cell in cells.items() if name not in alone} == {"exact", "n/a (no feed-forward network)"}
+
+
 def test_an_outcome_that_is_no_refusal_is_no_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Case) -> str:
         assert torch.equal(torch.zeros(1), torch.ones(1)), "output: 1.0"

@@ -36,6 +36,12 @@ from surgeon.numerics.mlp_router import train_mlp_router as train_mlp_router
 from surgeon.numerics.partition import coactivation_graph as coactivation_graph
 from surgeon.numerics.partition import inside_weight as inside_weight
 from surgeon.numerics.partition import partition_graph as partition_graph
+from surgeon.numerics.pruning import eliminate as eliminate
+from surgeon.numerics.pruning import eliminate_unfitted as eliminate_unfitted
+from surgeon.numerics.pruning import leverage_scores as leverage_scores
+from surgeon.numerics.pruning import lost_energy as lost_energy
+from surgeon.numerics.pruning import others as others
+from surgeon.numerics.pruning import refitted_outputs as refitted_outputs
 from surgeon.numerics.quantization import SEARCH as SEARCH
 from surgeon.numerics.quantization import WHOLE_RANGE as WHOLE_RANGE
 from surgeon.numerics.quantization import Levels as Levels
