@@ -66,6 +66,7 @@ class Execution:
     def __init__(self, graph: Graph, batch: Batch) -> None:
         graph.require_weights("observing it")
         self.graph = graph
+        self._batch = batch
         self.values: dict[fx.Node, Any] = {}
         placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
         self.values.update(zip(placeholders, graph.bind(batch), strict=True))
@@ -76,9 +77,14 @@ class Execution:
     def fork(self) -> Execution:
         """An execution at the same position that can run on without moving this one."""
         other = object.__new__(Execution)
-        other.graph, other.values, other.mask = self.graph, dict(self.values), self.mask
+        other.graph, other.values, other.mask, other._batch = self.graph, dict(self.values), self.mask, self._batch
         other._masked, other._unmasked = self._masked, self._unmasked
         return other
+
+    def rebind(self) -> None:
+        """Hand the inputs in anew, after an edit changed their sizes: caches that were left out are made as they are now."""
+        placeholders = self.graph.module.graph.find_nodes(op="placeholder")
+        self.values.update(zip(placeholders, self.graph.bind(self._batch), strict=True))
 
     @torch.no_grad()
     def run(self, stretch: Stretch) -> None:

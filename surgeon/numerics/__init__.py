@@ -6,6 +6,10 @@ from surgeon.numerics.clustering import balanced_assignment as balanced_assignme
 from surgeon.numerics.clustering import balanced_kmeans as balanced_kmeans
 from surgeon.numerics.clustering import kmeans as kmeans
 from surgeon.numerics.clustering import members as members
+from surgeon.numerics.columns import contributions as contributions
+from surgeon.numerics.columns import output_loss as output_loss
+from surgeon.numerics.columns import refit_columns as refit_columns
+from surgeon.numerics.columns import remove_blocks as remove_blocks
 from surgeon.numerics.densify import largest_neurons as largest_neurons
 from surgeon.numerics.densify import learn_weights as learn_weights
 from surgeon.numerics.densify import sum_of_truncations as sum_of_truncations

@@ -1,0 +1,740 @@
+"""An attention with fewer heads: which tensors, constants and caches shrink, and how.
+
+Heads stand in a graph in many spellings: projections of their own or rows of one, reshapes that divide and join them, repeated
+keys, rotary tables, norms and gates per head, biases and caches with a dimension of heads.  No spelling is listed here.
+Instead every element of every tensor in front of the output projection is asked which head needs it:
+
+    the features that the output projection reads belong to one head each, as they stand side by side;
+    an element is needed by those heads that need an element which is computed from it, walking back to the weights;
+    what several heads need, or somebody else, stays; what only heads that go need, goes.
+
+An operator whose elements are not known one by one needs all of its inputs, so that whatever is in front of it stays whole.
+Where a tensor that stays whole is read by something that shrinks, the kept heads are selected in between; that is done for
+masks and biases.  Where it would be queries, keys, values or their results, heads are not apart, and the attention is refused.
+
+Labels: a head's number, SHARED (needed by several, or by others), UNUSED (by nobody); one per element, dimensions of equal
+labels having size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.accounting import memory
+from surgeon.caches import KEPT, PAST
+from surgeon.discovery import operators
+from surgeon.errors import RewriteError
+from surgeon.graph import Graph
+from surgeon.rewrite import Editor
+from surgeon.structure import Attention, Block, Linear, Site, Structure
+
+aten = torch.ops.aten
+
+SHARED, UNUSED = -1, -2
+_MADE = frozenset(f"aten::{name}" for name in "new_full new_zeros new_ones new_empty".split())
+_LIKE = frozenset(f"aten::{name}_like" for name in "full zeros ones empty".split())
+_SHAPED = _MADE | {f"aten::{name}" for name in "reshape view _unsafe_view expand full zeros ones empty".split()}
+_SPLITS = frozenset({"aten::split", "aten::split_with_sizes"})
+_ORDERS = frozenset({"aten::permute", "aten::transpose", "aten::t"})
+_MOVES = frozenset(
+    f"aten::{name}"
+    for name in "reshape view _unsafe_view unsqueeze squeeze clone contiguous alias detach expand repeat "
+    "repeat_interleave slice select roll flip".split()
+)
+
+
+class Unfit(RewriteError):
+    """Heads of one attention that cannot be told apart; the message says where."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What remains of one value.
+
+    Attributes:
+        shape: its shape before, symbolic sizes as they were traced.
+        mask: which elements remain, broadcastable to ``shape``, size 1 where it does not vary.
+        sizes: its shape afterwards.
+    """
+
+    shape: tuple[int, ...]
+    mask: Tensor
+    sizes: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it remains."""
+        return self.sizes == self.shape
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of it remains."""
+        return 0 in self.sizes and 0 not in self.shape
+
+    def along(self, axis: int) -> Tensor:
+        """Which places of one dimension remain, where that is all that varies.
+
+        Raises:
+            Unfit: something else varies too.
+        """
+        if any(size != 1 for other, size in enumerate(self.mask.shape) if other != axis):
+            raise Unfit("heads that go are at different places of different groups")
+        return self.mask.flatten().expand(self.shape[axis])
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The elements of a tensor that remain, in order."""
+        if self.whole:
+            return tensor
+        found = tensor
+        for axis, size in enumerate(self.mask.shape):
+            if size > 1 and self.mask.numel() == size:
+                return found.index_select(axis, self.mask.flatten().nonzero().flatten()).contiguous()
+        return found[self.mask.expand(self.shape)].reshape(self.sizes)
+
+
+@dataclass
+class Trim:
+    """How one attention loses heads.
+
+    Attributes:
+        parts: what remains of every value in front of its output projection.
+        tensors: the stored tensors that shrink, by name.
+        caches: the inputs that shrink.
+        arguments: new constants of nodes: node -> (operator, arguments).
+        selections: (value, reader) between which the kept heads are selected, with the places along one dimension.
+    """
+
+    parts: dict[fx.Node, Part] = field(default_factory=dict)
+    tensors: dict[str, Part] = field(default_factory=dict)
+    caches: dict[fx.Node, Part] = field(default_factory=dict)
+    arguments: dict[fx.Node, tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
+    selections: dict[tuple[fx.Node, fx.Node], tuple[int, Tensor]] = field(default_factory=dict)
+
+
+def trim(graph: Graph, structure: Structure, site: Site[Attention], units: int, keep: Sequence[int]) -> Trim:
+    """What has to change for an attention to have fewer heads; changes nothing.
+
+    Args:
+        graph: the graph.
+        structure: its structure.
+        site: the attention; its output projection is known and neither packed nor factored.
+        units: into how many parts of equal size the features that the output projection reads are divided: key/value
+            groups or query heads.
+        keep: numbers of the units that stay.
+
+    Raises:
+        Unfit: says at which node the heads are not apart.
+    """
+    output = site.part.o
+    assert output is not None
+    assert site.block is not None
+    block = structure.blocks[site.block]
+    product, x, weight, axis = _product(output)
+    if operators.shape(x)[-1] % units:
+        raise Unfit(f"its output projection reads {operators.shape(x)[-1]} features, which {units} parts do not divide")
+    labels = torch.arange(units).repeat_interleave(operators.shape(x)[-1] // units)
+    survey = _Survey(graph, block, site.part, torch.tensor(sorted(keep)), units)
+    survey.need(x, product, labels.reshape([1] * (len(operators.shape(x)) - 1) + [-1]))
+    survey.need(weight, product, labels.reshape([1, -1] if axis else [-1, 1]))
+    return survey.run(product)
+
+
+def keep_heads(editor: Editor, change: Trim) -> None:
+    """Edit a graph as :func:`trim` found it.
+
+    Raises:
+        RewriteError: a shape does not come out as expected.
+    """
+    for (value, reader), (axis, places) in change.selections.items():
+        with editor.before(reader):
+            editor.redirect(reader, value, _selected(editor, value, axis, places))
+    for node, (target, args) in change.arguments.items():
+        node.target = target
+        node.args = args
+        editor.touch(node)
+    for name, part in change.tensors.items():
+        editor.set_tensor(name, part.of(editor.tensor(name).detach()))
+    for placeholder, part in change.caches.items():
+        for axis, (before, after) in enumerate(zip(part.shape, part.sizes, strict=True)):
+            if before != after:
+                editor.resize_input(placeholder, axis, part.along(axis).nonzero().flatten())
+    editor.settle()
+    nodes = set(editor.graph.module.graph.nodes)
+    for node, part in change.parts.items():
+        if node in nodes and not part.gone and isinstance(node.meta["val"], Tensor) and operators.shape(node) != part.sizes:
+            found = list(operators.shape(node))
+            raise RewriteError(f"{node.name} should have shape {list(part.sizes)} without the dropped heads, it has {found}")
+    editor.resize_outputs(KEPT)
+
+
+def _selected(editor: Editor, value: fx.Node, axis: int, places: Tensor) -> fx.Node:
+    """Some places of one dimension; of a repetition fewer repetitions."""
+    source = value.args[0] if operators.kind(value) == "aten::expand" else None
+    if isinstance(source, fx.Node):
+        ahead = len(operators.shape(value)) - len(operators.shape(source))
+        if axis < ahead or operators.shape(source)[axis - ahead] == 1:
+            sizes = list(value.args[1])  # type: ignore[arg-type]  # an expansion's sizes
+            sizes[axis] = len(places)
+            return editor.call(aten.expand.default, source, sizes)
+    first, last = int(places[0]), int(places[-1])
+    if last - first == len(places) - 1:
+        return editor.call(aten.slice.Tensor, value, axis, first, last + 1)
+    return editor.call(aten.index_select.default, value, axis, editor.add_tensor(f"{value.name}_kept", places))
+
+
+def _product(output: Linear) -> tuple[fx.Node, fx.Node, fx.Node, int]:
+    """The product of an output projection: its node, x, the matrix, and which of the matrix's dimensions is x's.
+
+    Raises:
+        Unfit: it is spelled in another way.
+    """
+    stack, seen = [output.node], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node is output.input or node.op != "call_function":
+            continue
+        seen.add(node)
+        kind = operators.kind(node)
+        first = 1 if kind == "aten::addmm" else 0
+        if kind in ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul"):
+            x, weight = node.args[first], node.args[first + 1]
+            if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and len(operators.shape(weight)) == 2:
+                return node, x, weight, 1 if kind == "aten::linear" else 0
+        stack.extend(node.all_input_nodes)
+    raise Unfit(f"its output projection {output.node.name} ({operators.kind(output.node)}) is no product with a matrix")
+
+
+# -- labels -------------------------------------------------------------------------------------------------------
+
+
+def _compact(labels: Tensor) -> Tensor:
+    """The same labels, dimensions in which they do not vary having size 1."""
+    for axis, size in enumerate(labels.shape):
+        if size > 1 and bool((labels == labels.narrow(axis, 0, 1)).all()):
+            labels = labels.narrow(axis, 0, 1)
+    return labels
+
+
+def _over(labels: Tensor, axes: Iterable[int]) -> Tensor:
+    """Labels of elements that everything along some dimensions is computed from."""
+    for axis in axes:
+        if labels.shape[axis] > 1:
+            high = labels.amax(axis, keepdim=True)
+            low = labels.masked_fill(labels == UNUSED, torch.iinfo(labels.dtype).max).amin(axis, keepdim=True)
+            labels = torch.where((low == high) | (high == UNUSED), high, SHARED)
+    return labels
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    """Labels of elements with two readers."""
+    return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, SHARED))
+
+
+def _broadcast_back(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels of an operand of that shape, whose elements are repeated to make a result with ``labels``."""
+    ahead = labels.dim() - len(shape)
+    labels = _over(labels, range(ahead)).reshape(labels.shape[ahead:])
+    return _over(labels, [axis for axis, size in enumerate(shape) if size == 1])
+
+
+def _moved_back(labels: Tensor, index: Tensor, count: int) -> Tensor:
+    """Labels [count] of elements that are moved to, or repeated at, the places whose numbers ``index`` has."""
+    flat, places = labels.expand(index.shape).flatten(), index.flatten()
+    used = flat != UNUSED
+    flat, places = flat[used], places[used]
+    high = torch.full((count,), UNUSED).scatter_reduce(0, places, flat, "amax")
+    low = torch.full((count,), torch.iinfo(torch.int64).max).scatter_reduce(0, places, flat, "amin")
+    return torch.where((low == high) | (high == UNUSED), high, SHARED)
+
+
+class _Survey:
+    """One walk from an output projection back to the weights.
+
+    Attributes:
+        edges: labels of a value's elements for the sake of one reader, by (value, reader).
+        wanted: values that have such labels.
+        parts: what remains of each value that was reached.
+        kept: whether what has a label stays, by label.
+        active: values that are made from the hidden state or the attention's projections.
+        public: values that the graph returns, caches apart.
+    """
+
+    def __init__(self, graph: Graph, block: Block, part: Attention, keep: Tensor, units: int) -> None:
+        self.graph = graph
+        self.inside = set(block.nodes)
+        self.edges: dict[tuple[fx.Node, fx.Node], Tensor] = {}
+        self.wanted: set[fx.Node] = set()
+        self.parts: dict[fx.Node, Part] = {}
+        self.kept = torch.zeros(units + 2, dtype=torch.bool)
+        self.kept[keep] = True
+        self.kept[[SHARED, UNUSED]] = True  # the last two, as Python counts
+        self.active = _active(block, part)
+        (self.results,) = graph.module.graph.find_nodes(op="output")
+        returned: Any = self.results.args[0]
+        self.public = {node for node, port in zip(returned, graph.outputs, strict=True) if port.role not in KEPT}
+
+    def need(self, value: object, reader: fx.Node, labels: Tensor) -> None:
+        """Say which heads need the elements of a value for the sake of one reader."""
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor | list | tuple):
+            labels = _compact(labels)
+            self.wanted.add(value)
+            known = self.edges.get((value, reader))
+            self.edges[value, reader] = labels if known is None else _compact(_both(known, labels))
+
+    def run(self, product: fx.Node) -> Trim:
+        """Walk, and say what changes."""
+        node = product
+        while (node := node.prev).op != "root":
+            if node not in self.wanted:
+                continue
+            labels = self._settle(node)
+            if node in self.inside and node.op == "call_function":
+                self._back(node, labels)
+        self._join_tensors()
+        return self._changes(product)
+
+    # -- one node -------------------------------------------------------------------------------------------------
+
+    def _settle(self, node: fx.Node) -> Tensor:
+        """What remains of a value, once all of its readers are known; its labels."""
+        shape = operators.shape(node)
+        if operators.kind(node) in _SPLITS:
+            shape = operators.shape(node.args[0])  # type: ignore[arg-type]  # a split's input
+        shared = torch.full([1] * len(shape), SHARED)
+        labels = torch.full([1] * len(shape), UNUSED)
+        for user in node.users:
+            if (node, user) in self.edges:
+                labels = _both(labels, self.edges[node, user])
+            elif user is not self.results or node in self.public:
+                labels = shared
+                break
+        outside = node.op == "call_function" and node not in self.inside
+        if outside or (node.op == "placeholder" and self._role(node) != PAST):
+            labels = shared
+        labels = _compact(labels)
+        part = self._part(shape, labels)
+        if part is None:
+            labels, part = shared, Part(shape, shared == SHARED, shape)
+        self.parts[node] = part
+        return labels
+
+    def _role(self, node: fx.Node) -> str:
+        placeholders = self.graph.module.graph.find_nodes(op="placeholder")
+        return self.graph.inputs[placeholders.index(node)].role
+
+    def _part(self, shape: tuple[int, ...], labels: Tensor) -> Part | None:
+        """What remains of a value with these labels; None where that is no tensor."""
+        mask = _compact(self.kept[labels])
+        axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
+        sizes = list(shape)
+        if not axes:
+            if not bool(mask):
+                if not sizes:
+                    return None
+                sizes[0] = 0
+            return Part(shape, mask, tuple(sizes))
+        if len(axes) == 1:
+            sizes[axes[0]] = int(mask.sum())
+        elif len(axes) == 2:
+            last = axes[1]
+            counts = set(mask.sum(last).flatten().tolist())
+            if len(counts) > 1:
+                return None
+            sizes[last] = int(counts.pop())  # as many of each group, perhaps at different places
+        else:
+            return None
+        return Part(shape, mask, tuple(sizes))
+
+    def _back(self, node: fx.Node, labels: Tensor) -> None:
+        """Which elements of its operands a node needs."""
+        kind, source = operators.kind(node), node.args[0] if node.args else None
+        rule = _RULES.get(kind)
+        if kind == operators.GETITEM and isinstance(source, fx.Node) and operators.kind(source) in _SPLITS:
+            self._back_to_split(node, labels)
+        elif rule is not None and (kind in _SPLITS or isinstance(node.meta.get("val"), Tensor)):
+            rule(self, node, labels)
+        elif kind in _MOVES and isinstance(source, fx.Node):
+            self._back_by_places(node, labels)
+        elif kind in operators.CASTS or kind in _LIKE or operators.is_pointwise(node):
+            for value in _tensors(node):
+                self.need(value, node, _broadcast_back(labels, operators.shape(value)))
+        elif kind in operators.REDUCTIONS and isinstance(node.meta.get("val"), Tensor):
+            self._back_through_reduction(node, labels)
+        else:
+            for value in _tensors(node):
+                self.need(value, node, _same(value, UNUSED if kind in _MADE else SHARED))
+
+    def _back_to_split(self, node: fx.Node, labels: Tensor) -> None:
+        split: Any = node.args[0]
+        number: Any = node.args[1]
+        axis = int(operators.argument(split, 2, "dim", 0)) % len(operators.shape(split.args[0]))
+        widths = [int(operators.hint(value.shape[axis])) for value in split.meta["val"]]
+        shape = [*labels.shape]
+        shape[axis] = sum(widths)
+        whole = torch.full(shape, UNUSED)
+        place = whole.narrow(axis, sum(widths[:number]), widths[number])
+        place.copy_(labels.expand(place.shape))
+        self.need(split, node, whole)
+
+    def _back_by_places(self, node: fx.Node, labels: Tensor) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if len(others := _tensors(node)) > 1:
+            for value in others:
+                self.need(value, node, _same(value, SHARED))
+            return
+        shape = operators.shape(source)
+        count = _count(shape)
+        places = node.target(torch.arange(count).reshape(shape), *_numbers(node.args[1:]), **_numbers(dict(node.kwargs)))  # type: ignore[operator]  # an operator
+        self.need(source, node, _moved_back(labels, places, count).reshape(shape))
+
+    def _back_through_reduction(self, node: fx.Node, labels: Tensor) -> None:
+        (source,) = _tensors(node)
+        rank = len(operators.shape(source))
+        dims = _named(node, "dim")
+        if not isinstance(dims, list | tuple):
+            dims = [dims] if isinstance(dims, int) else []
+        axes = sorted(int(axis) % rank for axis in dims) or list(range(rank))
+        if not _named(node, "keepdim"):
+            for axis in axes:
+                labels = labels.unsqueeze(axis)
+        self.need(source, node, labels)
+
+    # -- all of them ----------------------------------------------------------------------------------------------
+
+    def _join_tensors(self) -> None:
+        """Stored tensors that others read too stay whole."""
+        readers: dict[Any, list[fx.Node]] = {}
+        for node in self.graph.module.graph.find_nodes(op="get_attr"):
+            readers.setdefault(memory(self.graph.tensor(str(node.target))), []).append(node)
+        for nodes in readers.values():
+            parts = [self.parts.get(node) for node in nodes]
+            if all(part is None or part.whole for part in parts):
+                continue
+            masks = [part.mask for part in parts if part is not None]
+            same = len({str(node.target) for node in nodes}) == 1 and len(masks) == len(parts)
+            if same and all(torch.equal(mask, masks[0]) for mask in masks):
+                continue
+            for node in nodes:
+                shape = operators.shape(node)
+                self.parts[node] = Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
+
+    def _changes(self, product: fx.Node) -> Trim:
+        change = Trim(parts={node: part for node, part in self.parts.items() if operators.kind(node) not in _SPLITS})
+        for (value, reader), labels in self.edges.items():
+            if reader is not product and self.parts[reader].gone:
+                continue
+            self._check_edge(change, value, reader, labels)
+        for node, part in self.parts.items():
+            if part.gone or (part.whole and not any(self._shrinks(source) for source in node.all_input_nodes)):
+                continue
+            if node.op == "get_attr":
+                change.tensors[str(node.target)] = part
+            elif node.op == "placeholder":
+                change.caches[node] = part
+            else:
+                try:
+                    new = self._arguments(change, node, part)
+                except Unfit as error:
+                    raise Unfit(f"{error} ({node.name}, {operators.kind(node)})") from None
+                if new is not None:
+                    change.arguments[node] = new
+        return change
+
+    def _shrinks(self, node: fx.Node) -> bool:
+        return node in self.parts and not self.parts[node].whole
+
+    def _check_edge(self, change: Trim, value: fx.Node, reader: fx.Node, labels: Tensor) -> None:
+        """Select the kept heads where a value stays whole for others, or refuse."""
+        part = self.parts[value]
+        needed = torch.where(labels == UNUSED, part.mask, self.kept[labels])
+        if bool((needed == part.mask).all()):
+            return
+        needed = _compact(needed)
+        axes = [axis for axis, size in enumerate(needed.shape) if size > 1]
+        if operators.kind(reader) == operators.CONCATENATE and not axes:
+            return  # heads that go are left out of it
+        if value in self.active or (value.op == "get_attr" and self._is_matrix(value, reader)):
+            raise Unfit(self._mixed(value, reader))
+        if not part.whole or len(axes) != 1:
+            raise Unfit(f"{value.name}, which {reader.name} reads, has no dimension of heads")
+        change.selections[value, reader] = (axes[0], needed.flatten().nonzero().flatten())
+
+    def _mixed(self, value: fx.Node, reader: fx.Node) -> str:
+        if value.op == "get_attr":
+            return f"its weight {value.target} is read by other parts of the model too"
+        others = [user for user in value.users if (value, user) not in self.edges and user is not reader]
+        if others:
+            return f"{value.name}, which {reader.name} reads, is read by {', '.join(map(str, others[:3]))} too"
+        if any(operators.kind(source) == operators.DEQUANTIZE for source in (value, *value.all_input_nodes)):
+            return f"a weight is quantized ({value.name})"
+        return f"{value.name} ({operators.kind(value)}), which {reader.name} reads, is not made head by head"
+
+    def _is_matrix(self, value: fx.Node, reader: fx.Node) -> bool:
+        """Whether a stored tensor is the weight or bias of a product."""
+        return operators.kind(reader) in operators.PRODUCTS or any(
+            operators.kind(user) in operators.PRODUCTS for user in reader.users
+        )
+
+    # -- constants ------------------------------------------------------------------------------------------------
+
+    def _arguments(self, change: Trim, node: fx.Node, part: Part) -> tuple[Any, tuple[Any, ...]] | None:
+        """Operator and arguments of a node between trimmed values, None where they stay."""
+        kind = operators.kind(node)
+        args: list[Any] = list(node.args)
+        source = args[0] if args and isinstance(args[0], fx.Node) else None
+        before = self._read(change, source, node) if source is not None else None
+        if kind in _SHAPED:
+            position = next(i for i, argument in enumerate(args) if isinstance(argument, list | tuple))
+            args[position] = self._sizes(args[position], part)
+        elif kind == "aten::repeat" and before is not None:
+            ahead = len(part.sizes) - len(before.sizes)
+            args[1] = [size // (before.sizes[i - ahead] if i >= ahead else 1) for i, size in enumerate(part.sizes)]
+        elif kind == "aten::repeat_interleave" and before is not None:
+            axis = int(operators.argument(node, 2, "dim")) % len(part.sizes)
+            if not isinstance(args[1], int) or node.kwargs.get("output_size") is not None:
+                raise Unfit("how often it repeats is no number")
+            args[1] = part.sizes[axis] // before.sizes[axis]
+        elif kind == "aten::slice" and before is not None:
+            self._slice(node, args, before)
+        elif kind == "aten::select" and before is not None:
+            axis = args[1] % len(before.shape)
+            if before.sizes[axis] != before.shape[axis]:
+                args[2] = int(before.along(axis)[: args[2] % before.shape[axis]].sum())
+        elif kind in _SPLITS:
+            return self._split(node, part)
+        elif kind == operators.CONCATENATE:
+            args[0] = [value for value in args[0] if not (value in self.parts and self.parts[value].gone)]
+        elif kind in ("aten::roll", "aten::flip") and before is not None:
+            if any(size > 1 for size in before.mask.shape):
+                raise Unfit("heads change places")
+        elif operators.is_pointwise(node):
+            self._fits(change, node, part)
+        if any(value in self.parts and self.parts[value].gone for value in _nodes(args)):
+            raise Unfit("it reads a head that goes")
+        return None if tuple(args) == node.args else (node.target, tuple(args))
+
+    def _sizes(self, sizes: Any, part: Part) -> list[Any]:
+        ahead = len(sizes) - len(part.shape)
+        found = list(sizes)
+        for axis, (old, new) in enumerate(zip(part.shape, part.sizes, strict=True)):
+            if old == new or found[axis + ahead] == -1:
+                continue
+            if found[axis + ahead] != old:
+                raise Unfit(f"the number of heads is {found[axis + ahead]}, which is no constant")
+            found[axis + ahead] = new
+        return found
+
+    def _slice(self, node: fx.Node, args: list[Any], before: Part) -> None:
+        axis = int(operators.argument(node, 1, "dim", 0)) % len(before.shape)
+        if before.sizes[axis] == before.shape[axis]:
+            return
+        start, end = operators.argument(node, 2, "start"), operators.argument(node, 3, "end")
+        if operators.argument(node, 4, "step", 1) != 1 or isinstance(start, fx.Node) or isinstance(end, fx.Node) or node.kwargs:
+            raise Unfit("some heads are cut out by places that are no constants")
+        size, kept = before.shape[axis], before.along(axis)
+        first, last, _ = slice(start, end).indices(size)
+        args[1:] = [axis, int(kept[:first].sum()), int(kept[:last].sum())]
+
+    def _split(self, node: fx.Node, part: Part) -> tuple[Any, tuple[Any, ...]] | None:
+        axis = int(operators.argument(node, 2, "dim", 0)) % len(part.shape)
+        if part.sizes[axis] == part.shape[axis]:
+            return None
+        widths = [int(operators.hint(value.shape[axis])) for value in node.meta["val"]]
+        sizes = [int(piece.sum()) for piece in torch.split(part.along(axis), widths)]
+        return aten.split_with_sizes.default, (node.args[0], sizes, axis)
+
+    def _read(self, change: Trim, value: fx.Node, node: fx.Node) -> Part:
+        """What a node reads of a value."""
+        shape = operators.shape(value)
+        part = self.parts.get(value)
+        if part is None or (value, node) not in self.edges:
+            return Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
+        if (value, node) in change.selections:
+            axis, places = change.selections[value, node]
+            mask = torch.zeros(shape[axis], dtype=torch.bool)
+            mask[places] = True
+            sizes = (*shape[:axis], len(places), *shape[axis + 1 :])
+            return Part(shape, mask.reshape([-1 if i == axis else 1 for i in range(len(shape))]), sizes)
+        return part
+
+    def _fits(self, change: Trim, node: fx.Node, part: Part) -> None:
+        """Operands still broadcast: none has a dimension that shrinks in the result and not in itself."""
+        for value in _tensors(node):
+            sizes = self._read(change, value, node).sizes
+            ahead = len(part.sizes) - len(sizes)
+            if any(size not in (1, part.sizes[axis + ahead]) for axis, size in enumerate(sizes)):
+                raise Unfit(f"{value.name}, which it reads, says something for each member of every group alike")
+
+
+def _active(block: Block, part: Attention) -> set[fx.Node]:
+    """Nodes of a block that are computed from its hidden state, or from projections of the attention."""
+    found = {linear.node for linear in (part.q, part.k, part.v) if linear is not None}
+    for node in block.nodes:
+        if node.op == "call_function" and isinstance(operators.value(node), Tensor):
+            if any(source is block.entry or source in found for source in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _numbers(arguments: Any) -> Any:
+    """Arguments with symbolic sizes as they were traced."""
+    return fx.node.map_arg(arguments, lambda node: operators.hint(node.meta["val"]))
+
+
+def _nodes(arguments: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _named(node: fx.Node, name: str) -> Any:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # an operator
+    return operators.argument(node, names.index(name), name) if name in names else None
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
+
+
+def _same(value: fx.Node, label: int) -> Tensor:
+    """One label for all elements of a value."""
+    return torch.full([1] * len(operators.shape(value)), label)
+
+
+# -- rules --------------------------------------------------------------------------------------------------------
+
+
+def _order(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    args: Any = node.args
+    rank = labels.dim()
+    order = list(range(rank))
+    if operators.kind(node) == "aten::permute":
+        order = [axis % rank for axis in args[1]]
+    elif rank > 1:
+        first, second = (0, 1) if operators.kind(node) == "aten::t" else (axis % rank for axis in args[1:3])
+        order[first], order[second] = second, first
+    back = [order.index(axis) for axis in range(rank)]
+    survey.need(node.args[0], node, labels.permute(back))
+
+
+def _linear(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    x, weight, *bias = node.args
+    rows = _over(labels, range(labels.dim() - 1)).reshape(-1)
+    survey.need(x, node, _over(labels, [labels.dim() - 1]))
+    survey.need(weight, node, rows[:, None])
+    survey.need(bias[0] if bias else node.kwargs.get("bias"), node, rows)
+
+
+def _matmul(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    added = operators.kind(node) in ("aten::addmm", "aten::baddbmm")
+    a, b = node.args[added : added + 2]
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
+    shapes = [operators.shape(value) for value in (a, b)]
+    if min(map(len, shapes)) < 2:
+        for value in (a, b):
+            survey.need(value, node, _same(value, SHARED))
+        return
+    for value, shape, axis in ((a, shapes[0], -1), (b, shapes[1], -2)):
+        survey.need(value, node, _broadcast_back(_over(labels, [labels.dim() + axis]), shape))
+    if added and isinstance(node.args[0], fx.Node):
+        survey.need(node.args[0], node, _broadcast_back(labels, operators.shape(node.args[0])))
+
+
+def _einsum(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    values: Any = node.args[1]
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    plain = output and "." not in inputs and all(len(set(term)) == len(term) for term in (*terms, output))
+    for value, term in zip(values, terms, strict=True):
+        if not plain:
+            survey.need(value, node, _same(value, SHARED))
+            continue
+        own = _over(labels, [axis for axis, letter in enumerate(output) if letter not in term])
+        shared = [letter for letter in output if letter in term]
+        own = own.reshape([own.shape[output.index(letter)] for letter in shared])
+        own = own.permute([shared.index(letter) for letter in term if letter in shared])
+        for axis, letter in enumerate(term):
+            if letter not in output:
+                own = own.unsqueeze(axis)
+        survey.need(value, node, _over(own, [axis for axis, size in enumerate(operators.shape(value)) if size == 1]))
+
+
+def _softmax(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    axis: Any = node.args[1]
+    survey.need(node.args[0], node, _over(labels, [axis % labels.dim()]))
+
+
+def _norm(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    x, shape, *scales = node.args
+    count = len(shape)  # type: ignore[arg-type]  # normalized_shape
+    survey.need(x, node, _over(labels, range(labels.dim() - count, labels.dim())))
+    for scale in (*scales[:2], node.kwargs.get("weight"), node.kwargs.get("bias")):
+        if isinstance(scale, fx.Node):
+            survey.need(scale, node, _broadcast_back(labels, operators.shape(scale)))
+
+
+def _embedding(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    table, numbers = node.args[:2]
+    survey.need(table, node, _over(labels, range(labels.dim() - 1)).reshape(1, -1))
+    assert isinstance(numbers, fx.Node)
+    survey.need(numbers, node, _same(numbers, SHARED))
+
+
+def _concatenate(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    axis = int(operators.argument(node, 1, "dim", 0)) % labels.dim()
+    start = 0
+    values: Any = node.args[0]
+    for value in values:
+        width = operators.shape(value)[axis]
+        survey.need(value, node, labels if labels.shape[axis] == 1 else labels.narrow(axis, start, width))
+        start += width
+
+
+def _split_source(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    survey.need(node.args[0], node, labels)
+
+
+def _attention(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    q, k, v, *others = node.args
+    shapes = [operators.shape(value) for value in (q, k, v)]  # type: ignore[arg-type]  # tensors
+    rank = labels.dim()
+    by_query = _over(labels, [rank - 1])
+    survey.need(q, node, _broadcast_back(by_query, shapes[0]))
+    for value, shape, own in ((k, shapes[1], _over(by_query, [rank - 2])), (v, shapes[2], _over(labels, [rank - 2]))):
+        if rank > 3 and shape[-3] != shapes[0][-3] and shape[-3] > 1:
+            members = shapes[0][-3] // shape[-3]
+            spread = own.expand(*own.shape[:-3], shapes[0][-3], *own.shape[-2:])
+            apart = spread.reshape(*own.shape[:-3], shape[-3], members, *own.shape[-2:])
+            own = _over(apart, [rank - 2]).squeeze(rank - 2)
+        survey.need(value, node, _broadcast_back(own, shape))
+    mask = others[0] if others else node.kwargs.get("attn_mask")
+    if isinstance(mask, fx.Node):
+        survey.need(mask, node, _broadcast_back(by_query, operators.shape(mask)))
+
+
+_RULES: Mapping[str, Callable[[_Survey, fx.Node, Tensor], None]] = {
+    **dict.fromkeys(_ORDERS, _order),
+    **dict.fromkeys(_SPLITS, _split_source),
+    **dict.fromkeys(operators.SOFTMAXES, _softmax),
+    **dict.fromkeys(("aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"), _matmul),
+    **dict.fromkeys(("aten::scaled_dot_product_attention", "surgeon::attention"), _attention),
+    **dict.fromkeys(("aten::layer_norm", "aten::rms_norm"), _norm),
+    "aten::linear": _linear,
+    "aten::einsum": _einsum,
+    "aten::embedding": _embedding,
+    "aten::cat": _concatenate,
+}
