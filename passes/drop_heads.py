@@ -154,7 +154,7 @@ class DropHeads(Pass[DropHeadsPlan]):
         Raises:
             PlanError: it has fewer, or they are not equally many of each group.
         """
-        groups = site.part.kv_heads if self.unit == "query" else 1
+        groups = len(_groups(site, units))
         if self.keep is None:
             return groups * (units // groups - int((self.ratio or 0.0) * (units // groups)))
         if self.keep > units:
@@ -268,10 +268,14 @@ class DropHeads(Pass[DropHeadsPlan]):
         sites = {site.name: site for site in structure.select(Selection()).attentions()}
         delta = 0
         for decision in plan.decisions:
-            for name, part in _trim(graph, structure, sites[decision.site], decision).tensors.items():
+            change = _trim(graph, structure, sites[decision.site], decision)
+            left = dict.fromkeys(change.lost, 0) | {
+                name: part.of(graph.tensor(name).detach()).numel() for name, part in change.tensors.items()
+            }
+            for name, count in left.items():
                 tensor = graph.tensor(name)
                 if isinstance(tensor, torch.nn.Parameter):
-                    delta += part.of(tensor.detach()).numel() - tensor.numel()
+                    delta += count - tensor.numel()
         return delta
 
     def summary(self, plan: DropHeadsPlan) -> str:

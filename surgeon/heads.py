@@ -18,6 +18,9 @@ labels having size 1.
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +42,9 @@ SHARED, UNUSED = -1, -2
 _MADE = frozenset(f"aten::{name}" for name in "new_full new_zeros new_ones new_empty".split())
 _LIKE = frozenset(f"aten::{name}_like" for name in "full zeros ones empty".split())
 _SHAPED = _MADE | {f"aten::{name}" for name in "reshape view _unsafe_view expand full zeros ones empty".split()}
-_SPLITS = frozenset({"aten::split", "aten::split_with_sizes"})
+_RESHAPED = frozenset({"aten::reshape", "aten::view", "aten::_unsafe_view"})
+_SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
+_EXTREMES = frozenset({"aten::max", "aten::min"})
 _ORDERS = frozenset({"aten::permute", "aten::transpose", "aten::t"})
 _MOVES = frozenset(
     f"aten::{name}"
@@ -76,15 +81,18 @@ class Part:
         """Whether nothing of it remains."""
         return 0 in self.sizes and 0 not in self.shape
 
-    def along(self, axis: int) -> Tensor:
-        """Which places of one dimension remain, where that is all that varies.
+    def before(self, axis: int, place: int) -> int:
+        """How many places of one dimension remain in front of one.
 
         Raises:
-            Unfit: something else varies too.
+            Unfit: it depends on the place along other dimensions.
         """
-        if any(size != 1 for other, size in enumerate(self.mask.shape) if other != axis):
+        if self.mask.shape[axis] == 1:
+            return place if self.sizes[axis] == self.shape[axis] else 0
+        counts = set(self.mask.narrow(axis, 0, place).sum(axis).flatten().tolist())
+        if len(counts) > 1:
             raise Unfit("heads that go are at different places of different groups")
-        return self.mask.flatten().expand(self.shape[axis])
+        return int(counts.pop())
 
     def of(self, tensor: Tensor) -> Tensor:
         """The elements of a tensor that remain, in order."""
@@ -104,6 +112,7 @@ class Trim:
     Attributes:
         parts: what remains of every value in front of its output projection.
         tensors: the stored tensors that shrink, by name.
+        lost: names of stored tensors of which nothing is read any more.
         caches: the inputs that shrink.
         arguments: new constants of nodes: node -> (operator, arguments).
         selections: (value, reader) between which the kept heads are selected, with the places along one dimension.
@@ -111,6 +120,7 @@ class Trim:
 
     parts: dict[fx.Node, Part] = field(default_factory=dict)
     tensors: dict[str, Part] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
     caches: dict[fx.Node, Part] = field(default_factory=dict)
     arguments: dict[fx.Node, tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
     selections: dict[tuple[fx.Node, fx.Node], tuple[int, Tensor]] = field(default_factory=dict)
@@ -154,15 +164,16 @@ def keep_heads(editor: Editor, change: Trim) -> None:
         with editor.before(reader):
             editor.redirect(reader, value, _selected(editor, value, axis, places))
     for node, (target, args) in change.arguments.items():
+        with editor.before(node):
+            node.args = tuple(_resolved(editor, argument) for argument in args)
         node.target = target
-        node.args = args
         editor.touch(node)
     for name, part in change.tensors.items():
         editor.set_tensor(name, part.of(editor.tensor(name).detach()))
     for placeholder, part in change.caches.items():
         for axis, (before, after) in enumerate(zip(part.shape, part.sizes, strict=True)):
             if before != after:
-                editor.resize_input(placeholder, axis, part.along(axis).nonzero().flatten())
+                editor.resize_input(placeholder, axis, part.mask.flatten().nonzero().flatten())
     editor.settle()
     nodes = set(editor.graph.module.graph.nodes)
     for node, part in change.parts.items():
@@ -170,6 +181,33 @@ def keep_heads(editor: Editor, change: Trim) -> None:
             found = list(operators.shape(node))
             raise RewriteError(f"{node.name} should have shape {list(part.sizes)} without the dropped heads, it has {found}")
     editor.resize_outputs(KEPT)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """A size in the making: a symbolic one times a number."""
+
+    size: fx.Node
+    factor: int
+
+
+@dataclass(frozen=True)
+class _Places:
+    """A stored tensor of places in the making."""
+
+    name: str
+    places: Tensor
+
+
+def _resolved(editor: Editor, argument: Any) -> Any:
+    """An argument with what is in the making made, at the insertion point."""
+    if isinstance(argument, list):
+        return [_resolved(editor, entry) for entry in argument]
+    if isinstance(argument, _Times):
+        return editor.call(operator.mul, argument.size, argument.factor)
+    if isinstance(argument, _Places):
+        return editor.add_tensor(argument.name, argument.places)
+    return argument
 
 
 def _selected(editor: Editor, value: fx.Node, axis: int, places: Tensor) -> fx.Node:
@@ -217,6 +255,16 @@ def _compact(labels: Tensor) -> Tensor:
     for axis, size in enumerate(labels.shape):
         if size > 1 and bool((labels == labels.narrow(axis, 0, 1)).all()):
             labels = labels.narrow(axis, 0, 1)
+    return labels
+
+
+def _absorbed(labels: Tensor) -> Tensor:
+    """The same labels, those of nobody's elements being that of the others where these do not vary along a dimension."""
+    for axis, size in enumerate(labels.shape):
+        if size > 1 and bool((labels == UNUSED).any()):
+            joined = _over(labels, [axis])
+            if bool(((labels == joined) | (labels == UNUSED)).all()):
+                labels = joined
     return labels
 
 
@@ -302,9 +350,7 @@ class _Survey:
 
     def _settle(self, node: fx.Node) -> Tensor:
         """What remains of a value, once all of its readers are known; its labels."""
-        shape = operators.shape(node)
-        if operators.kind(node) in _SPLITS:
-            shape = operators.shape(node.args[0])  # type: ignore[arg-type]  # a split's input
+        shape = _shape(node)
         shared = torch.full([1] * len(shape), SHARED)
         labels = torch.full([1] * len(shape), UNUSED)
         for user in node.users:
@@ -316,7 +362,7 @@ class _Survey:
         outside = node.op == "call_function" and node not in self.inside
         if outside or (node.op == "placeholder" and self._role(node) != PAST):
             labels = shared
-        labels = _compact(labels)
+        labels = _absorbed(_compact(labels))
         part = self._part(shape, labels)
         if part is None:
             labels, part = shared, Part(shape, shared == SHARED, shape)
@@ -338,7 +384,7 @@ class _Survey:
                     return None
                 sizes[0] = 0
             return Part(shape, mask, tuple(sizes))
-        if len(axes) == 1:
+        if len(axes) == 1:  # of a dimension of heads times batches, whose labels repeat, likewise
             sizes[axes[0]] = int(mask.sum())
         elif len(axes) == 2:
             last = axes[1]
@@ -356,24 +402,37 @@ class _Survey:
         rule = _RULES.get(kind)
         if kind == operators.GETITEM and isinstance(source, fx.Node) and operators.kind(source) in _SPLITS:
             self._back_to_split(node, labels)
+        elif kind == operators.GETITEM and isinstance(source, fx.Node) and operators.kind(source) in _EXTREMES:
+            self.need(source, node, labels)
         elif rule is not None and (kind in _SPLITS or isinstance(node.meta.get("val"), Tensor)):
             rule(self, node, labels)
-        elif kind in _MOVES and isinstance(source, fx.Node):
+        elif (kind in _MOVES or _is_fixed(node)) and isinstance(source, fx.Node):
             self._back_by_places(node, labels)
         elif kind in operators.CASTS or kind in _LIKE or operators.is_pointwise(node):
             for value in _tensors(node):
                 self.need(value, node, _broadcast_back(labels, operators.shape(value)))
-        elif kind in operators.REDUCTIONS and isinstance(node.meta.get("val"), Tensor):
+        elif kind in _EXTREMES or (kind in operators.REDUCTIONS and isinstance(node.meta.get("val"), Tensor)):
             self._back_through_reduction(node, labels)
-        else:
+        elif kind in _SHAPED:  # the same number everywhere
             for value in _tensors(node):
-                self.need(value, node, _same(value, UNUSED if kind in _MADE else SHARED))
+                self.need(value, node, _same(value, UNUSED))
+        else:
+            self._whole(node)
+
+    def _whole(self, node: fx.Node) -> None:
+        """Say that a node needs all there is, and gives all there is."""
+        for value in node.all_input_nodes:
+            if isinstance(value.meta.get("val"), Tensor | list | tuple):
+                self.need(value, node, _same(value, SHARED))
+        shape = self.parts[node].shape
+        self.parts[node] = Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
 
     def _back_to_split(self, node: fx.Node, labels: Tensor) -> None:
         split: Any = node.args[0]
         number: Any = node.args[1]
-        axis = int(operators.argument(split, 2, "dim", 0)) % len(operators.shape(split.args[0]))
-        widths = [int(operators.hint(value.shape[axis])) for value in split.meta["val"]]
+        axis, widths = _cut(split)
+        if operators.kind(split) == "aten::unbind":
+            labels = labels.unsqueeze(axis)
         shape = [*labels.shape]
         shape[axis] = sum(widths)
         whole = torch.full(shape, UNUSED)
@@ -384,14 +443,21 @@ class _Survey:
     def _back_by_places(self, node: fx.Node, labels: Tensor) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if len(others := _tensors(node)) > 1:
-            for value in others:
-                self.need(value, node, _same(value, SHARED))
+        others = [value for value in _tensors(node) if value is not source]
+        if any(value.op != "get_attr" for value in others):
+            self._whole(node)
             return
+        for value in others:
+            self.need(value, node, _same(value, SHARED))
         shape = operators.shape(source)
-        count = _count(shape)
-        places = node.target(torch.arange(count).reshape(shape), *_numbers(node.args[1:]), **_numbers(dict(node.kwargs)))  # type: ignore[operator]  # an operator
+        count = math.prod(shape)
+        args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), self._number)
+        places = node.target(torch.arange(count).reshape(shape), *args, **kwargs)  # type: ignore[operator]  # an operator
         self.need(source, node, _moved_back(labels, places, count).reshape(shape))
+
+    def _number(self, node: fx.Node) -> Any:
+        """The value of an argument that says where elements go: a size as it was traced, or stored places."""
+        return self.graph.tensor(str(node.target)) if node.op == "get_attr" else operators.hint(node.meta["val"])
 
     def _back_through_reduction(self, node: fx.Node, labels: Tensor) -> None:
         (source,) = _tensors(node)
@@ -431,6 +497,8 @@ class _Survey:
                 continue
             self._check_edge(change, value, reader, labels)
         for node, part in self.parts.items():
+            if part.gone and node.op == "get_attr":
+                change.lost.add(str(node.target))
             if part.gone or (part.whole and not any(self._shrinks(source) for source in node.all_input_nodes)):
                 continue
             if node.op == "get_attr":
@@ -468,11 +536,15 @@ class _Survey:
     def _mixed(self, value: fx.Node, reader: fx.Node) -> str:
         if value.op == "get_attr":
             return f"its weight {value.target} is read by other parts of the model too"
-        others = [user for user in value.users if (value, user) not in self.edges and user is not reader]
-        if others:
-            return f"{value.name}, which {reader.name} reads, is read by {', '.join(map(str, others[:3]))} too"
         if any(operators.kind(source) == operators.DEQUANTIZE for source in (value, *value.all_input_nodes)):
             return f"a weight is quantized ({value.name})"
+        others = [
+            user for user in value.users
+            if (value, user) not in self.edges or bool((self.edges[value, user] == SHARED).all())
+        ]  # fmt: skip
+        if others:
+            listed = ", ".join(f"{user.name} ({operators.kind(user)})" for user in others[:3])
+            return f"{value.name}, which {reader.name} reads, is needed for all heads together by {listed}"
         return f"{value.name} ({operators.kind(value)}), which {reader.name} reads, is not made head by head"
 
     def _is_matrix(self, value: fx.Node, reader: fx.Node) -> bool:
@@ -491,7 +563,7 @@ class _Survey:
         before = self._read(change, source, node) if source is not None else None
         if kind in _SHAPED:
             position = next(i for i, argument in enumerate(args) if isinstance(argument, list | tuple))
-            args[position] = self._sizes(args[position], part)
+            args[position] = self._sizes(args[position], part, kind in _RESHAPED)
         elif kind == "aten::repeat" and before is not None:
             ahead = len(part.sizes) - len(before.sizes)
             args[1] = [size // (before.sizes[i - ahead] if i >= ahead else 1) for i, size in enumerate(part.sizes)]
@@ -505,7 +577,15 @@ class _Survey:
         elif kind == "aten::select" and before is not None:
             axis = args[1] % len(before.shape)
             if before.sizes[axis] != before.shape[axis]:
-                args[2] = int(before.along(axis)[: args[2] % before.shape[axis]].sum())
+                args[2] = before.before(axis, args[2] % before.shape[axis])
+        elif kind == operators.GETITEM and before is not None and operators.kind(args[0]) == "aten::unbind":
+            args[1] = before.before(_cut(args[0])[0], args[1])
+        elif kind == operators.INDEX and before is not None:
+            args[1] = [self._moved(node, before, axis, place) for axis, place in enumerate(args[1])]
+        elif kind == "aten::slice_scatter" and before is not None:
+            axis = int(operators.argument(node, 2, "dim", 0)) % len(before.shape)
+            if before.sizes[axis] != before.shape[axis]:
+                raise Unfit("heads are put beside others")
         elif kind in _SPLITS:
             return self._split(node, part)
         elif kind == operators.CONCATENATE:
@@ -519,15 +599,20 @@ class _Survey:
             raise Unfit("it reads a head that goes")
         return None if tuple(args) == node.args else (node.target, tuple(args))
 
-    def _sizes(self, sizes: Any, part: Part) -> list[Any]:
+    def _sizes(self, sizes: Any, part: Part, reshaped: bool) -> list[Any]:
         ahead = len(sizes) - len(part.shape)
         found = list(sizes)
-        for axis, (old, new) in enumerate(zip(part.shape, part.sizes, strict=True)):
-            if old == new or found[axis + ahead] == -1:
+        for axis, (old, new) in enumerate(zip(part.shape, part.sizes, strict=True), ahead):
+            if old == new or (isinstance(found[axis], int) and found[axis] == -1):
                 continue
-            if found[axis + ahead] != old:
-                raise Unfit(f"the number of heads is {found[axis + ahead]}, which is no constant")
-            found[axis + ahead] = new
+            if isinstance(found[axis], int):
+                found[axis] = new
+            elif reshaped and not any(isinstance(size, int) and size == -1 for size in found):
+                found[axis] = -1  # of heads and of batches, which are no constant
+            elif (factor := _factor(found[axis])) is not None and factor[1] * new % old == 0:
+                found[axis] = _Times(factor[0], factor[1] * new // old)
+            else:
+                raise Unfit(f"the number of heads is {found[axis]}, which is no constant")
         return found
 
     def _slice(self, node: fx.Node, args: list[Any], before: Part) -> None:
@@ -537,21 +622,30 @@ class _Survey:
         start, end = operators.argument(node, 2, "start"), operators.argument(node, 3, "end")
         if operators.argument(node, 4, "step", 1) != 1 or isinstance(start, fx.Node) or isinstance(end, fx.Node) or node.kwargs:
             raise Unfit("some heads are cut out by places that are no constants")
-        size, kept = before.shape[axis], before.along(axis)
-        first, last, _ = slice(start, end).indices(size)
-        args[1:] = [axis, int(kept[:first].sum()), int(kept[:last].sum())]
+        first, last, _ = slice(start, end).indices(before.shape[axis])
+        args[1:] = [axis, before.before(axis, first), before.before(axis, last)]
+
+    def _moved(self, node: fx.Node, before: Part, axis: int, place: fx.Node | None) -> Any:
+        """Stored places along a dimension, as they are numbered without those that go."""
+        if place is None or before.sizes[axis] == before.shape[axis]:
+            return place
+        numbers = self.graph.tensor(str(place.target)) % before.shape[axis]
+        moved = torch.tensor([before.before(axis, number) for number in numbers.flatten().tolist()], dtype=numbers.dtype)
+        return _Places(f"{node.name}_places", moved.reshape(numbers.shape))
 
     def _split(self, node: fx.Node, part: Part) -> tuple[Any, tuple[Any, ...]] | None:
-        axis = int(operators.argument(node, 2, "dim", 0)) % len(part.shape)
+        axis, widths = _cut(node)
         if part.sizes[axis] == part.shape[axis]:
             return None
-        widths = [int(operators.hint(value.shape[axis])) for value in node.meta["val"]]
-        sizes = [int(piece.sum()) for piece in torch.split(part.along(axis), widths)]
+        if operators.kind(node) == "aten::unbind":
+            return None  # its results are numbered anew
+        ends = [part.before(axis, sum(widths[:number])) for number in range(len(widths) + 1)]
+        sizes = [end - start for start, end in itertools.pairwise(ends)]
         return aten.split_with_sizes.default, (node.args[0], sizes, axis)
 
     def _read(self, change: Trim, value: fx.Node, node: fx.Node) -> Part:
         """What a node reads of a value."""
-        shape = operators.shape(value)
+        shape = _shape(value)
         part = self.parts.get(value)
         if part is None or (value, node) not in self.edges:
             return Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
@@ -582,22 +676,10 @@ def _active(block: Block, part: Attention) -> set[fx.Node]:
     return found
 
 
-def _numbers(arguments: Any) -> Any:
-    """Arguments with symbolic sizes as they were traced."""
-    return fx.node.map_arg(arguments, lambda node: operators.hint(node.meta["val"]))
-
-
 def _nodes(arguments: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(arguments, found.append)
     return found
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _named(node: fx.Node, name: str) -> Any:
@@ -605,13 +687,40 @@ def _named(node: fx.Node, name: str) -> Any:
     return operators.argument(node, names.index(name), name) if name in names else None
 
 
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether a node selects by stored places, ``x[:, [-1]]``."""
+    places: Any = node.args[1] if operators.kind(node) == operators.INDEX else None
+    return places is not None and all(place is None or place.op == "get_attr" for place in places)
+
+
+def _factor(size: fx.Node) -> tuple[fx.Node, int] | None:
+    """A symbolic size and the number that it is multiplied by."""
+    if size.target is not operator.mul:
+        return None
+    symbols = [argument for argument in size.args if isinstance(argument, fx.Node)]
+    numbers = [argument for argument in size.args if isinstance(argument, int)]
+    return (symbols[0], numbers[0]) if len(symbols) == len(numbers) == 1 else None
+
+
+def _cut(node: fx.Node) -> tuple[int, list[int]]:
+    """The dimension along which a split cuts, and the sizes of the pieces."""
+    unbound = operators.kind(node) == "aten::unbind"
+    axis = int(operators.argument(node, 1 if unbound else 2, "dim", 0)) % len(operators.shape(node.all_input_nodes[0]))
+    return axis, [1 if unbound else operators.hint(value.shape[axis]) for value in node.meta["val"]]
+
+
 def _tensors(node: fx.Node) -> list[fx.Node]:
     return [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
 
 
+def _shape(value: fx.Node) -> tuple[int, ...]:
+    """Shape of a value; that of its input for a split."""
+    return operators.shape(value.all_input_nodes[0] if operators.kind(value) in _SPLITS else value)
+
+
 def _same(value: fx.Node, label: int) -> Tensor:
     """One label for all elements of a value."""
-    return torch.full([1] * len(operators.shape(value)), label)
+    return torch.full([1] * len(_shape(value)), label)
 
 
 # -- rules --------------------------------------------------------------------------------------------------------
@@ -699,9 +808,46 @@ def _concatenate(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
     start = 0
     values: Any = node.args[0]
     for value in values:
+        if len(operators.shape(value)) < labels.dim():  # one of no elements, [0], goes with everything
+            survey.need(value, node, _same(value, UNUSED))
+            continue
         width = operators.shape(value)[axis]
         survey.need(value, node, labels if labels.shape[axis] == 1 else labels.narrow(axis, start, width))
         start += width
+
+
+def _stack(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    axis = int(operators.argument(node, 1, "dim", 0)) % labels.dim()
+    values: Any = node.args[0]
+    for number, value in enumerate(values):
+        survey.need(value, node, labels.select(axis, number if labels.shape[axis] > 1 else 0))
+
+
+def _gather(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    source, axis, places = node.args[:3]
+    assert isinstance(source, fx.Node)
+    assert isinstance(axis, int)
+    shape = operators.shape(source)
+    axis %= len(shape)
+    survey.need(places, node, labels)
+    if all(have == size for i, (have, size) in enumerate(zip(shape, operators.shape(node), strict=True)) if i != axis):
+        survey.need(source, node, _over(labels, [axis]))
+    else:
+        survey.need(source, node, _same(source, SHARED))
+
+
+def _scatter(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
+    base, source = node.args[:2]
+    assert isinstance(source, fx.Node)
+    axis = int(operators.argument(node, 2, "dim", 0)) % labels.dim()
+    survey.need(base, node, labels)
+    if labels.shape[axis] > 1:
+        numbers = [operators.argument(node, place, name) for place, name in ((3, "start"), (4, "end"), (5, "step"))]
+        if any(isinstance(number, fx.Node) for number in numbers):
+            survey.need(source, node, _same(source, SHARED))
+            return
+        labels = labels.index_select(axis, torch.arange(labels.shape[axis])[slice(*numbers)])
+    survey.need(source, node, labels)
 
 
 def _split_source(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
@@ -737,4 +883,7 @@ _RULES: Mapping[str, Callable[[_Survey, fx.Node, Tensor], None]] = {
     "aten::einsum": _einsum,
     "aten::embedding": _embedding,
     "aten::cat": _concatenate,
+    "aten::stack": _stack,
+    "aten::gather": _gather,
+    "aten::slice_scatter": _scatter,
 }
