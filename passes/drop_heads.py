@@ -209,7 +209,8 @@ class DropHeads(Pass[DropHeadsPlan]):
     def accept(self, plan: DropHeadsPlan) -> None:
         """Something is removed, or stays because so much was asked."""
         if not plan.decisions and (left := [note for note in plan.notes if f": {LEFT}: " in note]):
-            raise PlanError(f"no attention can lose heads: {'; '.join(left[:4])}")
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+            raise PlanError(f"no attention can lose heads; {left[0]}{more}")
 
     # -- applying -----------------------------------------------------------------------------------------------
 

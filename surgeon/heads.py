@@ -12,16 +12,14 @@ An operator whose elements are not known one by one needs all of its inputs, so 
 Where a tensor that stays whole is read by something that shrinks, the kept heads are selected in between; that is done for
 masks and biases.  Where it would be queries, keys, values or their results, heads are not apart, and the attention is refused.
 
-Labels: a head's number, SHARED (needed by several, or by others), UNUSED (by nobody); one per element, dimensions of equal
-labels having size 1.
+What is needed for what, operator by operator: :mod:`surgeon.head_labels`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,24 +31,14 @@ from surgeon.caches import KEPT, PAST
 from surgeon.discovery import operators
 from surgeon.errors import RewriteError
 from surgeon.graph import Graph
+from surgeon.head_labels import FILLED, SHARED, SPLITS, UNUSED, absorbed, both, compact, cut, needs, same, shape_of, tensors
 from surgeon.rewrite import Editor
 from surgeon.structure import Attention, Block, Linear, Site, Structure
 
 aten = torch.ops.aten
 
-SHARED, UNUSED = -1, -2
-_MADE = frozenset(f"aten::{name}" for name in "new_full new_zeros new_ones new_empty".split())
-_LIKE = frozenset(f"aten::{name}_like" for name in "full zeros ones empty".split())
-_SHAPED = _MADE | {f"aten::{name}" for name in "reshape view _unsafe_view expand full zeros ones empty".split()}
 _RESHAPED = frozenset({"aten::reshape", "aten::view", "aten::_unsafe_view"})
-_SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
-_EXTREMES = frozenset({"aten::max", "aten::min"})
-_ORDERS = frozenset({"aten::permute", "aten::transpose", "aten::t"})
-_MOVES = frozenset(
-    f"aten::{name}"
-    for name in "reshape view _unsafe_view unsqueeze squeeze clone contiguous alias detach expand repeat "
-    "repeat_interleave slice select roll flip".split()
-)
+_SHAPED = FILLED | _RESHAPED | {"aten::expand"}
 
 
 class Unfit(RewriteError):
@@ -247,59 +235,6 @@ def _product(output: Linear) -> tuple[fx.Node, fx.Node, fx.Node, int]:
     raise Unfit(f"its output projection {output.node.name} ({operators.kind(output.node)}) is no product with a matrix")
 
 
-# -- labels -------------------------------------------------------------------------------------------------------
-
-
-def _compact(labels: Tensor) -> Tensor:
-    """The same labels, dimensions in which they do not vary having size 1."""
-    for axis, size in enumerate(labels.shape):
-        if size > 1 and bool((labels == labels.narrow(axis, 0, 1)).all()):
-            labels = labels.narrow(axis, 0, 1)
-    return labels
-
-
-def _absorbed(labels: Tensor) -> Tensor:
-    """The same labels, those of nobody's elements being that of the others where these do not vary along a dimension."""
-    for axis, size in enumerate(labels.shape):
-        if size > 1 and bool((labels == UNUSED).any()):
-            joined = _over(labels, [axis])
-            if bool(((labels == joined) | (labels == UNUSED)).all()):
-                labels = joined
-    return labels
-
-
-def _over(labels: Tensor, axes: Iterable[int]) -> Tensor:
-    """Labels of elements that everything along some dimensions is computed from."""
-    for axis in axes:
-        if labels.shape[axis] > 1:
-            high = labels.amax(axis, keepdim=True)
-            low = labels.masked_fill(labels == UNUSED, torch.iinfo(labels.dtype).max).amin(axis, keepdim=True)
-            labels = torch.where((low == high) | (high == UNUSED), high, SHARED)
-    return labels
-
-
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    """Labels of elements with two readers."""
-    return torch.where(a == UNUSED, b, torch.where((b == UNUSED) | (a == b), a, SHARED))
-
-
-def _broadcast_back(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Labels of an operand of that shape, whose elements are repeated to make a result with ``labels``."""
-    ahead = labels.dim() - len(shape)
-    labels = _over(labels, range(ahead)).reshape(labels.shape[ahead:])
-    return _over(labels, [axis for axis, size in enumerate(shape) if size == 1])
-
-
-def _moved_back(labels: Tensor, index: Tensor, count: int) -> Tensor:
-    """Labels [count] of elements that are moved to, or repeated at, the places whose numbers ``index`` has."""
-    flat, places = labels.expand(index.shape).flatten(), index.flatten()
-    used = flat != UNUSED
-    flat, places = flat[used], places[used]
-    high = torch.full((count,), UNUSED).scatter_reduce(0, places, flat, "amax")
-    low = torch.full((count,), torch.iinfo(torch.int64).max).scatter_reduce(0, places, flat, "amin")
-    return torch.where((low == high) | (high == UNUSED), high, SHARED)
-
-
 class _Survey:
     """One walk from an output projection back to the weights.
 
@@ -326,13 +261,11 @@ class _Survey:
         returned: Any = self.results.args[0]
         self.public = {node for node, port in zip(returned, graph.outputs, strict=True) if port.role not in KEPT}
 
-    def need(self, value: object, reader: fx.Node, labels: Tensor) -> None:
+    def need(self, value: fx.Node, reader: fx.Node, labels: Tensor) -> None:
         """Say which heads need the elements of a value for the sake of one reader."""
-        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor | list | tuple):
-            labels = _compact(labels)
-            self.wanted.add(value)
-            known = self.edges.get((value, reader))
-            self.edges[value, reader] = labels if known is None else _compact(_both(known, labels))
+        known = self.edges.get((value, reader))
+        self.edges[value, reader] = compact(labels if known is None else both(known, labels))
+        self.wanted.add(value)
 
     def run(self, product: fx.Node) -> Trim:
         """Walk, and say what changes."""
@@ -350,19 +283,19 @@ class _Survey:
 
     def _settle(self, node: fx.Node) -> Tensor:
         """What remains of a value, once all of its readers are known; its labels."""
-        shape = _shape(node)
+        shape = shape_of(node)
         shared = torch.full([1] * len(shape), SHARED)
         labels = torch.full([1] * len(shape), UNUSED)
         for user in node.users:
             if (node, user) in self.edges:
-                labels = _both(labels, self.edges[node, user])
+                labels = both(labels, self.edges[node, user])
             elif user is not self.results or node in self.public:
                 labels = shared
                 break
         outside = node.op == "call_function" and node not in self.inside
         if outside or (node.op == "placeholder" and self._role(node) != PAST):
             labels = shared
-        labels = _absorbed(_compact(labels))
+        labels = absorbed(compact(labels))
         part = self._part(shape, labels)
         if part is None:
             labels, part = shared, Part(shape, shared == SHARED, shape)
@@ -375,7 +308,7 @@ class _Survey:
 
     def _part(self, shape: tuple[int, ...], labels: Tensor) -> Part | None:
         """What remains of a value with these labels; None where that is no tensor."""
-        mask = _compact(self.kept[labels])
+        mask = compact(self.kept[labels])
         axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
         sizes = list(shape)
         if not axes:
@@ -397,79 +330,14 @@ class _Survey:
         return Part(shape, mask, tuple(sizes))
 
     def _back(self, node: fx.Node, labels: Tensor) -> None:
-        """Which elements of its operands a node needs."""
-        kind, source = operators.kind(node), node.args[0] if node.args else None
-        rule = _RULES.get(kind)
-        if kind == operators.GETITEM and isinstance(source, fx.Node) and operators.kind(source) in _SPLITS:
-            self._back_to_split(node, labels)
-        elif kind == operators.GETITEM and isinstance(source, fx.Node) and operators.kind(source) in _EXTREMES:
-            self.need(source, node, labels)
-        elif rule is not None and (kind in _SPLITS or isinstance(node.meta.get("val"), Tensor)):
-            rule(self, node, labels)
-        elif (kind in _MOVES or _is_fixed(node)) and isinstance(source, fx.Node):
-            self._back_by_places(node, labels)
-        elif kind in operators.CASTS or kind in _LIKE or operators.is_pointwise(node):
-            for value in _tensors(node):
-                self.need(value, node, _broadcast_back(labels, operators.shape(value)))
-        elif kind in _EXTREMES or (kind in operators.REDUCTIONS and isinstance(node.meta.get("val"), Tensor)):
-            self._back_through_reduction(node, labels)
-        elif kind in _SHAPED:  # the same number everywhere
-            for value in _tensors(node):
-                self.need(value, node, _same(value, UNUSED))
-        else:
-            self._whole(node)
-
-    def _whole(self, node: fx.Node) -> None:
-        """Say that a node needs all there is, and gives all there is."""
-        for value in node.all_input_nodes:
-            if isinstance(value.meta.get("val"), Tensor | list | tuple):
-                self.need(value, node, _same(value, SHARED))
-        shape = self.parts[node].shape
-        self.parts[node] = Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
-
-    def _back_to_split(self, node: fx.Node, labels: Tensor) -> None:
-        split: Any = node.args[0]
-        number: Any = node.args[1]
-        axis, widths = _cut(split)
-        if operators.kind(split) == "aten::unbind":
-            labels = labels.unsqueeze(axis)
-        shape = [*labels.shape]
-        shape[axis] = sum(widths)
-        whole = torch.full(shape, UNUSED)
-        place = whole.narrow(axis, sum(widths[:number]), widths[number])
-        place.copy_(labels.expand(place.shape))
-        self.need(split, node, whole)
-
-    def _back_by_places(self, node: fx.Node, labels: Tensor) -> None:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        others = [value for value in _tensors(node) if value is not source]
-        if any(value.op != "get_attr" for value in others):
-            self._whole(node)
-            return
-        for value in others:
-            self.need(value, node, _same(value, SHARED))
-        shape = operators.shape(source)
-        count = math.prod(shape)
-        args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), self._number)
-        places = node.target(torch.arange(count).reshape(shape), *args, **kwargs)  # type: ignore[operator]  # an operator
-        self.need(source, node, _moved_back(labels, places, count).reshape(shape))
-
-    def _number(self, node: fx.Node) -> Any:
-        """The value of an argument that says where elements go: a size as it was traced, or stored places."""
-        return self.graph.tensor(str(node.target)) if node.op == "get_attr" else operators.hint(node.meta["val"])
-
-    def _back_through_reduction(self, node: fx.Node, labels: Tensor) -> None:
-        (source,) = _tensors(node)
-        rank = len(operators.shape(source))
-        dims = _named(node, "dim")
-        if not isinstance(dims, list | tuple):
-            dims = [dims] if isinstance(dims, int) else []
-        axes = sorted(int(axis) % rank for axis in dims) or list(range(rank))
-        if not _named(node, "keepdim"):
-            for axis in axes:
-                labels = labels.unsqueeze(axis)
-        self.need(source, node, labels)
+        """Which elements of its operands a node needs; where that is not known it needs all there is, and gives all."""
+        found = needs(self.graph, node, labels)
+        if found is None:
+            values = [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor | list | tuple)]
+            found = {value: same(value, SHARED) for value in values}
+            self.parts[node] = _all_of(shape_of(node))
+        for value, own in found.items():
+            self.need(value, node, own)
 
     # -- all of them ----------------------------------------------------------------------------------------------
 
@@ -491,7 +359,7 @@ class _Survey:
                 self.parts[node] = Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
 
     def _changes(self, product: fx.Node) -> Trim:
-        change = Trim(parts={node: part for node, part in self.parts.items() if operators.kind(node) not in _SPLITS})
+        change = Trim(parts={node: part for node, part in self.parts.items() if operators.kind(node) not in SPLITS})
         for (value, reader), labels in self.edges.items():
             if reader is not product and self.parts[reader].gone:
                 continue
@@ -523,7 +391,7 @@ class _Survey:
         needed = torch.where(labels == UNUSED, part.mask, self.kept[labels])
         if bool((needed == part.mask).all()):
             return
-        needed = _compact(needed)
+        needed = compact(needed)
         axes = [axis for axis, size in enumerate(needed.shape) if size > 1]
         if operators.kind(reader) == operators.CONCATENATE and not axes:
             return  # heads that go are left out of it
@@ -579,14 +447,14 @@ class _Survey:
             if before.sizes[axis] != before.shape[axis]:
                 args[2] = before.before(axis, args[2] % before.shape[axis])
         elif kind == operators.GETITEM and before is not None and operators.kind(args[0]) == "aten::unbind":
-            args[1] = before.before(_cut(args[0])[0], args[1])
+            args[1] = before.before(cut(args[0])[0], args[1])
         elif kind == operators.INDEX and before is not None:
             args[1] = [self._moved(node, before, axis, place) for axis, place in enumerate(args[1])]
         elif kind == "aten::slice_scatter" and before is not None:
             axis = int(operators.argument(node, 2, "dim", 0)) % len(before.shape)
             if before.sizes[axis] != before.shape[axis]:
                 raise Unfit("heads are put beside others")
-        elif kind in _SPLITS:
+        elif kind in SPLITS:
             return self._split(node, part)
         elif kind == operators.CONCATENATE:
             args[0] = [value for value in args[0] if not (value in self.parts and self.parts[value].gone)]
@@ -634,7 +502,7 @@ class _Survey:
         return _Places(f"{node.name}_places", moved.reshape(numbers.shape))
 
     def _split(self, node: fx.Node, part: Part) -> tuple[Any, tuple[Any, ...]] | None:
-        axis, widths = _cut(node)
+        axis, widths = cut(node)
         if part.sizes[axis] == part.shape[axis]:
             return None
         if operators.kind(node) == "aten::unbind":
@@ -645,7 +513,7 @@ class _Survey:
 
     def _read(self, change: Trim, value: fx.Node, node: fx.Node) -> Part:
         """What a node reads of a value."""
-        shape = _shape(value)
+        shape = shape_of(value)
         part = self.parts.get(value)
         if part is None or (value, node) not in self.edges:
             return Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
@@ -659,7 +527,7 @@ class _Survey:
 
     def _fits(self, change: Trim, node: fx.Node, part: Part) -> None:
         """Operands still broadcast: none has a dimension that shrinks in the result and not in itself."""
-        for value in _tensors(node):
+        for value in tensors(node):
             sizes = self._read(change, value, node).sizes
             ahead = len(part.sizes) - len(sizes)
             if any(size not in (1, part.sizes[axis + ahead]) for axis, size in enumerate(sizes)):
@@ -682,17 +550,6 @@ def _nodes(arguments: Any) -> list[fx.Node]:
     return found
 
 
-def _named(node: fx.Node, name: str) -> Any:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # an operator
-    return operators.argument(node, names.index(name), name) if name in names else None
-
-
-def _is_fixed(node: fx.Node) -> bool:
-    """Whether a node selects by stored places, ``x[:, [-1]]``."""
-    places: Any = node.args[1] if operators.kind(node) == operators.INDEX else None
-    return places is not None and all(place is None or place.op == "get_attr" for place in places)
-
-
 def _factor(size: fx.Node) -> tuple[fx.Node, int] | None:
     """A symbolic size and the number that it is multiplied by."""
     if size.target is not operator.mul:
@@ -702,188 +559,5 @@ def _factor(size: fx.Node) -> tuple[fx.Node, int] | None:
     return (symbols[0], numbers[0]) if len(symbols) == len(numbers) == 1 else None
 
 
-def _cut(node: fx.Node) -> tuple[int, list[int]]:
-    """The dimension along which a split cuts, and the sizes of the pieces."""
-    unbound = operators.kind(node) == "aten::unbind"
-    axis = int(operators.argument(node, 1 if unbound else 2, "dim", 0)) % len(operators.shape(node.all_input_nodes[0]))
-    return axis, [1 if unbound else operators.hint(value.shape[axis]) for value in node.meta["val"]]
-
-
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
-
-
-def _shape(value: fx.Node) -> tuple[int, ...]:
-    """Shape of a value; that of its input for a split."""
-    return operators.shape(value.all_input_nodes[0] if operators.kind(value) in _SPLITS else value)
-
-
-def _same(value: fx.Node, label: int) -> Tensor:
-    """One label for all elements of a value."""
-    return torch.full([1] * len(_shape(value)), label)
-
-
-# -- rules --------------------------------------------------------------------------------------------------------
-
-
-def _order(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    args: Any = node.args
-    rank = labels.dim()
-    order = list(range(rank))
-    if operators.kind(node) == "aten::permute":
-        order = [axis % rank for axis in args[1]]
-    elif rank > 1:
-        first, second = (0, 1) if operators.kind(node) == "aten::t" else (axis % rank for axis in args[1:3])
-        order[first], order[second] = second, first
-    back = [order.index(axis) for axis in range(rank)]
-    survey.need(node.args[0], node, labels.permute(back))
-
-
-def _linear(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    x, weight, *bias = node.args
-    rows = _over(labels, range(labels.dim() - 1)).reshape(-1)
-    survey.need(x, node, _over(labels, [labels.dim() - 1]))
-    survey.need(weight, node, rows[:, None])
-    survey.need(bias[0] if bias else node.kwargs.get("bias"), node, rows)
-
-
-def _matmul(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    added = operators.kind(node) in ("aten::addmm", "aten::baddbmm")
-    a, b = node.args[added : added + 2]
-    assert isinstance(a, fx.Node)
-    assert isinstance(b, fx.Node)
-    shapes = [operators.shape(value) for value in (a, b)]
-    if min(map(len, shapes)) < 2:
-        for value in (a, b):
-            survey.need(value, node, _same(value, SHARED))
-        return
-    for value, shape, axis in ((a, shapes[0], -1), (b, shapes[1], -2)):
-        survey.need(value, node, _broadcast_back(_over(labels, [labels.dim() + axis]), shape))
-    if added and isinstance(node.args[0], fx.Node):
-        survey.need(node.args[0], node, _broadcast_back(labels, operators.shape(node.args[0])))
-
-
-def _einsum(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    values: Any = node.args[1]
-    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    plain = output and "." not in inputs and all(len(set(term)) == len(term) for term in (*terms, output))
-    for value, term in zip(values, terms, strict=True):
-        if not plain:
-            survey.need(value, node, _same(value, SHARED))
-            continue
-        own = _over(labels, [axis for axis, letter in enumerate(output) if letter not in term])
-        shared = [letter for letter in output if letter in term]
-        own = own.reshape([own.shape[output.index(letter)] for letter in shared])
-        own = own.permute([shared.index(letter) for letter in term if letter in shared])
-        for axis, letter in enumerate(term):
-            if letter not in output:
-                own = own.unsqueeze(axis)
-        survey.need(value, node, _over(own, [axis for axis, size in enumerate(operators.shape(value)) if size == 1]))
-
-
-def _softmax(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    axis: Any = node.args[1]
-    survey.need(node.args[0], node, _over(labels, [axis % labels.dim()]))
-
-
-def _norm(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    x, shape, *scales = node.args
-    count = len(shape)  # type: ignore[arg-type]  # normalized_shape
-    survey.need(x, node, _over(labels, range(labels.dim() - count, labels.dim())))
-    for scale in (*scales[:2], node.kwargs.get("weight"), node.kwargs.get("bias")):
-        if isinstance(scale, fx.Node):
-            survey.need(scale, node, _broadcast_back(labels, operators.shape(scale)))
-
-
-def _embedding(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    table, numbers = node.args[:2]
-    survey.need(table, node, _over(labels, range(labels.dim() - 1)).reshape(1, -1))
-    assert isinstance(numbers, fx.Node)
-    survey.need(numbers, node, _same(numbers, SHARED))
-
-
-def _concatenate(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    axis = int(operators.argument(node, 1, "dim", 0)) % labels.dim()
-    start = 0
-    values: Any = node.args[0]
-    for value in values:
-        if len(operators.shape(value)) < labels.dim():  # one of no elements, [0], goes with everything
-            survey.need(value, node, _same(value, UNUSED))
-            continue
-        width = operators.shape(value)[axis]
-        survey.need(value, node, labels if labels.shape[axis] == 1 else labels.narrow(axis, start, width))
-        start += width
-
-
-def _stack(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    axis = int(operators.argument(node, 1, "dim", 0)) % labels.dim()
-    values: Any = node.args[0]
-    for number, value in enumerate(values):
-        survey.need(value, node, labels.select(axis, number if labels.shape[axis] > 1 else 0))
-
-
-def _gather(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    source, axis, places = node.args[:3]
-    assert isinstance(source, fx.Node)
-    assert isinstance(axis, int)
-    shape = operators.shape(source)
-    axis %= len(shape)
-    survey.need(places, node, labels)
-    if all(have == size for i, (have, size) in enumerate(zip(shape, operators.shape(node), strict=True)) if i != axis):
-        survey.need(source, node, _over(labels, [axis]))
-    else:
-        survey.need(source, node, _same(source, SHARED))
-
-
-def _scatter(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    base, source = node.args[:2]
-    assert isinstance(source, fx.Node)
-    axis = int(operators.argument(node, 2, "dim", 0)) % labels.dim()
-    survey.need(base, node, labels)
-    if labels.shape[axis] > 1:
-        numbers = [operators.argument(node, place, name) for place, name in ((3, "start"), (4, "end"), (5, "step"))]
-        if any(isinstance(number, fx.Node) for number in numbers):
-            survey.need(source, node, _same(source, SHARED))
-            return
-        labels = labels.index_select(axis, torch.arange(labels.shape[axis])[slice(*numbers)])
-    survey.need(source, node, labels)
-
-
-def _split_source(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    survey.need(node.args[0], node, labels)
-
-
-def _attention(survey: _Survey, node: fx.Node, labels: Tensor) -> None:
-    q, k, v, *others = node.args
-    shapes = [operators.shape(value) for value in (q, k, v)]  # type: ignore[arg-type]  # tensors
-    rank = labels.dim()
-    by_query = _over(labels, [rank - 1])
-    survey.need(q, node, _broadcast_back(by_query, shapes[0]))
-    for value, shape, own in ((k, shapes[1], _over(by_query, [rank - 2])), (v, shapes[2], _over(labels, [rank - 2]))):
-        if rank > 3 and shape[-3] != shapes[0][-3] and shape[-3] > 1:
-            members = shapes[0][-3] // shape[-3]
-            spread = own.expand(*own.shape[:-3], shapes[0][-3], *own.shape[-2:])
-            apart = spread.reshape(*own.shape[:-3], shape[-3], members, *own.shape[-2:])
-            own = _over(apart, [rank - 2]).squeeze(rank - 2)
-        survey.need(value, node, _broadcast_back(own, shape))
-    mask = others[0] if others else node.kwargs.get("attn_mask")
-    if isinstance(mask, fx.Node):
-        survey.need(mask, node, _broadcast_back(by_query, operators.shape(mask)))
-
-
-_RULES: Mapping[str, Callable[[_Survey, fx.Node, Tensor], None]] = {
-    **dict.fromkeys(_ORDERS, _order),
-    **dict.fromkeys(_SPLITS, _split_source),
-    **dict.fromkeys(operators.SOFTMAXES, _softmax),
-    **dict.fromkeys(("aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"), _matmul),
-    **dict.fromkeys(("aten::scaled_dot_product_attention", "surgeon::attention"), _attention),
-    **dict.fromkeys(("aten::layer_norm", "aten::rms_norm"), _norm),
-    "aten::linear": _linear,
-    "aten::einsum": _einsum,
-    "aten::embedding": _embedding,
-    "aten::cat": _concatenate,
-    "aten::stack": _stack,
-    "aten::gather": _gather,
-    "aten::slice_scatter": _scatter,
-}
+def _all_of(shape: tuple[int, ...]) -> Part:
+    return Part(shape, torch.ones([1] * len(shape), dtype=torch.bool), shape)
