@@ -289,6 +289,8 @@ class _Survey:
         for user in node.users:
             if (node, user) in self.edges:
                 labels = both(labels, self.edges[node, user])
+            elif user.op == "call_function" and not isinstance(user.meta.get("val"), Tensor | list | tuple):
+                continue  # a size, which is not the number of heads: that is a constant
             elif user is not self.results or node in self.public:
                 labels = shared
                 break
@@ -395,7 +397,8 @@ class _Survey:
         axes = [axis for axis, size in enumerate(needed.shape) if size > 1]
         if operators.kind(reader) == operators.CONCATENATE and not axes:
             return  # heads that go are left out of it
-        if value in self.active or (value.op == "get_attr" and self._is_matrix(value, reader)):
+        cache = value.op == "placeholder" and self._role(value) == PAST
+        if cache or value in self.active or (value.op == "get_attr" and self._is_matrix(value, reader)):
             raise Unfit(self._mixed(value, reader))
         if not part.whole or len(axes) != 1:
             raise Unfit(f"{value.name}, which {reader.name} reads, has no dimension of heads")
