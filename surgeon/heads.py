@@ -199,14 +199,12 @@ def _resolved(editor: Editor, argument: Any) -> Any:
 
 
 def _selected(editor: Editor, value: fx.Node, axis: int, places: Tensor) -> fx.Node:
-    """Some places of one dimension; of a repetition fewer repetitions."""
+    """Some places of one dimension of a value; of nothing in front of it, which is gone where blocks are run one by one."""
     source = value.args[0] if operators.kind(value) == "aten::expand" else None
     if isinstance(source, fx.Node):
         ahead = len(operators.shape(value)) - len(operators.shape(source))
         if axis < ahead or operators.shape(source)[axis - ahead] == 1:
-            sizes = list(value.args[1])  # type: ignore[arg-type]  # an expansion's sizes
-            sizes[axis] = len(places)
-            return editor.call(aten.expand.default, source, sizes)
+            places = torch.arange(len(places))  # one place is as good as another
     first, last = int(places[0]), int(places[-1])
     if last - first == len(places) - 1:
         return editor.call(aten.slice.Tensor, value, axis, first, last + 1)
