@@ -13,8 +13,9 @@ Formula:
     ``activation``: the units of smallest ``sqrt(mean_t |W_i a_i|^2)``.
     ``magnitude``: the units of smallest ``|W_i|_F``.
     ``random``: by lot, a baseline.
-    refit: ``W_K' = W C[:, K] C_KK^-1`` (ridge), K the columns that stay, the least squared error of the output; with a bias
-    both are fitted: C is then that of ``a - mean(a)``, and ``b' = b + W mean(a) - W_K' mean(a_K)``.
+    refit: ``W_K' = W_K + W_R C_RK (C_KK + r I)^-1``, K the columns that stay and R the others, the least squared error of the
+    output with a penalty on the change; r is the one with which a fit to half of the data loses least on the other half.  With
+    a bias both are fitted: C is then that of ``a - mean(a)``, and ``b' = b + W mean(a) - W_K' mean(a_K)``.
 Shapes:
     a [T, U c] of U units; W [H, U c]; C [U c, U c] in float64.
 Units:
@@ -39,7 +40,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -51,8 +51,9 @@ from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.heads import Trim, Unfit, keep_heads, trim
 from surgeon.mixtures import bias, rows
-from surgeon.numerics import NumericsError, contributions, output_loss, refit_columns, remove_blocks
-from surgeon.observe import MeanValue, SecondMoment
+from surgeon.numerics import NumericsError, best_ridge, contributions, output_loss, refit_columns, remove_blocks
+from surgeon.numerics.columns import RIDGE
+from surgeon.observe import HalvedMoments
 from surgeon.rewrite import Editor
 from surgeon.structure import Attention, Linear, Selection, Site, Structure
 
@@ -70,6 +71,7 @@ class KeepHeads(Decision):
         keep: the numbers of those that stay, ascending.
         scores: the score of every unit.
         loss: share of the output's energy that is lost, where calibration data told it.
+        ridge: r of the refit, as a share of the mean of C's diagonal.
     """
 
     unit: Literal["group", "query"]
@@ -77,6 +79,7 @@ class KeepHeads(Decision):
     keep: Annotated[tuple[int, ...], Field(min_length=1)]
     scores: tuple[float, ...] = ()
     loss: float | None = None
+    ridge: Annotated[float, Field(gt=0)] | None = None
 
 
 class DropHeadsPlan(Plan[KeepHeads]):
@@ -115,16 +118,14 @@ class DropHeads(Pass[DropHeadsPlan]):
     # -- observing ----------------------------------------------------------------------------------------------
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
-        """Second moments of what the output projections read, and means where a bias can take them up."""
+        """Second moments and means of what the output projections read."""
         found: dict[str, Observer] = {}
         if not self.refit and self.criterion in ("magnitude", "random"):
             return found
         for site in structure.attentions():
             output = site.part.o
             if output is not None:
-                found[site.name] = SecondMoment(output.input)
-                if output.bias is not None:
-                    found[f"{site.name}.mean"] = MeanValue(output.input)
+                found[site.name] = HalvedMoments(output.input)
         return found
 
     # -- planning -----------------------------------------------------------------------------------------------
@@ -173,38 +174,36 @@ class DropHeads(Pass[DropHeadsPlan]):
         weight = rows(graph, output)
         groups = _groups(site, units)
         lost = (units - keep) // len(groups)
-        moments = _Moments.of(site, statistics) if site.name in statistics else None
+        moments = _moments(site, statistics) if site.name in statistics else None
+        centred = self.refit and output.bias is not None
         if self.criterion == "reconstruction":
             assert moments is not None
-            removal = remove_blocks(weight, moments.matrix(self.refit), groups, lost, self.refit)
+            removal = remove_blocks(weight, moments.second(centred), groups, lost, self.refit)
             gone, scores = removal.order, removal.alone
         else:
             scores = self._scores(site, weight, units, moments)
             gone = [group[i] for group in groups for i in scores[group].argsort(stable=True)[:lost].tolist()]
         left = [unit for unit in range(units) if unit not in gone]
-        loss = None
+        loss, ridge = None, None
         if moments is not None:
             places = _places(output, units, left)
-            fitted = self._fitted(weight, moments, places)
-            loss = output_loss(weight, moments.matrix(self.refit), places, fitted)
+            ridge = _ridge(weight, moments, centred, places) if self.refit else None
+            fitted = weight[:, places] if ridge is None else refit_columns(weight, moments.second(centred), places, ridge)
+            loss = output_loss(weight, moments.second(centred), places, fitted)
         return KeepHeads(
-            site=site.name, unit=self.unit, units=units, keep=tuple(left), scores=tuple(scores.tolist()), loss=loss
+            site=site.name, unit=self.unit, units=units, keep=tuple(left), scores=tuple(scores.tolist()), loss=loss, ridge=ridge
         )
 
-    def _scores(self, site: Site[Attention], weight: Tensor, units: int, moments: _Moments | None) -> Tensor:
+    def _scores(self, site: Site[Attention], weight: Tensor, units: int, moments: HalvedMoments | None) -> Tensor:
         if self.criterion == "activation":
             assert moments is not None
-            energy = contributions(weight, moments.second, units).diagonal() / moments.tokens
+            energy = contributions(weight, moments.second(False), units).diagonal() / moments.tokens
             return energy.clamp_min(0).sqrt().cpu()
         if self.criterion == "magnitude":
             norms: Tensor = torch.linalg.vector_norm(weight.double().reshape(weight.shape[0], units, -1), dim=(0, 2))
             return norms.cpu()
         lot = torch.Generator().manual_seed(self.seed ^ zlib.crc32(site.name.encode()))
         return torch.rand(units, generator=lot, dtype=torch.float64)
-
-    def _fitted(self, weight: Tensor, moments: _Moments, places: Tensor) -> Tensor:
-        """The output projection's columns that stay, fitted where that is asked."""
-        return refit_columns(weight, moments.matrix(True), places) if self.refit else weight[:, places]
 
     def accept(self, plan: DropHeadsPlan) -> None:
         """Something is removed, or stays because so much was asked."""
@@ -248,14 +247,15 @@ class DropHeads(Pass[DropHeadsPlan]):
             keep_heads(editor, change)
             if not self.refit:
                 continue
-            moments = _Moments.of(site, statistics)
+            moments, centred = _moments(site, statistics), output.bias is not None
             places = _places(output, decision.units, decision.keep)
             try:
-                fitted = self._fitted(weight, moments, places)
+                ridge = decision.ridge or _ridge(weight, moments, centred, places)
+                fitted = refit_columns(weight, moments.second(centred), places, ridge)
             except NumericsError as error:
                 raise PlanError(f"{site.name}: {error}") from error
             editor.set_tensor(output.weight, (fitted.T if output.transposed else fitted).contiguous())
-            if moments.mean is not None and output.bias is not None and shift is not None:
+            if output.bias is not None and shift is not None:
                 mean = moments.mean.to(weight.device)
                 constant = weight.double() @ mean - fitted.double() @ mean[places]
                 editor.set_tensor(output.bias, (shift.double() + constant).to(shift.dtype))
@@ -287,39 +287,23 @@ class DropHeads(Pass[DropHeadsPlan]):
         return f"{listing} removed from {len(plan.decisions)} attentions"
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """What calibration data says of an attention's results a.
+def _moments(site: Site[Attention], statistics: Statistics) -> HalvedMoments:
+    """What calibration data says of an attention's results.
 
-    Attributes:
-        second: sum of ``a a^T``, [I, I].
-        mean: of a, [I], where the output projection has a bias, otherwise None.
-        tokens: number of tokens.
+    Raises:
+        PlanError: no token reached it.
     """
+    moments = statistics[site.name]
+    assert isinstance(moments, HalvedMoments)
+    if moments.tokens == 0:
+        raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token), so there is nothing to go by")
+    return moments
 
-    second: Tensor
-    mean: Tensor | None
-    tokens: int
 
-    @classmethod
-    def of(cls, site: Site[Attention], statistics: Statistics) -> _Moments:
-        """Those of one attention.
-
-        Raises:
-            PlanError: no calibration token reached it.
-        """
-        second, mean = statistics[site.name], statistics.get(f"{site.name}.mean")
-        assert isinstance(second, SecondMoment)
-        if second.tokens == 0 or second.matrix is None:
-            raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token), so there is nothing to go by")
-        return cls(second.matrix, mean.mean if isinstance(mean, MeanValue) else None, second.tokens)
-
-    def matrix(self, fitted: bool) -> Tensor:
-        """C of the loss: about the mean where a fitted bias takes it up."""
-        if self.mean is None or not fitted:
-            return self.second
-        mean = self.mean.to(self.second.device)
-        return self.second - self.tokens * torch.outer(mean, mean)
+def _ridge(weight: Tensor, moments: HalvedMoments, centred: bool, places: Tensor) -> float:
+    if min(moments.counts) == 0 or len(places) == weight.shape[1]:
+        return RIDGE
+    return best_ridge(weight, (moments.second(centred, 0), moments.second(centred, 1)), places)
 
 
 def _output(site: Site[Attention]) -> Linear:

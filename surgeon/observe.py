@@ -258,6 +258,65 @@ class SecondMoment(Observer):
         self.tokens += other.tokens
 
 
+class HalvedMoments(Observer):
+    """``sum_t x_t x_t^T`` and ``sum_t x_t`` in float64, of either half of every batch, to hold one against the other.
+
+    Memory: 16 D^2 bytes.
+
+    Attributes:
+        matrices: of the first and the second half, [2, D, D]; None before anything was seen.
+        totals: likewise, [2, D].
+        counts: tokens of either half.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+        self.matrices: Tensor | None = None
+        self.totals: Tensor | None = None
+        self.counts = [0, 0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(self.counts)
+
+    def update(self, *values: Tensor) -> None:
+        """Add [tokens, D]; tokens next to each other, of one sequence, are of the same half."""
+        x = values[0].double()
+        if self.matrices is None or self.totals is None:
+            self.matrices = x.new_zeros(2, x.shape[-1], x.shape[-1])
+            self.totals = x.new_zeros(2, x.shape[-1])
+        for half, rows in enumerate(x.tensor_split(2)):
+            self.matrices[half].addmm_(rows.T, rows)
+            self.totals[half] += rows.sum(0)
+            self.counts[half] += rows.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, HalvedMoments)
+        if other.matrices is not None and other.totals is not None:
+            mine = self.matrices is not None and self.totals is not None
+            self.matrices = self.matrices + other.matrices if mine else other.matrices.clone()  # type: ignore[operator]  # mine
+            self.totals = self.totals + other.totals if mine else other.totals.clone()  # type: ignore[operator]  # mine
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+
+    def second(self, about_mean: bool, half: int | None = None) -> Tensor:
+        """``sum x x^T`` of one half or of all, [D, D]; ``sum (x - mean) (x - mean)^T`` about the mean."""
+        assert self.matrices is not None
+        matrix = self.matrices.sum(0) if half is None else self.matrices[half]
+        if not about_mean:
+            return matrix
+        assert self.totals is not None
+        total = self.totals.sum(0) if half is None else self.totals[half]
+        return matrix - torch.outer(total, total) / max(self.tokens if half is None else self.counts[half], 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, [D]."""
+        assert self.totals is not None
+        return self.totals.sum(0) / max(self.tokens, 1)
+
+
 class AbsoluteRegression(Observer):
     """Sums for regressing the magnitudes |h| of one value on another value x with a constant column appended.
 

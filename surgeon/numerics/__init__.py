@@ -6,6 +6,7 @@ from surgeon.numerics.clustering import balanced_assignment as balanced_assignme
 from surgeon.numerics.clustering import balanced_kmeans as balanced_kmeans
 from surgeon.numerics.clustering import kmeans as kmeans
 from surgeon.numerics.clustering import members as members
+from surgeon.numerics.columns import best_ridge as best_ridge
 from surgeon.numerics.columns import contributions as contributions
 from surgeon.numerics.columns import output_loss as output_loss
 from surgeon.numerics.columns import refit_columns as refit_columns

@@ -24,8 +24,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from surgeon.numerics.errors import NumericsError, require_finite
 
-RIDGE = 1e-6
-"""Share of the mean of C's diagonal that is added to it."""
+RIDGE = 1e-2
+"""Share of the mean of C's diagonal that is added to it, where nothing says how much is best."""
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Shares of which :func:`best_ridge` takes one: few tokens need more, exact copies of what is removed next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,25 @@ def refit_columns(weight: Tensor, second_moment: Tensor, keep: Tensor, ridge: fl
     factor = _cholesky(c[keep][:, keep])
     change = torch.cholesky_solve(c[keep][:, gone] @ w[:, gone].T, factor).T
     return (w[:, keep] + change).to(weight.dtype)
+
+
+def best_ridge(weight: Tensor, halves: tuple[Tensor, Tensor], keep: Tensor) -> float:
+    """The ridge of :data:`RIDGES` with which a fit to one half of the data loses least on the other.
+
+    Args:
+        weight: W, [O, I].
+        halves: C of either half of the data, [I, I] each.
+        keep: K, ascending.
+
+    Raises:
+        NumericsError: shapes do not fit, or an entry is not finite.
+    """
+
+    def lost(ridge: float) -> float:
+        pairs = (halves, halves[::-1])
+        return sum(output_loss(weight, other, keep, refit_columns(weight, one, keep, ridge)) for one, other in pairs)
+
+    return min(RIDGES, key=lost)
 
 
 def output_loss(weight: Tensor, second_moment: Tensor, keep: Tensor, fitted: Tensor) -> float:
