@@ -138,7 +138,10 @@ def test_a_head_that_is_a_copy_goes_without_loss(patient: MakePatient, name: str
                     parts[width + member].copy_(parts[member])
                 editor.set_tensor(linear.bias, bias)
 
-    subject = changed(patient(name), copy)
+    first = patient(name).data.calibration[0]
+    ids = [torch.randint(0, 90, first["input_ids"].shape, generator=torch.Generator().manual_seed(i)) for i in range(24)]
+    subject = changed(patient(name), copy)  # with more tokens than features, in either half of them
+    subject.data = load_data([{**first, "input_ids": numbers} for numbers in ids], subject.graph)
     groups = sites(subject)[0].part.kv_heads
     fewer = drop(subject, keep=groups - 1)
     for decision in fewer.plan.decisions:
