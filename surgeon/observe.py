@@ -308,7 +308,9 @@ class HalvedMoments(Observer):
             return matrix
         assert self.totals is not None
         total = self.totals.sum(0) if half is None else self.totals[half]
-        return matrix - torch.outer(total, total) / max(self.tokens if half is None else self.counts[half], 1)
+        centred = matrix - torch.outer(total, total) / max(self.tokens if half is None else self.counts[half], 1)
+        rounding = 1e-12 * matrix.diagonal().mean()  # of a constant x nothing else is left, of either sign
+        return centred + rounding * torch.eye(len(total), dtype=matrix.dtype, device=matrix.device)
 
     @property
     def mean(self) -> Tensor:
