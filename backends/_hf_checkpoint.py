@@ -23,6 +23,7 @@ from surgeon.contract import Refusal
 from surgeon.discovery import discover
 from surgeon.graph import Graph, Source
 from surgeon.routes import RECORDED, REPLAYED
+from surgeon.structure import Structure
 
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 """What else lies in a checkpoint: tokenizer, processors, chat templates, pooling of sentence encoders."""
@@ -90,7 +91,7 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     refusals += low_bit_refusals(skeleton, contents)
     if refusals:
         return refusals
-    fitted = fit(skeleton, contents)
+    fitted = fit(skeleton, contents, _head_sizes(structure))
     if isinstance(fitted, list):
         return fitted
     lost = sorted(set(contents.held) - set(fitted.origin.values()))
@@ -99,6 +100,17 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
         return [Refusal(name, reason) for name in lost]
     fill = _unread(fitted, contents.held)
     return fill if isinstance(fill, list) else Checkpoint(fitted, contents, fill)
+
+
+def _head_sizes(structure: Structure) -> dict[str, int]:
+    """Size of one head by the name of every tensor of an attention's projections."""
+    found = {}
+    for site in structure.attentions():
+        for part in (site.part, *site.part.parts):
+            for linear in (part.q, part.k, part.v, part.o):
+                if linear is not None:
+                    found.update(dict.fromkeys((linear.weight, *([linear.bias] if linear.bias else [])), part.head_dim))
+    return found
 
 
 def _join(graph: Graph, contents: Contents, name: str, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from surgeon.backends._hf_contents import ENGINES, Contents, Held
 from surgeon.backends._hf_skeleton import Path, Skeleton, changed, field_name, values
@@ -18,6 +19,8 @@ _LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
 """Fields that count the leading layers of a kind."""
 _PER_LAYER = ("layer", "block", "pattern")
 """Words in the names of lists with one entry per layer, or with the numbers of some layers."""
+_HEAD_SIZE = "head_dim"
+"""Field that says the size of a head: not a declared one everywhere, but read in most places."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,15 @@ class Fitted:
     changes: Mapping[str, tuple[object, object]]
 
 
-def fit(source: Skeleton, contents: Contents) -> Fitted | list[Refusal]:
-    """The configuration that a rewritten model has, or what no configuration of its class says."""
+def fit(source: Skeleton, contents: Contents, heads: Mapping[str, int]) -> Fitted | list[Refusal]:
+    """The configuration that a rewritten model has, or what no configuration of its class says.
+
+    Args:
+        source: the class under the source's configuration.
+        contents: what the model holds.
+        heads: size of one head by the name of every tensor of an attention's projections.  Passes change how many heads there
+            are, never their size, and shapes alone do not tell one from the other.
+    """
     fitted = Fitted(source, {name: name for name in source.shapes}, {})
     removed = _removed(source, contents.held)
     for prefix, gone in removed.items():
@@ -47,7 +57,7 @@ def fit(source: Skeleton, contents: Contents) -> Fitted | list[Refusal]:
     uneven = _uneven(fitted, contents.held)
     if uneven:
         return uneven
-    fitted = _sized(fitted, contents.held)
+    fitted = _sized(_with_head_size(fitted, contents.held, heads), contents.held, heads)
     wrong = _misfits(fitted, contents.held)
     if wrong:
         return [
@@ -169,7 +179,25 @@ def _misfits(fitted: Fitted, held: Mapping[str, Held]) -> list[str]:
     ]
 
 
-def _sized(fitted: Fitted, held: Mapping[str, Held]) -> Fitted:
+def _with_head_size(fitted: Fitted, held: Mapping[str, Held], heads: Mapping[str, int]) -> Fitted:
+    """The configuration with the size of a head said, where it followed from the number of heads and that has changed."""
+    sizes = {heads[fitted.origin[name]] for name in _misfits(fitted, held) if fitted.origin[name] in heads}
+    if len(sizes) != 1:
+        return fitted
+    for path in dict.fromkeys(path[:-1] for path, _ in values(fitted.skeleton.config, int) if _counts_heads(path)):
+        owner = _at(fitted.skeleton.config, path)
+        if isinstance(owner, Mapping) and owner.get(_HEAD_SIZE) is None:
+            fitted = _with(fitted, (*path, _HEAD_SIZE), next(iter(sizes))) or fitted
+    return fitted
+
+
+def _counts_heads(path: Path) -> bool:
+    """Whether a field's name says a number of heads: ``num_attention_heads``, ``n_head``, not ``head_dim``."""
+    name = str(path[-1])
+    return "head" in name and not any(word in name for word in ("dim", "size"))
+
+
+def _sized(fitted: Fitted, held: Mapping[str, Held], heads: Mapping[str, int]) -> Fitted:
     """The configuration with sizes changed as the shapes of the tensors say, as far as single fields say it."""
     while wrong := _misfits(fitted, held):
         best, rest = None, len(wrong)
@@ -182,6 +210,8 @@ def _sized(fitted: Fitted, held: Mapping[str, Held]) -> Fitted:
                 # a field may be the size itself or a divisor of it: gate and up are stored as 2 x width
                 for path, value in values(fitted.skeleton.config, int):
                     if a == b or value < 2 or a % value or (b * value) % a or (path, b * value // a) in tried:
+                        continue
+                    if value == heads.get(fitted.origin[name]) and not _counts_heads(path):
                         continue
                     tried.add((path, b * value // a))
                     found = _with(fitted, path, b * value // a)
@@ -199,7 +229,9 @@ def _with(fitted: Fitted, path: Path, value: object) -> Fitted | None:
     built = Skeleton.build(fitted.skeleton.model_class, changed(fitted.skeleton.config, {path: value}))
     if isinstance(built, str) or set(built.shapes) != set(fitted.skeleton.shapes):
         return None
-    before = fitted.changes.get(field_name(path), (_at(fitted.skeleton.config, path), None))[0]
+    owner: Any = _at(fitted.skeleton.config, path[:-1])
+    was = owner.get(path[-1]) if isinstance(owner, Mapping) else owner[path[-1]]
+    before = fitted.changes.get(field_name(path), (was, None))[0]
     return replace(fitted, skeleton=built, changes={**fitted.changes, field_name(path): (before, value)})
 
 

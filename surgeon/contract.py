@@ -180,6 +180,13 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
             PlanError: what was asked cannot be done on this model; names the site.
         """
 
+    def accept(self, plan: P) -> None:
+        """Refuse a plan of the whole model that does nothing of what was asked, with the reasons that its notes give.
+
+        Raises:
+            PlanError: nothing can be done on this model.
+        """
+
     def check(self, graph: Graph, structure: Structure, plan: P) -> None:
         """Refuse a plan (a saved or edited one) that does not fit this model.  Called before every ``apply``.
 

@@ -66,6 +66,7 @@ class Execution:
     def __init__(self, graph: Graph, batch: Batch) -> None:
         graph.require_weights("observing it")
         self.graph = graph
+        self._batch = batch
         self.values: dict[fx.Node, Any] = {}
         placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
         self.values.update(zip(placeholders, graph.bind(batch), strict=True))
@@ -76,9 +77,14 @@ class Execution:
     def fork(self) -> Execution:
         """An execution at the same position that can run on without moving this one."""
         other = object.__new__(Execution)
-        other.graph, other.values, other.mask = self.graph, dict(self.values), self.mask
+        other.graph, other.values, other.mask, other._batch = self.graph, dict(self.values), self.mask, self._batch
         other._masked, other._unmasked = self._masked, self._unmasked
         return other
+
+    def rebind(self) -> None:
+        """Hand the inputs in anew, after an edit changed their sizes: caches that were left out are made as they are now."""
+        placeholders = self.graph.module.graph.find_nodes(op="placeholder")
+        self.values.update(zip(placeholders, self.graph.bind(self._batch), strict=True))
 
     @torch.no_grad()
     def run(self, stretch: Stretch) -> None:
@@ -301,6 +307,67 @@ class SecondMoment(Observer):
         if other.matrix is not None:
             self.matrix = other.matrix.clone() if self.matrix is None else self.matrix + other.matrix
         self.tokens += other.tokens
+
+
+class HalvedMoments(Observer):
+    """``sum_t x_t x_t^T`` and ``sum_t x_t`` in float64, of either half of every batch, to hold one against the other.
+
+    Memory: 16 D^2 bytes.
+
+    Attributes:
+        matrices: of the first and the second half, [2, D, D]; None before anything was seen.
+        totals: likewise, [2, D].
+        counts: tokens of either half.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+        self.matrices: Tensor | None = None
+        self.totals: Tensor | None = None
+        self.counts = [0, 0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(self.counts)
+
+    def update(self, *values: Tensor) -> None:
+        """Add [tokens, D]; tokens next to each other, of one sequence, are of the same half."""
+        x = values[0].double()
+        if self.matrices is None or self.totals is None:
+            self.matrices = x.new_zeros(2, x.shape[-1], x.shape[-1])
+            self.totals = x.new_zeros(2, x.shape[-1])
+        for half, rows in enumerate(x.tensor_split(2)):
+            self.matrices[half].addmm_(rows.T, rows)
+            self.totals[half] += rows.sum(0)
+            self.counts[half] += rows.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, HalvedMoments)
+        if other.matrices is not None and other.totals is not None:
+            mine = self.matrices is not None and self.totals is not None
+            self.matrices = self.matrices + other.matrices if mine else other.matrices.clone()  # type: ignore[operator]  # mine
+            self.totals = self.totals + other.totals if mine else other.totals.clone()  # type: ignore[operator]  # mine
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+
+    def second(self, about_mean: bool, half: int | None = None) -> Tensor:
+        """``sum x x^T`` of one half or of all, [D, D]; ``sum (x - mean) (x - mean)^T`` about the mean."""
+        assert self.matrices is not None
+        matrix = self.matrices.sum(0) if half is None else self.matrices[half]
+        if not about_mean:
+            return matrix
+        assert self.totals is not None
+        total = self.totals.sum(0) if half is None else self.totals[half]
+        centred = matrix - torch.outer(total, total) / max(self.tokens if half is None else self.counts[half], 1)
+        rounding = 1e-12 * matrix.diagonal().mean()  # of a constant x nothing else is left, of either sign
+        return centred + rounding * torch.eye(len(total), dtype=matrix.dtype, device=matrix.device)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, [D]."""
+        assert self.totals is not None
+        return self.totals.sum(0) / max(self.tokens, 1)
 
 
 class AbsoluteRegression(Observer):

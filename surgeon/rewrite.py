@@ -7,8 +7,9 @@ nobody reads, shapes downstream of changed weights, lint, recompile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,6 +197,35 @@ class Editor:
         self.graph.example[name] = torch.full(example_sizes, fill, dtype=dtype)
         return placeholder
 
+    def resize_input(self, placeholder: fx.Node, axis: int, places: Tensor) -> None:
+        """Let an input have only some places of a fixed dimension; its example keeps them.
+
+        Args:
+            placeholder: the input's node.
+            axis: the dimension.
+            places: the places that stay, ascending.
+        """
+        number = self._nodes.find_nodes(op="placeholder").index(placeholder)
+        port = self.graph.inputs[number]
+        shape = (*port.shape[:axis], len(places), *port.shape[axis + 1 :])
+        self.graph.inputs = (*self.graph.inputs[:number], replace(port, shape=shape), *self.graph.inputs[number + 1 :])
+        self.graph.example = {**self.graph.example, port.name: self.graph.example[port.name].index_select(axis, places)}
+        value = placeholder.meta["val"]
+        with self._mode:
+            placeholder.meta["val"] = value.new_empty((*value.shape[:axis], len(places), *value.shape[axis + 1 :]))
+        self._dirty.add(placeholder)
+
+    def resize_outputs(self, roles: Collection[str]) -> None:
+        """Let the ports of outputs with these roles have the fixed sizes that their values have now."""
+        results: Any = self._nodes.output_node().args[0]
+        self.graph.outputs = tuple(
+            replace(port, shape=tuple(
+                int(have) if isinstance(size, int) and isinstance(have, int) else size
+                for size, have in zip(port.shape, result.meta["val"].shape, strict=True)
+            )) if port.role in roles else port
+            for port, result in zip(self.graph.outputs, results, strict=True)
+        )  # fmt: skip
+
     def add_output(self, name: str, node: fx.Node, role: str) -> Port:
         """Return the value of a node too, under a name that is not taken yet; behind the other outputs."""
         output = self._nodes.output_node()
@@ -277,7 +307,7 @@ class Editor:
         stale: set[fx.Node] = set()
         for node in self._nodes.nodes:
             if node.op != "call_function":
-                if node in self._dirty and node.op == "get_attr":
+                if node in self._dirty and node.op in ("get_attr", "placeholder"):
                     stale.add(node)
                 continue
             if node in self._dirty or any(source in stale for source in node.all_input_nodes):

@@ -103,8 +103,12 @@ def _sweep(
         plan = _own(saved, block.index) if saved is not None else step.plan(editor.graph, view, observers)
         if plan.decisions:
             step.check(editor.graph, view, plan)
+            ports = editor.graph.inputs
             step.apply(editor, view, plan, observers)
             editor.settle()
+            if editor.graph.inputs != ports:
+                for execution in executions:
+                    execution.rebind()
         plans.append(plan)
         nodes = list(_between(editor.graph.module.graph, previous, after))
         propagating = Stretch(editor.graph.module.graph, nodes)
@@ -127,7 +131,8 @@ def _sweep(
 
 
 def _some(step: Pass[Any], structure: Structure, plan: Plan[Any]) -> Plan[Any]:
-    """The plan, refused where it neither does anything nor says why."""
+    """The plan, refused where it neither does anything nor says why, or where its pass does."""
+    step.accept(plan)
     if plan.decisions or plan.notes:
         return plan
     asked = [f"{field}: {value!r}" for field in ("blocks", "names") if (value := getattr(step, field)) is not None]

@@ -194,6 +194,36 @@ def drop_silent_neurons(case: Case) -> str:
     return "exact"
 
 
+def drop_silent_heads(case: Case) -> str:
+    """The pass drops the heads whose results the output projection multiplies by 0, and the model computes what it did."""
+    attentions = [site.part for site in case.structure.attentions()]
+    one_key = all(part.kv_heads == 1 for part in attentions) and any(part.heads > 1 for part in attentions)
+    fields = {"ratio": 0.5, "unit": "query" if one_key else "group"}
+    _, lot = case.operate({"drop_heads": {**fields, "criterion": "random", "refit": False}})
+    silent = replace(case, graph=silence(case, lot), data=case.data)
+    silent = replace(silent, structure=discover(silent.graph))
+    graph, plan = silent.operate({"drop_heads": fields})
+    assert [decision.keep for decision in plan.decisions] == [decision.keep for decision in lot.decisions]
+    same(outputs(graph, case.inputs), outputs(silent.graph, case.inputs))
+    apart = len(plan.decisions)
+    return "exact" if apart == len(attentions) else f"exact ({apart} of {len(attentions)} attentions)"
+
+
+def silence(case: Case, plan: Plan[Any]) -> Graph:
+    """The graph whose output projections multiply by 0 what the heads give that a plan of drop_heads removes."""
+    editor = Editor(case.graph.clone())
+    sites = {site.name: site.part for site in case.structure.attentions()}
+    for decision in plan.decisions:
+        output = sites[decision.site].o
+        assert output is not None
+        weight = editor.tensor(output.weight).detach().clone()
+        for unit, columns in enumerate((weight.T if output.transposed else weight).chunk(decision.units, dim=1)):
+            if unit not in decision.keep:
+                columns.zero_()
+        editor.set_tensor(output.weight, weight)
+    return editor.finish()
+
+
 def factor_at_full_rank(case: Case) -> str:
     """Every linear of the blocks as two factors of full rank computes what it did."""
     _, plan = case.operate({"low_rank": {"ratio": 1.0, "method": "svd"}})
@@ -361,6 +391,7 @@ PASSES: dict[str, Entry] = {
     "upcycle_ffn": Entry(upcycle, {"experts": 2, "top_k": 1}, Structure.ffns, "no dense FFN"),
     "moefy_attention": Entry(route_to_all_groups, {"top_k": 1}, Structure.attentions, "no attention"),
     "drop_neurons": Entry(drop_silent_neurons, {"ratio": 0.5}, networks, "no feed-forward network"),
+    "drop_heads": Entry(drop_silent_heads, {"keep": 1}, Structure.attentions, "no attention"),
     "drop_experts": Entry(drop_idle_experts, {"keep": 1}, Structure.moes, "no experts"),
     "merge_experts": Entry(merge_copies, {"groups": 1}, Structure.moes, "no experts"),
     "densify_moe": Entry(join_copies, {}, Structure.moes, "no experts"),

@@ -28,6 +28,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop_blocks": ("llama", {"count": 1}),
     "drop_experts": ("mixtral", {"keep": 4}),
     "drop_neurons": ("llama", {"ratio": 0.25}),
+    "drop_heads": ("llama", {"ratio": 0.5}),
     "expose_routing": ("mixtral", {"replay": True}),
     "low_rank": ("gpt2", {"ratio": 0.5}),
     "merge_experts": ("mixtral", {"groups": 4, "grouping": "token_outputs", "combination": "zip", "refit": True}),

@@ -6,6 +6,11 @@ from surgeon.numerics.clustering import balanced_assignment as balanced_assignme
 from surgeon.numerics.clustering import balanced_kmeans as balanced_kmeans
 from surgeon.numerics.clustering import kmeans as kmeans
 from surgeon.numerics.clustering import members as members
+from surgeon.numerics.columns import best_ridge as best_ridge
+from surgeon.numerics.columns import contributions as contributions
+from surgeon.numerics.columns import output_loss as output_loss
+from surgeon.numerics.columns import refit_columns as refit_columns
+from surgeon.numerics.columns import remove_blocks as remove_blocks
 from surgeon.numerics.compensation import quantize_compensated as quantize_compensated
 from surgeon.numerics.densify import largest_neurons as largest_neurons
 from surgeon.numerics.densify import learn_weights as learn_weights
