@@ -50,7 +50,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from surgeon.accounting import freed_parameter_count
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_merging import RIDGE
 from surgeon.expert_outputs import dense_weights, neuron_contributions, stand_in
@@ -121,7 +121,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
     """For learned: optimisation steps."""
     tokens: Annotated[int, Field(ge=32)] = 8192
     """Calibration tokens that are kept for learned and refit."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample and of the optimisation's batches."""
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.discovery.routing import SCORES
 from surgeon.errors import PlanError
 from surgeon.expert_budget import fewest, refuse_budget, share_out
@@ -108,7 +108,7 @@ class DropExperts(Pass[DropExpertsPlan]):
     """With criterion reconstruction: as many sets of one size are compared one by one; beyond that they are searched."""
     beam: Annotated[int, Field(ge=1)] = 1
     """Sets that the search goes on with after each expert: 1 is greedy, more search wider in as many times the seconds."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of random, and of the sample of tokens."""
 
     @model_validator(mode="after")

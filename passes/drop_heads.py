@@ -46,7 +46,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.heads import Trim, Unfit, keep_heads, trim
@@ -106,7 +106,7 @@ class DropHeads(Pass[DropHeadsPlan]):
     norm of their columns of the output projection, or by lot."""
     refit: bool = True
     """Whether the output projection is fitted to the units that stay, on calibration data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of criterion random."""
 
     @model_validator(mode="after")

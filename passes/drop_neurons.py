@@ -48,7 +48,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
@@ -114,7 +114,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
     they give, by how little the others can stand in for them, by how active they are, or by lot."""
     refit: bool = True
     """Fit the output columns (and bias) of those that stay to what the whole network gave on calibration data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of random."""
 
     @model_validator(mode="after")

@@ -63,7 +63,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_budget import needed
 from surgeon.expert_merging import Merger, Routed
@@ -138,7 +138,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
     """For search: how often candidates are crossed, moved and compared."""
     tokens: Annotated[int, Field(ge=32)] = 4096
     """Calibration tokens that are kept for outputs, search, align_by: activations and refit; drawn at random beyond that."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of random, of kmeans, of search and of the sample of tokens."""
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.mixtures import rows
@@ -103,7 +103,7 @@ class MoefyAttention(Pass[MoefyAttentionPlan]):
     """Training steps of an mlp router."""
     tokens: Annotated[int, Field(ge=32)] = 8192
     """Calibration tokens that are kept to fit the router."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample and of router training."""
 
     @model_validator(mode="after")

@@ -58,7 +58,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from surgeon import splits
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_routers import fitted, from_sums, towards_clusters, towards_rows
 from surgeon.graph import Graph
@@ -134,7 +134,7 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
     """Training steps of an mlp router."""
     tokens: Annotated[int, Field(ge=32)] = 8192
     """Calibration tokens that are kept where sums over all of them are not enough."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of clusterings, samples and router training."""
 
     @model_validator(mode="after")

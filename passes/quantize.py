@@ -40,7 +40,7 @@ from torch import fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_moments import quantize_experts
 from surgeon.expert_stack import ExpertStack
@@ -122,7 +122,7 @@ class Quantize(Pass[QuantizePlan]):
     """For gptq: what is added to the diagonal of the inputs' second moments, as a share of its mean; 0.01 by default."""
     tokens: Annotated[int, Field(ge=32)] | None = None
     """For gptq: calibration tokens that are kept for each mixture of experts; 16384 by default."""
-    seed: int | None = None
+    seed: Seed | None = None
     """For gptq: seed of that sample; 0 by default."""
 
     @model_validator(mode="after")

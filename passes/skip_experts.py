@@ -44,7 +44,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.resizing import choose_fewer, selecting_top_k
@@ -121,7 +121,7 @@ class SkipExperts(Pass[SkipExpertsPlan]):
     """Most experts per token; routers that select fewer stay as they are."""
     tokens: Annotated[int, Field(ge=1)] = 65536
     """Most tokens of calibration data that are kept; drawn at random beyond that."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample of tokens."""
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.discovery import operators
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -80,7 +80,7 @@ class Smooth(Pass[SmoothPlan]):
     activation function. False leaves those alone."""
     tokens: Annotated[int, Field(ge=16)] = 256
     """For search: tokens on which the roundings are compared."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of their sample."""
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:

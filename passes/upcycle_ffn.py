@@ -50,7 +50,7 @@ from torch import Tensor
 
 from surgeon import splits
 from surgeon.companions import average, companions
-from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.data import collate, tokenizer_for
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -128,7 +128,7 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
     """For router texts: the texts of each copy."""
     tokens: Annotated[int, Field(ge=32)] = 8192
     """Calibration tokens that are kept for router clusters."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of routers, noise, re-initialisation and clustering."""
 
     @model_validator(mode="after")

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, fx
 
 from surgeon.errors import GenerateError, LowerError, PlanError
@@ -69,6 +69,10 @@ class Observer(abc.ABC):
 
 Statistics = Mapping[str, Observer]
 """Observers by key after they have seen the calibration data."""
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""What a generator of random numbers can be started with."""
 
 
 class Decision(BaseModel):

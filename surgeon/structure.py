@@ -299,16 +299,20 @@ class Selection:
     Attributes:
         blocks: block indices (None among them: outside the blocks), or None for everywhere.
         names: shell patterns over site names and weight names, empty for all.
+        matched: the patterns that have admitted something, of this selection and of those narrowed from it.
     """
 
     blocks: frozenset[int | None] | None = None
     names: tuple[str, ...] = ()
+    matched: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def admits(self, name: str, block: int | None, weights: tuple[str, ...] = ()) -> bool:
         """Whether a site of that name, block and weight names is selected."""
         if self.blocks is not None and block not in self.blocks:
             return False
-        return not self.names or any(fnmatchcase(text, p) for p in self.names for text in (name, *weights))
+        found = [pattern for pattern in self.names if any(fnmatchcase(text, pattern) for text in (name, *weights))]
+        self.matched.update(found)
+        return bool(found) or not self.names
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,15 @@ def _sweep(
 def _some(step: Pass[Any], structure: Structure, plan: Plan[Any]) -> Plan[Any]:
     """The plan, refused where it neither does anything nor says why, or where its pass does."""
     step.accept(plan)
+    selection = structure.selection
+    missed = [repr(pattern) for pattern in selection.names if pattern not in selection.matched]
+    if missed and (plan.decisions or plan.notes):
+        there = "" if step.blocks is None else f" at blocks: {step.blocks!r}"
+        known = ", ".join(sorted(selection.matched))
+        raise PlanError(
+            f"names: {', '.join(missed)} matches nothing that {step.name} works on{there} ({known} does); correct it or leave "
+            "it out"
+        )
     if plan.decisions or plan.notes:
         return plan
     asked = [f"{field}: {value!r}" for field in ("blocks", "names") if (value := getattr(step, field)) is not None]

@@ -347,3 +347,19 @@ def test_both_factors_are_quantized(patient: MakePatient) -> None:
     quantized = factored.operate({"quantize": {"scheme": "int8", "embeddings": True}})
     wide = [n for n, t in quantized.graph.parameters().items() if t.dim() == 2 and t.is_floating_point()]
     assert not [name for name in wide if "_scale" not in name]
+
+
+def test_a_pattern_that_matches_nothing_is_refused(patient: MakePatient) -> None:
+    subject = patient("llama")
+    with pytest.raises(PlanError, match=r"names: '\*\.ffn\.dwon' matches nothing that quantize works on \(\*\.attention\.q"):
+        subject.operate({"quantize": {"scheme": "int8", "names": ["*.attention.q", "*.ffn.dwon"]}})
+    with pytest.raises(PlanError, match=r"'blocks\.2\.\*' matches nothing that low_rank works on at blocks: \[0\]"):
+        subject.operate({"low_rank": {"rank": 4, "method": "svd", "blocks": [0], "names": ["*.up", "blocks.2.*"]}})
+    fields = {"rank": 4, "method": "svd", "names": ["*.q", "model.layers.1.mlp.*", "blocks.0.*"]}
+    assert len(subject.operate({"low_rank": fields}).plan.decisions) > 7
+
+
+def test_seeds_that_no_generator_takes_are_refused(patient: MakePatient) -> None:
+    for seed in (-1, 2**64):
+        with pytest.raises(RecipeError, match="seed"):
+            patient("llama").operate({"drop_neurons": {"ratio": 0.5, "criterion": "random", "refit": False, "seed": seed}})
