@@ -49,11 +49,12 @@ from torch import Tensor
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
-from surgeon.heads import Trim, Unfit, keep_heads, trim
+from surgeon.head_parts import Trim, Unfit
+from surgeon.heads import keep_heads, trim
 from surgeon.mixtures import bias, rows
+from surgeon.moments import HalvedMoments
 from surgeon.numerics import NumericsError, best_ridge, contributions, output_loss, refit_columns, remove_blocks
 from surgeon.numerics.columns import RIDGE
-from surgeon.observe import HalvedMoments
 from surgeon.rewrite import Editor
 from surgeon.structure import Attention, Linear, Selection, Site, Structure
 

@@ -36,9 +36,9 @@ from surgeon.accounting import freed_parameter_count, nodes_of
 from surgeon.contract import Decision, Observer, Pass, Plan, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
+from surgeon.moments import SecondMoment
 from surgeon.numerics import LowRank as Factors
 from surgeon.numerics import rank_for_ratio, saves, truncated_svd, whitened_svd
-from surgeon.observe import SecondMoment
 from surgeon.rewrite import Editor
 from surgeon.structure import Linear, Site, Structure
 

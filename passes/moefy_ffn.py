@@ -63,8 +63,8 @@ from surgeon.errors import PlanError
 from surgeon.expert_routers import fitted, from_sums, towards_clusters, towards_rows
 from surgeon.graph import Graph
 from surgeon.mixtures import Neurons, freed_parameters, refuse_ffn, replace_by_experts
+from surgeon.moments import AbsoluteRegression
 from surgeon.numerics import NumericsError, output_factor
-from surgeon.observe import AbsoluteRegression
 from surgeon.rewrite import Editor
 from surgeon.routers import Choice, Router
 from surgeon.samples import GradientSample, Sample

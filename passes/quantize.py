@@ -42,9 +42,10 @@ import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
-from surgeon.expert_moments import quantize_experts
+from surgeon.expert_codes import quantize_experts
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
+from surgeon.moments import SecondMoment
 from surgeon.numerics import (
     SEARCH,
     WHOLE_RANGE,
@@ -55,7 +56,6 @@ from surgeon.numerics import (
     quantize_float8,
     quantize_groupwise,
 )
-from surgeon.observe import SecondMoment
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
 from surgeon.structure import Embedding, Linear, MoE, Selection, Site, Structure

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from surgeon.moments import AbsoluteRegression
 from surgeon.numerics import centroid_router, ridge_regression, train_linear_router, train_mlp_router
-from surgeon.observe import AbsoluteRegression
 from surgeon.routers import Router
 
 

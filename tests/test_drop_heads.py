@@ -18,9 +18,10 @@ from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
+from surgeon.moments import HalvedMoments
 from surgeon.numerics import NumericsError, contributions, output_loss, refit_columns, remove_blocks
 from surgeon.numerics.columns import RIDGES, best_ridge
-from surgeon.observe import HalvedMoments, observe
+from surgeon.observe import observe
 from surgeon.passes.drop_heads import DropHeads, DropHeadsPlan, KeepHeads
 from surgeon.recipe import Calibration
 from surgeon.registry import make_pass

@@ -13,8 +13,9 @@ from surgeon.data import load_data, synthetic_batches
 from surgeon.discovery import discover
 from surgeon.errors import PlanError, RecipeError
 from surgeon.graph import Graph
+from surgeon.moments import SecondMoment
 from surgeon.numerics import whitened_svd
-from surgeon.observe import SecondMoment, observe
+from surgeon.observe import observe
 from surgeon.passes.drop_blocks import DropBlock, DropBlocksPlan
 from surgeon.passes.drop_experts import DropExpertsPlan, KeepExperts
 from surgeon.registry import make_pass

@@ -19,7 +19,8 @@ from surgeon.discovery import discover
 from surgeon.errors import DiscoverError, PlanError
 from surgeon.graph import Graph
 from surgeon.inspection import inspection
-from surgeon.observe import SecondMoment, observe
+from surgeon.moments import SecondMoment
+from surgeon.observe import observe
 from surgeon.passes.drop_blocks import DropBlock, DropBlocksPlan
 from surgeon.passes.low_rank import LowRank
 from surgeon.progress import Progress

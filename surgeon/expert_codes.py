@@ -1,4 +1,4 @@
-"""Second moments of what each expert of a mixture reads, and codes of its weights that are fitted to them.
+"""Codes of the weights of a mixture, each expert fitted to what it reads.
 
 Letters in shapes: T tokens, k experts per token, E experts, H input and G output width, I neurons, O rows of ``w_in``.
 """
