@@ -135,14 +135,11 @@ def _some(step: Pass[Any], structure: Structure, plan: Plan[Any]) -> Plan[Any]:
     step.accept(plan)
     selection = structure.selection
     missed = [repr(pattern) for pattern in selection.names if pattern not in selection.matched]
-    if missed and (plan.decisions or plan.notes):
-        there = "" if step.blocks is None else f" at blocks: {step.blocks!r}"
-        known = ", ".join(sorted(selection.matched))
-        raise PlanError(
-            f"names: {', '.join(missed)} matches nothing that {step.name} works on{there} ({known} does); correct it or leave "
-            "it out"
-        )
     if plan.decisions or plan.notes:
+        if missed:  # of several patterns: a recipe for models of more than one kind has some that are for others
+            there = "" if step.blocks is None else f" at blocks: {step.blocks!r}"
+            note = f"names: {', '.join(missed)} matches nothing that {step.name} works on{there}"
+            plan = plan.model_copy(update={"notes": (*plan.notes, note)})
         return plan
     asked = [f"{field}: {value!r}" for field in ("blocks", "names") if (value := getattr(step, field)) is not None]
     parts = dict.fromkeys(region.kind for block in structure.blocks for region in block.regions)
