@@ -8,6 +8,8 @@ Formula:
     a (or none) of least ``||Q(W diag(s)) Q(x / s) - W x||^2``, Q being the rounding of ``quantize: {scheme: int8_dynamic}``.
 Shapes:
     x: [tokens, in]; W: [out, in]; s: [in], one for all linears that read x.
+Units:
+    alpha: the exponent a, the share of the range that moves into the weights; tokens: rows of the input.
 Reads:
     Each selected linear's input: its extremes (padding too, which takes part in the range at run time), and ``tokens`` rows.
 Changes:
@@ -16,7 +18,7 @@ Changes:
 Errors:
     PlanError for quantized weights, and where nothing is selected.
 Example:
-    ``- smooth: {}`` before ``- quantize: {scheme: int8_dynamic}``
+    ``- smooth: {alpha: search}``, before quantize with scheme int8_dynamic
 """
 
 from __future__ import annotations

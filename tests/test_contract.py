@@ -36,6 +36,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "moefy_ffn": ("llama", {"experts": 4, "top_k": 2}),
     "quantize": ("mixtral", {"scheme": "int4", "group": 16}),
     "skip_experts": ("mixtral", {"beta": "median"}),
+    "smooth": ("llama", {"alpha": 0.5}),
     "upcycle_ffn": ("llama", {"experts": 4, "top_k": 2}),
 }
 SHAPELESS = {"drop_blocks", "expose_routing", "skip_experts"}

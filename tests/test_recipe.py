@@ -434,7 +434,7 @@ def test_dump_fills_defaults_and_keeps_the_order(folder: Path) -> None:
     dumped = parse(dump_recipe(load_recipe(_write(folder, FULL))), "dumped").data
     assert list(dumped) == list(Recipe.model_fields)
     assert dumped["calibration"] == {
-        "text": str(folder / "calib.txt"), "unit": "window", "samples": 4, "length": 16, "batch": 8, "seed": 3,
+        "text": str(folder / "calib.txt"), "unit": "window", "samples": 4, "length": 16, "pad": "batch", "batch": 8, "seed": 3,
     }  # fmt: skip
     first = dumped["passes"][0]["drop_blocks"]
     assert first == {"blocks": None, "names": None, "count": 2, "ratio": None, "metric": "cosine"}
