@@ -205,7 +205,13 @@ class Quantize(Pass[QuantizePlan]):
             )
         if self.embeddings:
             for table in structure.selected_embeddings():
-                _refuse_quantized(table.name, graph.tensor(table.part.weight))
+                weight = graph.tensor(table.part.weight)
+                _refuse_quantized(table.name, weight)
+                if self.names is None and not isinstance(weight, torch.nn.Parameter):
+                    notes.append(
+                        f"{table.name}: {table.part.weight} is a fixed table, not learned; left as it is unless names has it"
+                    )
+                    continue
                 decisions.append(QuantizeWeight(site=table.name, bits=bits, group=group, float8=float8))
         return QuantizePlan(decisions=tuple(decisions), notes=tuple(notes))
 
@@ -388,7 +394,7 @@ class Quantize(Pass[QuantizePlan]):
         return not plan.decisions
 
     def parameter_delta(self, graph: Graph, structure: Structure, plan: QuantizePlan) -> int:
-        """Codes stand for as many weights as before, except where a tied weight now exists in two forms."""
+        """Codes stand for as many weights as before; a tied weight that now exists in two forms and a fixed table count anew."""
         known = self._parts(structure)
         parts = [known[decision.site] for decision in plan.decisions]
         products = [part for part in parts if not isinstance(part, Embedding)]
@@ -398,7 +404,9 @@ class Quantize(Pass[QuantizePlan]):
         distinct = {memory(graph.tensor(name)): graph.tensor(name).numel() for name in names}
         readers = nodes_of(part for part in products if isinstance(part, Linear))
         readers |= {part.node for part in products}
-        return sum(distinct.values()) - freed_parameter_count(graph, readers, names)
+        tables = {part.weight for part in parts if isinstance(part, Embedding)} - names
+        fixed = {memory(t): t.numel() for t in map(graph.tensor, tables) if not isinstance(t, torch.nn.Parameter)}
+        return sum(distinct.values()) - freed_parameter_count(graph, readers, names) + sum(fixed.values())
 
     def summary(self, plan: QuantizePlan) -> str:
         """Scheme and number of sites."""

@@ -111,6 +111,27 @@ def test_weights_that_several_blocks_share_are_left_with_the_reason() -> None:
     assert any(decision["site"] == "blocks.1.ffn.up" for decision in nearest.plan["decisions"])
 
 
+def test_fixed_tables_stay_unless_they_are_named() -> None:
+    """GPT-J looks the angles of its rotation up in a buffer, which is no weight."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "rotary_dim": 4}
+    module = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    step = {"scheme": "int8", "embeddings": True}
+    compiled = surgeon.compile(module, [{"quantize": step}], inputs=inputs, backend=None, progress=False)
+    (report,) = compiled.report.passes
+    assert report.parameters[0] == report.parameters[1]
+    (table,) = (site.name for site in compiled.structure.embeddings if "embed_positions" in site.part.weight)
+    assert f"{table}: transformer.rotary_emb.embed_positions is a fixed table" in "\n".join(report.notes)
+    assert table not in {decision["site"] for decision in report.plan["decisions"]}
+    named = surgeon.compile(
+        module, [{"quantize": {**step, "names": table}}], inputs=inputs, backend=None, progress=False
+    ).report.passes[0]
+    assert [decision["site"] for decision in named.plan["decisions"]] == [table]
+    assert named.parameters[1] - named.parameters[0] == 64 * 4
+
+
 def test_sites_that_no_token_reaches_are_rounded_to_the_nearest(patient: MakePatient) -> None:
     subject = patient("mixtral")
     batch = dict(subject.data.calibration[0])
