@@ -106,8 +106,8 @@ class Quantize(Pass[QuantizePlan]):
     """int8 and int4: weights only; int8_dynamic: 8-bit weights per row and 8-bit activations, for integer kernels; fp8: 8-bit
     floats (e4m3), weights only."""
     group: Annotated[int, Field(ge=16)] | None = None
-    """Inputs per scale, a multiple of 16; 32 by default. Linears of int8_dynamic have one scale per row instead, and so has
-    every weight of fp8 unless a group is given."""
+    """Inputs per scale, a multiple of 16; 32 by default, and halved where half of it holds a whole row. Linears of
+    int8_dynamic have one scale per row instead, and so has every weight of fp8 unless a group is given."""
     symmetric: bool = True
     """One fixed zero point (True), or one per group (False), which is better for skewed weights."""
     embeddings: bool = False
@@ -309,7 +309,7 @@ class Quantize(Pass[QuantizePlan]):
     def _quantized(
         self, matrix: torch.Tensor, decision: QuantizeWeight, moment: torch.Tensor | None
     ) -> QuantizedTensor:
-        group = matrix.shape[-1] if decision.group == PER_ROW else decision.group
+        group = _fitting(decision.group, matrix.shape[-1])
         if moment is not None:
             return quantize_compensated(
                 matrix,
@@ -378,7 +378,7 @@ class Quantize(Pass[QuantizePlan]):
                 stack,
                 *sample.values(),
                 levels=self._levels(decision),
-                groups=widths if decision.group == PER_ROW else (decision.group, decision.group),
+                groups=(_fitting(decision.group, widths[0]), _fitting(decision.group, widths[1])),
                 damp=self._damping,
                 shrink=self._shrink,
             )
@@ -394,7 +394,7 @@ class Quantize(Pass[QuantizePlan]):
         return not plan.decisions
 
     def parameter_delta(self, graph: Graph, structure: Structure, plan: QuantizePlan) -> int:
-        """Codes stand for as many weights as before; a tied weight that now exists in two forms and a fixed table count anew."""
+        """Codes stand for as many weights as before; a tied weight in two forms and a fixed table count anew."""
         known = self._parts(structure)
         parts = [known[decision.site] for decision in plan.decisions]
         products = [part for part in parts if not isinstance(part, Embedding)]
@@ -430,6 +430,13 @@ class _Stored(NamedTuple):
     zero_point: str | None
     group: int
     in_features: int
+
+
+def _fitting(group: int, in_features: int) -> int:
+    """A group that one row does not fill, halved as often as it still holds the row: the same codes with less padding."""
+    while group // 2 >= in_features and group % 32 == 0:
+        group //= 2
+    return group
 
 
 def _in_several_blocks(graph: Graph, structure: Structure) -> set[Key]:

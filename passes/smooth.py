@@ -77,7 +77,7 @@ class Smooth(Pass[SmoothPlan]):
     """Share of the range that moves into the weights: one number for all, or for every input what loses least."""
     insert: bool = True
     """Where the division cannot be made in weights in front, multiply: a norm whose output is the residual stream too, or an
-    activation function. False leaves those alone."""
+    activation function. False leaves those alone: a checkpoint (backend huggingface) has no place for one more tensor."""
     tokens: Annotated[int, Field(ge=16)] = 256
     """For search: tokens on which the roundings are compared."""
     seed: int = 0
@@ -259,9 +259,9 @@ def _refuse_not_finite(graph: Graph, sites: Sequence[Site[Linear]], peak: Tensor
     bad = int((~peak.isfinite()).sum())
     if bad:
         raise PlanError(
-            f"{', '.join(site.name for site in sites)}: on calibration data {bad} of {peak.numel()} features of the input become "
-            "NaN or infinite (positions that are padding count, as they do at run time); all must be finite: look at the data, "
-            "or try dtype float32"
+            f"{', '.join(site.name for site in sites)}: on calibration data {bad} of {peak.numel()} features of the input "
+            "become NaN or infinite (padding counts, as it does at run time); all must be finite: look at the data, or try "
+            "dtype float32"
         )
 
 

@@ -14,6 +14,7 @@ import surgeon
 from surgeon.accounting import parameter_count
 from surgeon.errors import PlanError, RecipeError
 from surgeon.passes.quantize import QuantizePlan
+from surgeon.plans import SavedPlan
 from tests.conftest import MODELS, Patient, Trained
 
 MakePatient = Callable[[str], Patient]
@@ -130,6 +131,52 @@ def test_fixed_tables_stay_unless_they_are_named() -> None:
     ).report.passes[0]
     assert [decision["site"] for decision in named.plan["decisions"]] == [table]
     assert named.parameters[1] - named.parameters[0] == 64 * 4
+
+
+@pytest.mark.parametrize("algorithm", ["nearest", "gptq"])
+def test_groups_longer_than_rows_are_not_filled_up(algorithm: str, patient: MakePatient) -> None:
+    """Rows of 64 and 48 inputs: groups of 512 would be 8 times as large as the weights."""
+    sizes, outputs = [], []
+    for group in (64, 512):
+        subject = patient("mixtral")
+        step = {"quantize": {"scheme": "int4", "algorithm": algorithm, "group": group}}
+        quantized = subject.operate(step).graph
+        sizes.append(quantized.nbytes())
+        with torch.no_grad():
+            outputs.append(quantized(**subject.data.held_back[0])["logits"])
+    assert sizes[0] == sizes[1]
+    assert torch.equal(outputs[0], outputs[1])
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(25, 13), torch.nn.Linear(13, 25)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        change: torch.Tensor = self.down(self.up(input).relu())
+        return input + change
+
+
+def test_one_scale_per_row_takes_rows_of_any_length() -> None:
+    """A plan may say so of 4 bits, of which two make a byte."""
+    torch.manual_seed(0)
+    module = Residual().eval()
+    inputs = {"input": torch.randn(4, 25)}
+
+    def built(plan: SavedPlan | None) -> surgeon.Compiled:
+        return surgeon.compile(
+            module, [{"quantize": {"scheme": "int4"}}], inputs=inputs, plan=plan, backend=None, progress=False
+        )
+
+    plan = built(None).plan
+    assert plan is not None
+    (step,) = plan.passes
+    rows = [{**decision, "group": -1} for decision in step.plan["decisions"]]
+    edited = plan.model_copy(update={"passes": (step.model_copy(update={"plan": {**step.plan, "decisions": rows}}),)})
+    with torch.no_grad():
+        want, got = module(**inputs), next(iter(built(edited)(**inputs).values()))
+    assert float((got - want).norm() / want.norm()) < 0.3
 
 
 def test_sites_that_no_token_reaches_are_rounded_to_the_nearest(patient: MakePatient) -> None:
