@@ -114,7 +114,7 @@ class Quantize(Pass[QuantizePlan]):
     """Quantize embedding tables too (and heads tied to them), in groups along the row, to the nearest."""
     algorithm: Literal["nearest", "gptq"] = "nearest"
     """nearest needs no data; gptq lets the weights that are not rounded yet make up for the error of those that are, on
-    calibration data: about half the loss of quality at 4 bits."""
+    calibration data: 0.6 to 0.7 of the loss of quality at 4 bits."""
     scales: Literal["range", "search"] | None = None
     """range: a scale covers every weight of its group; search: it may clip the largest ones where that makes the error
     smaller (for gptq the default, of inputs as large as they are)."""
