@@ -120,7 +120,7 @@ def _marker(packed: Any, scale: Any, zero_point: Any, bits: int, group: int, in_
     return torch.onnx.ops.symbolic(
         f"{_DOMAIN}::Dequantize",
         (packed, scale),
-        {"bits": bits, "group": group},
+        {"bits": bits, "group": group, "in_features": in_features},
         dtype=scale.dtype,
         shape=(*packed.shape[:-2], in_features),
         version=1,
@@ -137,11 +137,13 @@ def _dequantize(model: ir.Model) -> None:
     """Replace every marker by DequantizeLinear, transposed beforehand where all that reads it is a transposition.
 
     TensorRT fuses the dequantization of a matrix [in, out] blocked along its first axis with the product that reads it.
+    A stack of matrices with one scale per row is dequantized as the one matrix of all rows: scales along two axes, which
+    are what it has, are no form of DequantizeLinear.
     """
     for node in list(model.graph):
         if node.domain != _DOMAIN:
             continue
-        bits, group = (node.attributes[name].as_int() for name in ("bits", "group"))
+        bits, group, in_features = (node.attributes[name].as_int() for name in ("bits", "group", "in_features"))
         packed, scale = (_constant(value, node) for value in node.inputs)
         floats = packed.dtype == ml_dtypes.float8_e4m3fn
         if floats:
@@ -150,8 +152,14 @@ def _dequantize(model: ir.Model) -> None:
             codes = unpack_codes(torch.from_numpy(packed.copy()), bits).flatten(-2).to(torch.int16) - 2 ** (bits - 1)
             values = codes.numpy()
         readers = [usage.node for usage in node.outputs[0].uses()]
-        swap = bool(readers) and all(_swaps_last_two(reader) for reader in readers)
+        if bits == 8:  # what fills the one group of a row up is no weight
+            values = values[..., :in_features]
+        stacked = bits == 8 and values.ndim > 2
+        shape = values.shape
         steps = scale
+        if stacked:
+            values, steps = values.reshape(-1, shape[-1]), steps.reshape(-1, 1)
+        swap = not stacked and bool(readers) and all(_swaps_last_two(reader) for reader in readers)
         if swap:
             values, steps = values.swapaxes(-1, -2), steps.swapaxes(-1, -2)
         axis = values.ndim - (2 if swap else 1)
@@ -173,9 +181,18 @@ def _dequantize(model: ir.Model) -> None:
         new.outputs[0].type = node.outputs[0].type
         new.outputs[0].shape = ir.Shape(values.shape)
         model.graph.insert_before(node, new)
+        weights = new.outputs[0]
+        if stacked:
+            sizes = ir.Tensor(np.array(shape, dtype=np.int64))
+            size = ir.Value(name=f"{name}.shape", const_value=sizes, type=ir.TensorType(sizes.dtype), shape=sizes.shape)
+            model.graph.register_initializer(size)
+            stack = ir.node("Reshape", [weights, size], name=f"{name}.stack")
+            stack.outputs[0].type, stack.outputs[0].shape = weights.type, ir.Shape(shape)
+            model.graph.insert_before(node, stack)
+            weights = stack.outputs[0]
         replaced = [reader.outputs[0] for reader in readers] if swap else [node.outputs[0]]
         for value in replaced:
-            ir.convenience.replace_all_uses_with(value, new.outputs[0])
+            ir.convenience.replace_all_uses_with(value, weights)
         model.graph.remove([*(readers if swap else []), node], safe=True)
     _drop_unread(model)
 

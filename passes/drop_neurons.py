@@ -243,8 +243,12 @@ class DropNeurons(Pass[DropNeuronsPlan]):
                     f"equally many are needed in each of {count}"
                 )
             for own in decision.keep:
-                if sorted(set(own) & set(range(part.width))) != list(own):
-                    raise PlanError(f"{decision.site}: keep must be ascending neurons of 0 to {part.width - 1}, found {own}")
+                wrong = [n for n, before in zip(own, (-1, *own), strict=False) if not before < n < part.width]
+                if wrong:
+                    raise PlanError(
+                        f"{decision.site}: keep must be ascending neurons of 0 to {part.width - 1}, found {wrong[0]} at place "
+                        f"{own.index(wrong[0])} of {len(own)}"
+                    )
             if decision.width != part.width:
                 raise PlanError(f"{decision.site}: the plan is for {decision.width} neurons, it has {part.width}")
 

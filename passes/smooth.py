@@ -16,7 +16,7 @@ Changes:
     The columns of the linears' weights are multiplied by s.  The input is divided by it where it is computed: in the weight of
     the norm or of the linear in front, where nothing else reads that; with ``insert: true`` elsewhere by one multiplication.
 Errors:
-    PlanError for quantized weights, and where nothing is selected.
+    PlanError for quantized weights, and for weights or inputs (padding too) that are not finite.
 Example:
     ``- smooth: {alpha: search}``, before quantize with scheme int8_dynamic
 """
@@ -35,7 +35,7 @@ from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.discovery import operators
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
-from surgeon.numerics import fake_quantize_dynamic, quantize_groupwise
+from surgeon.numerics import NumericsError, fake_quantize_dynamic, quantize_groupwise, require_finite
 from surgeon.observe import Extremes
 from surgeon.rescaling import Factor, Readers, divisible, multiplied
 from surgeon.rewrite import Editor
@@ -79,7 +79,7 @@ class Smooth(Pass[SmoothPlan]):
     """Share of the range that moves into the weights: one number for all, or for every input what loses least."""
     insert: bool = True
     """Where the division cannot be made in weights in front, multiply: a norm whose output is the residual stream too, or an
-    activation function. False leaves those alone."""
+    activation function. False leaves those alone: a checkpoint (backend huggingface) has no place for one more tensor."""
     tokens: Annotated[int, Field(ge=16)] = 256
     """For search: tokens on which the roundings are compared."""
     seed: Seed = 0
@@ -119,6 +119,7 @@ class Smooth(Pass[SmoothPlan]):
             if _extremes(statistics, source).tokens == 0:
                 notes.append(f"{names}: calibration data never reached it (no unmasked token); left alone")
                 continue
+            _refuse_not_finite(graph, sites, _extremes(statistics, source).peak)
             alpha = self._exponent(graph, source, sites, statistics)
             if alpha == 0:
                 notes.append(f"{names}: no exponent loses less than none; left alone")
@@ -194,6 +195,7 @@ class Smooth(Pass[SmoothPlan]):
         for decision in plan.decisions:
             sites = [by_name[name] for name in decision.readers]
             source = sites[0].part.input
+            _refuse_not_finite(editor.graph, sites, _extremes(statistics, source).peak)
             scale = self._scale(editor.graph, sites, decision.alpha, _extremes(statistics, source).peak)
             factors = _foldable(source, structure, readers) if decision.folded else None
             # linears that are not selected read the divided value too where that is folded
@@ -247,6 +249,22 @@ def _extremes(statistics: Statistics, source: fx.Node) -> Extremes:
     found = statistics[source.name]
     assert isinstance(found, Extremes)
     return found
+
+
+def _refuse_not_finite(graph: Graph, sites: Sequence[Site[Linear]], peak: Tensor) -> None:
+    """Refuse a range that is no number: scales made of it would be none, or 1 without a word."""
+    for site in sites:
+        try:
+            require_finite(weight=graph.tensor(site.part.weight).detach())
+        except NumericsError as error:
+            raise PlanError(f"{site.name}: {error}") from error
+    bad = int((~peak.isfinite()).sum())
+    if bad:
+        raise PlanError(
+            f"{', '.join(site.name for site in sites)}: on calibration data {bad} of {peak.numel()} features of the input "
+            "become NaN or infinite (padding counts, as it does at run time); all must be finite: look at the data, or try "
+            "dtype float32"
+        )
 
 
 def _rounded(weight: Tensor) -> Tensor:

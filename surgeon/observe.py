@@ -271,7 +271,7 @@ class Extremes(Observer):
     def peaks(self) -> Tensor:
         """Largest magnitudes in each half, or in all there was where one is empty, [2, D]."""
         found = torch.maximum(self.high, -self.low)
-        return torch.where(found.isfinite(), found, found.flip(0))
+        return torch.where(found == -float("inf"), found.flip(0), found)  # NaN and infinity are what was seen
 
     @property
     def peak(self) -> Tensor:

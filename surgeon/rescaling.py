@@ -113,6 +113,8 @@ def _sum(node: fx.Node, readers: Readers, within: Collection[fx.Node] | None) ->
     if isinstance(second, int | float):
         if not readers.only(first) or len(operators.shape(first)) != 1:
             return None
+        if first.meta["val"].dtype.itemsize < 4:  # w + 1 over a power of two, less 1, loses digits of w that 16 bits lack
+            return None
         return [Factor(str(first.target), 0, second if operators.kind(node) == "aten::add" else -second)]
     if not isinstance(second, fx.Node):
         return None

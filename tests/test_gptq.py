@@ -14,6 +14,7 @@ import surgeon
 from surgeon.accounting import parameter_count
 from surgeon.errors import PlanError, RecipeError
 from surgeon.passes.quantize import QuantizePlan
+from surgeon.plans import SavedPlan
 from tests.conftest import MODELS, Patient, Trained
 
 MakePatient = Callable[[str], Patient]
@@ -109,6 +110,73 @@ def test_weights_that_several_blocks_share_are_left_with_the_reason() -> None:
         module, [{"quantize": {"scheme": "int8"}}], inputs=inputs, backend=None, progress=False
     ).report.passes[0]
     assert any(decision["site"] == "blocks.1.ffn.up" for decision in nearest.plan["decisions"])
+
+
+def test_fixed_tables_stay_unless_they_are_named() -> None:
+    """GPT-J looks the angles of its rotation up in a buffer, which is no weight."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "rotary_dim": 4}
+    module = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    step = {"scheme": "int8", "embeddings": True}
+    compiled = surgeon.compile(module, [{"quantize": step}], inputs=inputs, backend=None, progress=False)
+    (report,) = compiled.report.passes
+    assert report.parameters[0] == report.parameters[1]
+    (table,) = (site.name for site in compiled.structure.embeddings if "embed_positions" in site.part.weight)
+    assert f"{table}: transformer.rotary_emb.embed_positions is a fixed table" in "\n".join(report.notes)
+    assert table not in {decision["site"] for decision in report.plan["decisions"]}
+    named = surgeon.compile(
+        module, [{"quantize": {**step, "names": table}}], inputs=inputs, backend=None, progress=False
+    ).report.passes[0]
+    assert [decision["site"] for decision in named.plan["decisions"]] == [table]
+    assert named.parameters[1] - named.parameters[0] == 64 * 4
+
+
+@pytest.mark.parametrize("algorithm", ["nearest", "gptq"])
+def test_groups_longer_than_rows_are_not_filled_up(algorithm: str, patient: MakePatient) -> None:
+    """Rows of 64 and 48 inputs: groups of 512 would be 8 times as large as the weights."""
+    sizes, outputs = [], []
+    for group in (64, 512):
+        subject = patient("mixtral")
+        step = {"quantize": {"scheme": "int4", "algorithm": algorithm, "group": group}}
+        quantized = subject.operate(step).graph
+        sizes.append(quantized.nbytes())
+        with torch.no_grad():
+            outputs.append(quantized(**subject.data.held_back[0])["logits"])
+    assert sizes[0] == sizes[1]
+    assert torch.equal(outputs[0], outputs[1])
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(25, 13), torch.nn.Linear(13, 25)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        change: torch.Tensor = self.down(self.up(input).relu())
+        return input + change
+
+
+def test_one_scale_per_row_takes_rows_of_any_length() -> None:
+    """A plan may say so of 4 bits, of which two make a byte."""
+    torch.manual_seed(0)
+    module = Residual().eval()
+    inputs = {"input": torch.randn(4, 25)}
+
+    def built(plan: SavedPlan | None) -> surgeon.Compiled:
+        return surgeon.compile(
+            module, [{"quantize": {"scheme": "int4"}}], inputs=inputs, plan=plan, backend=None, progress=False
+        )
+
+    plan = built(None).plan
+    assert plan is not None
+    (step,) = plan.passes
+    rows = [{**decision, "group": -1} for decision in step.plan["decisions"]]
+    edited = plan.model_copy(update={"passes": (step.model_copy(update={"plan": {**step.plan, "decisions": rows}}),)})
+    with torch.no_grad():
+        want, got = module(**inputs), next(iter(built(edited)(**inputs).values()))
+    assert float((got - want).norm() / want.norm()) < 0.3
 
 
 def test_sites_that_no_token_reaches_are_rounded_to_the_nearest(patient: MakePatient) -> None:

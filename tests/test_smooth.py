@@ -192,6 +192,42 @@ def test_weights_that_the_graph_adds_a_number_to_and_chains_of_linears_are_divid
     assert not torch.equal(compiled.graph.tensor("layers.0.scale"), module.layers[0].scale)
 
 
+def test_offsets_of_16_bits_are_not_divided() -> None:
+    """(1 + w) / s - 1 would need digits of w that 16 bits do not have."""
+    torch.manual_seed(0)
+    module = Stack().eval().bfloat16()
+    inputs = {"x": (torch.randn(2, 5, 16) * torch.logspace(-2, 2, 16)).bfloat16()}
+    compiled = surgeon.compile(
+        module, [{"smooth": {"alpha": 0.95}}], inputs=inputs, calibration=[inputs], backend=None, progress=False
+    )
+    (report,) = compiled.report.passes
+    folded = {decision["site"]: decision["folded"] for decision in report.plan["decisions"]}
+    assert [site for site, made in folded.items() if not made] == [f"blocks.{block}.ffn.gate" for block in range(3)]
+    assert report.divergence["exact_error"] == 0
+
+
+@pytest.mark.parametrize("alpha", [0.5, "search"])
+def test_numbers_that_are_none_are_refused_with_their_site(alpha: float | str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+
+    def smoothed(module: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+        surgeon.compile(
+            module, [{"smooth": {"alpha": alpha}}], inputs={"x": x}, calibration=batches, backend=None, progress=False
+        )
+
+    for bad in (float("nan"), float("inf")):
+        holed = x.clone()
+        holed[1, 2] = bad
+        with pytest.raises(PlanError, match="blocks.0.ffn.gate, blocks.0.ffn.up: on calibration data 16 of 16 features"):
+            smoothed(Stack().eval(), [{"x": holed}, {"x": x}, {"x": x}])
+    module = Stack().eval()
+    with torch.no_grad():
+        module.layers[1].second.weight[3, 4] = float("nan")
+    with pytest.raises(PlanError, match="blocks.1.ffn.up: weight: 1 of 384 entries are NaN or infinite"):
+        smoothed(module, [{"x": x}, {"x": x}])
+
+
 def test_shared_weights_and_edited_plans(patient: MakePatient) -> None:
     subject = patient("mixtral")
     smoothed = subject.operate({"smooth": {"alpha": 0.5}})

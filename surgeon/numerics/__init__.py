@@ -17,6 +17,7 @@ from surgeon.numerics.densify import learn_weights as learn_weights
 from surgeon.numerics.densify import sum_of_truncations as sum_of_truncations
 from surgeon.numerics.densify import weighted_sum as weighted_sum
 from surgeon.numerics.errors import NumericsError as NumericsError
+from surgeon.numerics.errors import require_finite as require_finite
 from surgeon.numerics.grouping import group_at_random as group_at_random
 from surgeon.numerics.grouping import group_by_kmeans as group_by_kmeans
 from surgeon.numerics.grouping import group_by_leaders as group_by_leaders
