@@ -146,7 +146,7 @@ def remove_blocks(
         block = allowed[best]
         if refit:
             columns = slice(block * width, (block + 1) * width)
-            own = torch.linalg.solve(inverse[columns, columns], inverse[columns])
+            own = _solved(inverse[columns, columns], inverse[columns])
             w = w - w[:, columns] @ own
             inverse = inverse - inverse[:, columns] @ own
         lost += float(costs[best])
@@ -167,8 +167,15 @@ def _costs(w: Tensor, inverse: Tensor, width: int, blocks: Sequence[int]) -> Ten
     places = (torch.tensor(blocks)[:, None] * width + torch.arange(width)).to(w.device)
     own = inverse[places[:, :, None], places[:, None, :]]
     columns = w[:, places].permute(1, 2, 0)
-    found: Tensor = (columns * torch.linalg.solve(own, columns)).sum((1, 2))
+    found: Tensor = (columns * _solved(own, columns)).sum((1, 2))
     return found.cpu()
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix^-1 right`` for positive matrices; LU of batches (``torch.linalg.solve``) never ends on several MKL threads."""
+    factor = _cholesky((matrix + matrix.mT) / 2)
+    found: Tensor = torch.cholesky_solve(right, factor)
+    return found
 
 
 def _operands(weight: Tensor, second_moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
