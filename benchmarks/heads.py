@@ -1,13 +1,14 @@
 """What attention loses with its heads: every criterion of ``drop_heads``, with and without the refit, at 25 and 50 %.
 
-``python -m benchmarks.heads --write`` measures and rewrites ``benchmarks/results/heads.md`` and ``heads.json``.  The models are
-trained ones that come with this repository: two language models (loss on held-out text) and a sentence encoder (squared
-distance of its normalised embeddings from the source's).  Of ``random`` the mean over three lots is given.
+    python benchmarks/heads.py
+
+The models are trained ones that come with this repository, two language models (loss on held-out text), and a sentence encoder
+(squared distance of its normalised embeddings from the source's).  Of ``random`` the mean over three lots is given.  Writes
+``benchmarks/results/heads.json`` and ``heads.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,7 @@ def measure(names: list[str]) -> dict[str, Any]:
 def page(found: dict[str, Any], versions: dict[str, str]) -> str:
     """The results as Markdown."""
     lines = ["# Dropping heads", ""]
-    lines += [f"`python -m benchmarks.heads --write`; {', '.join(f'{key} {value}' for key, value in versions.items())}.", ""]
+    lines += [f"Made by `python benchmarks/heads.py`; {', '.join(f'{key} {value}' for key, value in versions.items())}.", ""]
     lines += ["Loss on held-out text in nats per token; of MiniLM the mean squared distance of sentence embeddings of norm 1."]
     lines += ["`refit` is the default; *none* leaves the output projection as it is. Of `random` the mean of three lots."]
     lines += ["Shares are rounded down to whole heads; combinations in which nothing would go are left out."]
@@ -131,18 +132,13 @@ def page(found: dict[str, Any], versions: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["tiny-llama", "tiny-mixtral", "MiniLM"])
-    parser.add_argument("--write", action="store_true", help="rewrite benchmarks/results/heads.*")
-    options = parser.parse_args()
     torch.manual_seed(0)
-    found = measure(options.models)
+    found = measure(["tiny-llama", "tiny-mixtral", "MiniLM"])
     versions = versions_of("surgeon", "torch", "transformers")
     print(page(found, versions))
-    if options.write:
-        (RESULTS / "heads.md").write_text(page(found, versions), encoding="utf-8")
-        data = json.dumps({"versions": versions, "models": found}, indent=1)
-        (RESULTS / "heads.json").write_text(data + "\n", encoding="utf-8")
+    (RESULTS / "heads.md").write_text(page(found, versions), encoding="utf-8")
+    data = json.dumps({"versions": versions, "models": found}, indent=1)
+    (RESULTS / "heads.json").write_text(data + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
