@@ -32,14 +32,14 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import fx
 
-import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
+from surgeon.codes import CodedWeights, read_in_several_blocks
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.expert_codes import quantize_experts
@@ -61,10 +61,6 @@ from surgeon.samples import Sample
 from surgeon.structure import Embedding, Linear, MoE, Selection, Site, Structure
 
 PER_ROW = -1
-
-_Form = tuple[Key, int, int, bool]
-"""A weight's memory, and bits, group and kind of its codes."""
-
 
 _Part = Linear | Embedding | MoE
 
@@ -173,7 +169,7 @@ class Quantize(Pass[QuantizePlan]):
         group = self.group or (PER_ROW if float8 else 32)
         decisions, notes = [], []
         tables = {memory(graph.tensor(site.part.weight)) for site in structure.embeddings}
-        shared = _in_several_blocks(graph, structure) if self.algorithm == "gptq" else set()
+        shared = read_in_several_blocks(graph, structure) if self.algorithm == "gptq" else set()
         for site in self._linears(structure):
             weight = graph.tensor(site.part.weight)
             _refuse_quantized(site.name, weight)
@@ -245,17 +241,17 @@ class Quantize(Pass[QuantizePlan]):
     def apply(self, editor: Editor, structure: Structure, plan: QuantizePlan, statistics: Statistics) -> None:
         """Replace weights by codes; weights that several sites share keep one set of codes."""
         parts = self._parts(structure)
-        stored: dict[_Form, _Stored] = {}
+        coded = CodedWeights(editor)
         moments = self._moments(editor.graph, parts, plan, statistics)
         for decision in plan.decisions:
             part = parts[decision.site]
             try:
                 if isinstance(part, Linear):
-                    self._linear(editor, part, decision, stored, moments)
+                    self._linear(editor, part, decision, coded, moments)
                 elif isinstance(part, Embedding):
-                    self._table(editor, part, decision, stored)
+                    self._table(editor, part, decision, coded)
                 else:
-                    self._experts(editor, part, decision, stored, statistics)
+                    self._experts(editor, part, decision, coded, statistics)
             except NumericsError as error:
                 raise PlanError(f"{decision.site}: {error}") from error
 
@@ -276,35 +272,19 @@ class Quantize(Pass[QuantizePlan]):
 
     def _codes(
         self,
-        editor: Editor,
         name: str,
         decision: QuantizeWeight,
-        stored: dict[_Form, _Stored],
+        coded: CodedWeights,
         transposed: bool = False,
         moment: torch.Tensor | None = None,
         made: QuantizedTensor | None = None,
     ) -> fx.Node:
         """Read the dequantized weight at the insertion point, quantizing it where that has not been done yet."""
-        weight = editor.tensor(name).detach()
-        key = (memory(weight), decision.bits, decision.group, decision.float8)
-        if key in stored:
-            have = stored[key]
-            packed, scale = editor.read(have.packed), editor.read(have.scale)
-            zeros = None if have.zero_point is None else editor.read(have.zero_point)
-        else:
-            matrix = weight.transpose(-1, -2) if transposed else weight
-            codes = made if made is not None else self._quantized(matrix, decision, moment)
-            group = codes.group
-            packed = editor.add_tensor(f"{name}_codes", codes.packed)
-            scale = editor.add_tensor(f"{name}_scale", codes.scale)
-            zeros = None if codes.zero_point is None else editor.add_tensor(f"{name}_zero_point", codes.zero_point)
-            have = _Stored(
-                str(packed.target), str(scale.target), None if zeros is None else str(zeros.target), group, codes.in_features
-            )
-            stored[key] = have
-        return editor.call(
-            torch.ops.surgeon.dequantize.default, packed, scale, zeros, decision.bits, have.group, have.in_features
-        )
+
+        def make(weight: torch.Tensor) -> QuantizedTensor:
+            return made or self._quantized(weight.transpose(-1, -2) if transposed else weight, decision, moment)
+
+        return coded.read(name, (decision.bits, decision.group, decision.float8), make)
 
     def _quantized(
         self, matrix: torch.Tensor, decision: QuantizeWeight, moment: torch.Tensor | None
@@ -333,7 +313,7 @@ class Quantize(Pass[QuantizePlan]):
         editor: Editor,
         part: Linear,
         decision: QuantizeWeight,
-        stored: dict[_Form, _Stored],
+        coded: CodedWeights,
         moments: Mapping[Key, torch.Tensor],
     ) -> None:
         moment = moments.get(memory(editor.tensor(part.weight)))
@@ -343,13 +323,13 @@ class Quantize(Pass[QuantizePlan]):
                 operator = torch.ops.surgeon.fake_quantize_dynamic.default
                 shared = [user for user in x.users if user.target is operator]
                 x = shared[0] if shared else editor.call(operator, x)
-            weight = self._codes(editor, part.weight, decision, stored, part.transposed, moment)
+            weight = self._codes(part.weight, decision, coded, part.transposed, moment)
             bias = (editor.read(part.bias),) if part.bias is not None else ()
             new = editor.call(torch.ops.aten.linear.default, x, weight, *bias)
         editor.replace(part.node, new)
 
     def _table(
-        self, editor: Editor, part: Embedding, decision: QuantizeWeight, stored: dict[_Form, _Stored]
+        self, editor: Editor, part: Embedding, decision: QuantizeWeight, coded: CodedWeights
     ) -> None:
         """Every reader of the table, a tied head among them, reads one set of codes."""
         table = memory(editor.tensor(part.weight))
@@ -357,7 +337,7 @@ class Quantize(Pass[QuantizePlan]):
         for node in list(graph.module.graph.nodes):
             if node.op == "get_attr" and node.users and memory(graph.tensor(str(node.target))) == table:
                 with editor.before(node):
-                    weight = self._codes(editor, part.weight, decision, stored)
+                    weight = self._codes(part.weight, decision, coded)
                 editor.replace(node, weight)
 
     def _experts(
@@ -365,7 +345,7 @@ class Quantize(Pass[QuantizePlan]):
         editor: Editor,
         part: MoE,
         decision: QuantizeWeight,
-        stored: dict[_Form, _Stored],
+        coded: CodedWeights,
         statistics: Statistics,
     ) -> None:
         made: tuple[QuantizedTensor | None, QuantizedTensor | None] = (None, None)
@@ -385,7 +365,7 @@ class Quantize(Pass[QuantizePlan]):
         for name, codes in zip((part.w_in, part.w_out), made, strict=True):
             readers = [node for node in part.node.all_input_nodes if node.op == "get_attr" and node.target == name]
             with editor.before(part.node):
-                weight = self._codes(editor, name, decision, stored, made=codes)
+                weight = self._codes(name, decision, coded, made=codes)
             for node in readers:
                 part.node.replace_input_with(node, weight)
 
@@ -422,34 +402,11 @@ class Quantize(Pass[QuantizePlan]):
         return parts
 
 
-class _Stored(NamedTuple):
-    """Names under which the codes of one weight are read."""
-
-    packed: str
-    scale: str
-    zero_point: str | None
-    group: int
-    in_features: int
-
-
 def _fitting(group: int, in_features: int) -> int:
     """A group that one row does not fill, halved as often as it still holds the row: the same codes with less padding."""
     while group // 2 >= in_features and group % 32 == 0:
         group //= 2
     return group
-
-
-def _in_several_blocks(graph: Graph, structure: Structure) -> set[Key]:
-    """Memories of weights that linears or mixtures of more than one block read."""
-    everything = structure.select(Selection())
-    read = [(site.part.weight, site.block) for site in everything.linears]
-    read += [(moe.part.w_in, moe.block) for moe in everything.moes()]
-    present = graph.parameters()  # those of blocks that the sweep is through with are gone
-    readers: dict[Key, set[int | None]] = {}
-    for name, block in read:
-        if name in present:
-            readers.setdefault(memory(present[name]), set()).add(block)
-    return {key for key, blocks in readers.items() if len(blocks) > 1}
 
 
 def _refuse_quantized(site: str, weight: torch.Tensor) -> None:
