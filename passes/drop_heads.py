@@ -38,7 +38,6 @@ Example:
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -56,6 +55,7 @@ from surgeon.moments import HalvedMoments
 from surgeon.numerics import NumericsError, best_ridge, contributions, output_loss, refit_columns, remove_blocks
 from surgeon.numerics.columns import RIDGE
 from surgeon.rewrite import Editor
+from surgeon.samples import lot
 from surgeon.structure import Attention, Linear, Selection, Site, Structure
 
 LEFT = "left alone"
@@ -203,8 +203,7 @@ class DropHeads(Pass[DropHeadsPlan]):
         if self.criterion == "magnitude":
             norms: Tensor = torch.linalg.vector_norm(weight.double().reshape(weight.shape[0], units, -1), dim=(0, 2))
             return norms.cpu()
-        lot = torch.Generator().manual_seed(self.seed ^ zlib.crc32(site.name.encode()))
-        return torch.rand(units, generator=lot, dtype=torch.float64)
+        return torch.rand(units, generator=lot(self.seed, site.name), dtype=torch.float64)
 
     def accept(self, plan: DropHeadsPlan) -> None:
         """Something is removed, or stays because so much was asked."""

@@ -39,7 +39,6 @@ Example:
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -71,6 +70,7 @@ from surgeon.numerics import (
     refitted_outputs,
 )
 from surgeon.rewrite import Editor
+from surgeon.samples import lot
 from surgeon.structure import FFN, MoE, Selection, Site, Structure
 
 
@@ -192,9 +192,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
     def _kept(self, network: _Network, site: str, width: int) -> Tensor:
         """The neurons of every network that stay, [B, width], ascending."""
         if self.criterion == "random":
-            # of the site too: blocks are planned one by one, and the same lot in each would be none
-            lot = torch.Generator().manual_seed(self.seed ^ zlib.crc32(site.encode()))
-            drawn = torch.rand(network.down.shape[::2], generator=lot)
+            drawn = torch.rand(network.down.shape[::2], generator=lot(self.seed, site))
             return drawn.topk(width).indices.sort(1).values.to(network.down.device)
         if self.criterion == "reconstruction":
             gone = network.down.shape[2] - width

@@ -166,6 +166,4 @@ class LowRank(Pass[LowRankPlan]):
 
     def _sites(self, structure: Structure) -> Iterator[Site[Linear]]:
         """Linears inside the blocks except routers; with ``names:`` whatever matches."""
-        for site in structure.selected_linears():
-            if self.names is not None or (site.block is not None and not site.name.endswith(".router")):
-                yield site
+        return (site for site in self.linears(structure) if self.names is not None or site.block is not None)

@@ -31,7 +31,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -58,7 +58,7 @@ from surgeon.numerics import (
 )
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
-from surgeon.structure import Embedding, Linear, MoE, Selection, Site, Structure
+from surgeon.structure import Embedding, Linear, MoE, Selection, Structure
 
 PER_ROW = -1
 
@@ -148,18 +148,12 @@ class Quantize(Pass[QuantizePlan]):
         if self.algorithm != "gptq":
             return {}
         found: dict[str, Observer] = {
-            site.part.input.name: SecondMoment(site.part.input) for site in self._linears(structure)
+            site.part.input.name: SecondMoment(site.part.input) for site in self.linears(structure)
         }
         for moe in structure.moes():
             operands = [argument for argument in moe.part.node.args[:3] if isinstance(argument, fx.Node)]
             found[moe.name] = Sample(*operands, limit=self.tokens or 16384, seed=self.seed or 0)
         return found
-
-    def _linears(self, structure: Structure) -> Iterator[Site[Linear]]:
-        """Selected linears; routers stay in floating point unless named."""
-        for site in structure.selected_linears():
-            if self.names is not None or not site.name.endswith(".router"):
-                yield site
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
         """List the sites."""
@@ -170,7 +164,7 @@ class Quantize(Pass[QuantizePlan]):
         decisions, notes = [], []
         tables = {memory(graph.tensor(site.part.weight)) for site in structure.embeddings}
         shared = read_in_several_blocks(graph, structure) if self.algorithm == "gptq" else set()
-        for site in self._linears(structure):
+        for site in self.linears(structure):
             weight = graph.tensor(site.part.weight)
             _refuse_quantized(site.name, weight)
             if memory(weight) in tables:

@@ -35,6 +35,7 @@ from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.discovery import operators
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
+from surgeon.mixtures import rows
 from surgeon.numerics import NumericsError, fake_quantize_dynamic, quantize_groupwise, require_finite
 from surgeon.observe import Extremes
 from surgeon.rescaling import Factor, Readers, divisible, multiplied
@@ -88,23 +89,17 @@ class Smooth(Pass[SmoothPlan]):
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """Extremes, and where the exponent is searched tokens, of every value that selected linears read."""
         found: dict[str, Observer] = {}
-        for source in _by_input(self._linears(structure)):
+        for source in _by_input(self.linears(structure)):
             found[source.name] = Extremes(source)
             if self.alpha == "search":
                 found[f"{source.name}.sample"] = Sample(source, limit=self.tokens, seed=self.seed)
         return found
 
-    def _linears(self, structure: Structure) -> Iterator[Site[Linear]]:
-        """Selected linears as quantize takes them: routers only where they are named."""
-        for site in structure.selected_linears():
-            if self.names is not None or not site.name.endswith(".router"):
-                yield site
-
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> SmoothPlan:
         """Choose the exponent for each value and where the division is made."""
         readers = Readers(graph)
         decisions, notes = [], []
-        for source, sites in _by_input(self._linears(structure)).items():
+        for source, sites in _by_input(self.linears(structure)).items():
             for site in sites:
                 if not graph.tensor(site.part.weight).is_floating_point():
                     raise PlanError(f"{site.name}: its weight is quantized already; put smooth before quantize")
@@ -137,36 +132,23 @@ class Smooth(Pass[SmoothPlan]):
         assert isinstance(sample, Sample)
         peaks = _extremes(statistics, source).peaks
         x = sample.values()[0].float()
-        weights = [_matrix(graph, site.part).float() for site in sites]
+        weights = [rows(graph, site.part).float() for site in sites]
+        largest = _largest(graph, sites)
         wanted = [x @ weight.T for weight in weights]
 
         def lost(alpha: float) -> float:
             """Squared error where the scales are those of one half of the data and the range that of the other."""
             total = 0.0
             for mine, other in ((0, 1), (1, 0)):
-                scale = self._scale(graph, sites, alpha, peaks[mine]) if alpha else torch.ones(x.shape[1])
+                scale = _scale(alpha, peaks[mine], largest, _in_halves(graph, sites)) if alpha else torch.ones(x.shape[1])
                 # two rows at the end give the rounding the range that it will have, which padding widens too
                 reach = peaks[other].float() / scale
-                rows = fake_quantize_dynamic(torch.cat([x / scale, reach[None], -reach[None]]))[:-2]
+                rounded = fake_quantize_dynamic(torch.cat([x / scale, reach[None], -reach[None]]))[:-2]
                 for weight, want in zip(weights, wanted, strict=True):
-                    total += float((rows @ _rounded(weight * scale).T - want).double().square().sum())
+                    total += float((rounded @ _rounded(weight * scale).T - want).double().square().sum())
             return total
 
         return min((0.0, *_EXPONENTS), key=lost)
-
-    def _scale(self, graph: Graph, sites: Sequence[Site[Linear]], alpha: float, peak: Tensor) -> Tensor:
-        """The factors s [in] for features of these peaks; 1 for one that is always zero."""
-        largest = torch.stack([_matrix(graph, site.part).abs().amax(0).double() for site in sites]).amax(0)
-        alive = (peak > 0) & (largest > 0)
-        if not bool(alive.any()):
-            return torch.ones(len(largest))
-        exponent = alpha * peak.log2() - (1 - alpha) * largest.log2()
-        middle = (exponent[alive].max() + exponent[alive].min()) / 2
-        limit = math.log2(_FARTHEST)
-        powers = (exponent - middle).clamp(-limit, limit)
-        if graph.tensor(sites[0].part.weight).dtype.itemsize < torch.float32.itemsize:
-            powers = powers.round()
-        return torch.where(alive, torch.exp2(powers), 1.0).float()
 
     def check(self, graph: Graph, structure: Structure, plan: SmoothPlan) -> None:
         """Linears exist, read one value, and it can be divided as the plan says."""
@@ -174,12 +156,10 @@ class Smooth(Pass[SmoothPlan]):
         sites = {site.name: site for site in structure.linears}
         for decision in plan.decisions:
             missing = [name for name in decision.readers if name not in sites]
-            if missing or decision.site not in decision.readers:
-                raise PlanError(
-                    f"the plan smooths {', '.join(missing) or decision.site}, which this model does not have"
-                    if missing
-                    else f"{decision.site}: the plan's readers do not name it"
-                )
+            if missing:
+                raise PlanError(f"the plan smooths {', '.join(missing)}, which this model does not have")
+            if decision.site not in decision.readers:
+                raise PlanError(f"{decision.site}: the plan's readers do not name it")
             chosen = [sites[name] for name in decision.readers]
             if len({site.part.input for site in chosen}) > 1:
                 raise PlanError(f"{decision.site}: {', '.join(decision.readers)} do not read the same value")
@@ -196,7 +176,8 @@ class Smooth(Pass[SmoothPlan]):
             sites = [by_name[name] for name in decision.readers]
             source = sites[0].part.input
             _refuse_not_finite(editor.graph, sites, _extremes(statistics, source).peak)
-            scale = self._scale(editor.graph, sites, decision.alpha, _extremes(statistics, source).peak)
+            peak, largest = _extremes(statistics, source).peak, _largest(editor.graph, sites)
+            scale = _scale(decision.alpha, peak, largest, _in_halves(editor.graph, sites))
             factors = _foldable(source, structure, readers) if decision.folded else None
             # linears that are not selected read the divided value too where that is folded
             for site in sites if factors is None else _readers_of(source, structure):
@@ -272,9 +253,26 @@ def _rounded(weight: Tensor) -> Tensor:
     return quantize_groupwise(weight, bits=8, group=weight.shape[1], symmetric=True).dequantize()
 
 
-def _matrix(graph: Graph, part: Linear) -> Tensor:
-    weight = graph.tensor(part.weight).detach()
-    return weight.T if part.transposed else weight
+def _largest(graph: Graph, sites: Sequence[Site[Linear]]) -> Tensor:
+    """Largest magnitude of each column over the weights of all linears, [in] float64."""
+    return torch.stack([rows(graph, site.part).abs().amax(0).double() for site in sites]).amax(0)
+
+
+def _in_halves(graph: Graph, sites: Sequence[Site[Linear]]) -> bool:
+    """Whether weights have 16 bits."""
+    return graph.tensor(sites[0].part.weight).dtype.itemsize < torch.float32.itemsize
+
+
+def _scale(alpha: float, peak: Tensor, largest: Tensor, halves: bool) -> Tensor:
+    """The factors s [in] for features of these peaks and columns of these largest weights; 1 where one of them is zero."""
+    alive = (peak > 0) & (largest > 0)
+    if not bool(alive.any()):
+        return torch.ones(len(largest))
+    exponent = alpha * peak.log2() - (1 - alpha) * largest.log2()
+    middle = (exponent[alive].max() + exponent[alive].min()) / 2
+    limit = math.log2(_FARTHEST)
+    powers = (exponent - middle).clamp(-limit, limit)
+    return torch.where(alive, torch.exp2(powers.round() if halves else powers), 1.0).float()
 
 
 def _readers_of(source: fx.Node, structure: Structure) -> list[Site[Linear]]:

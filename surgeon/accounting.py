@@ -85,6 +85,14 @@ def memory(tensor: Tensor) -> Key:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel()
 
 
+def stored_reads(graph: Graph) -> dict[Key, list[fx.Node]]:
+    """The ``get_attr`` nodes of a graph by the memory that they read; tied tensors are together."""
+    found: dict[Key, list[fx.Node]] = {}
+    for node in graph.module.graph.find_nodes(op="get_attr"):
+        found.setdefault(memory(graph.tensor(str(node.target))), []).append(node)
+    return found
+
+
 def parameter_count(graph: Graph) -> int:
     """Number of scalar weights that the graph reads, as the module's docstring defines it."""
     return sum(weight.parameters for weight in weights(graph).values())

@@ -16,7 +16,7 @@ import abc
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, fx
 
 from surgeon.errors import GenerateError, LowerError, PlanError
-from surgeon.structure import Selection, Structure
+from surgeon.structure import Linear, Selection, Site, Structure
 
 if TYPE_CHECKING:
     from surgeon.generation import Decoder
@@ -171,6 +171,12 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
                 )
             chosen = [index % count for index in wanted]
         return Selection(frozenset(chosen), patterns)
+
+    def linears(self, structure: Structure) -> Iterator[Site[Linear]]:
+        """Selected linears; routers only where ``names`` says which sites."""
+        for site in structure.selected_linears():
+            if self.names is not None or not site.name.endswith(".router"):
+                yield site
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """What to measure at the selected sites; nothing by default."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.accounting import memory
+from surgeon.accounting import stored_reads
 from surgeon.caches import KEPT, PAST
 from surgeon.discovery import operators
 from surgeon.graph import Graph
@@ -136,10 +136,7 @@ class Survey:
 
     def _join_tensors(self) -> None:
         """Stored tensors that others read too stay whole."""
-        readers: dict[Any, list[fx.Node]] = {}
-        for node in self.graph.module.graph.find_nodes(op="get_attr"):
-            readers.setdefault(memory(self.graph.tensor(str(node.target))), []).append(node)
-        for nodes in readers.values():
+        for nodes in stored_reads(self.graph).values():
             parts = [self.parts.get(node) for node in nodes]
             if all(part is None or part.whole for part in parts):
                 continue

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from surgeon.accounting import memory, nodes_of
+from surgeon.accounting import memory, nodes_of, stored_reads
 from surgeon.discovery import operators
 from surgeon.expert_stack import ExpertStack
 from surgeon.gates import gate as lookup
@@ -54,9 +54,9 @@ def experts_not_their_own(graph: Graph, moe: MoE) -> str | None:
 
 def _also_read(graph: Graph, names: Sequence[str], own: set[fx.Node]) -> str | None:
     keys = {memory(graph.tensor(name)): name for name in names}
-    for read in graph.module.graph.find_nodes(op="get_attr"):
-        name = keys.get(memory(graph.tensor(str(read.target))))
-        if name is not None and any(user not in own for user in read.users):
+    for key, reads in stored_reads(graph).items():
+        name = keys.get(key)
+        if name is not None and any(user not in own for read in reads for user in read.users):
             return f"{name} is read by other parts of the model too (layers that share their weights)"
     return None
 

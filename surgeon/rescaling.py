@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from surgeon.accounting import Key, memory
+from surgeon.accounting import stored_reads
 from surgeon.discovery import operators
 from surgeon.graph import Graph
 from surgeon.rewrite import Editor
@@ -45,15 +44,13 @@ class Readers:
     """Which stored tensors of a graph one node alone reads, as they are when this is made."""
 
     def __init__(self, graph: Graph) -> None:
-        count: Counter[Key] = Counter()
-        keys: dict[str, Key] = {}
-        for node in graph.module.graph.find_nodes(op="get_attr"):
-            tensor = graph.tensor(str(node.target))
-            key = memory(tensor)
-            count[key] += len(node.users)
-            if tensor.is_floating_point():
-                keys[str(node.target)] = key
-        self._alone = frozenset(name for name, key in keys.items() if count[key] == 1)
+        self._alone = frozenset(
+            name
+            for nodes in stored_reads(graph).values()
+            if sum(len(node.users) for node in nodes) == 1
+            for name in (str(node.target) for node in nodes)
+            if graph.tensor(name).is_floating_point()
+        )
 
     def only(self, node: fx.Node | None) -> bool:
         """Whether a node stands for a stored floating-point tensor that one node alone reads."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but its stub does not re-export it
 
 from surgeon.numerics.errors import NumericsError, require_finite
+from surgeon.numerics.pruning import lost_energy
 
 RIDGE = 1e-2
 """Share of the mean of C's diagonal that is added to it, where nothing says how much is best."""
@@ -95,9 +96,8 @@ def best_ridge(weight: Tensor, halves: tuple[Tensor, Tensor], keep: Tensor) -> f
 def output_loss(weight: Tensor, second_moment: Tensor, keep: Tensor, fitted: Tensor) -> float:
     """``sum_t |W a_t - W' a_t[K]|^2 / sum_t |W a_t|^2`` of a layer with some columns, ``fitted`` [O, number of K]."""
     w, c = _operands(weight, second_moment, 0.0)
-    difference = w.index_add(1, keep.to(w.device), -fitted.detach().double().to(w.device))
-    total = float(((w @ c) * w).sum())
-    return max(float(((difference @ c) * difference).sum()), 0.0) / max(total, torch.finfo(torch.float64).tiny)
+    lost, whole = lost_energy(c[None], w[None], keep[None].to(w.device), fitted.detach()[None].to(w.device))
+    return lost / max(whole, torch.finfo(torch.float64).tiny)
 
 
 def contributions(weight: Tensor, second_moment: Tensor, blocks: int) -> Tensor:

@@ -130,7 +130,7 @@ def _sweep(
         for t in (scale, zero)
     )
     assert steps is not None
-    found = torch.empty_like(left, dtype=FLOAT8 if levels.float8 else None)  # gather knows no 8-bit floats
+    found = torch.empty_like(left, dtype=FLOAT8 if levels.float8 else None)
     count = left.shape[1]
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
@@ -144,6 +144,7 @@ def _sweep(
             errors[:, column - start] = error
             left[:, column + 1 : stop].baddbmm_(factor[:, column, column + 1 : stop, None], error.unsqueeze(1), alpha=-1)
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].transpose(-1, -2), errors, alpha=-1)
+    # gather knows no 8-bit floats
     back = order.argsort(-1).unsqueeze(-1).expand_as(found)
     plain = found.view(torch.uint8).gather(1, back).view(found.dtype) if levels.float8 else found.gather(1, back)
     return plain.transpose(-1, -2)
