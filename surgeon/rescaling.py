@@ -73,6 +73,8 @@ def divisible(
     """
     if not set(node.users) <= set(allowed) or (within is not None and node not in within):
         return None
+    if len(node.args) > 1 and node.args[0] is node.args[1]:  # a square or a double: what divides one operand divides both
+        return None
     name = operators.kind(node)
     if name == "aten::mul":
         return _product(node, readers, within)

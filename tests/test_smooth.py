@@ -249,3 +249,28 @@ def test_shared_weights_and_edited_plans(patient: MakePatient) -> None:
     quantized = subject.operate({"quantize": {"scheme": "int8"}})
     with pytest.raises(PlanError, match="put smooth before quantize"):
         quantized.operate({"smooth": {}})
+
+
+class Squared(nn.Module):
+    """A network whose activation is relu(x) relu(x), and whose input is a norm's added to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        active = torch.relu(self.up(h + h))
+        down: Tensor = self.down(active * active)
+        return x + down
+
+
+def test_what_enters_an_operation_twice_is_not_divided_twice() -> None:
+    torch.manual_seed(0)
+    module = Squared().eval()
+    inputs = {"x": torch.randn(2, 5, 16) * torch.linspace(0.1, 4, 16)}
+    compiled = surgeon.compile(
+        module, [{"smooth": {"alpha": 0.5}}], inputs=inputs, calibration=[inputs], backend=None, progress=False
+    )
+    assert [decision["folded"] for decision in compiled.report.passes[0].plan["decisions"]] == [False, False]
+    assert compiled.report.passes[0].divergence["exact_error"] < 1e-6
