@@ -25,6 +25,7 @@ from surgeon.registry import make_pass
 from surgeon.samples import Sample
 from surgeon.structure import Structure
 from surgeon.tracing import trace
+from surgeon.verify import check_parameters, check_structure
 
 OPTIONAL = ("timm", "diffusers")
 """Libraries with a marker of their name: where one is not installed, its tests are deselected."""
@@ -59,6 +60,14 @@ class Patient:
         return result
 
     plan: Any = None
+
+    def checked(self, step: dict[str, Any], plan: Plan[Any] | None = None) -> Patient:
+        """The same with the checks that the pipeline makes."""
+        made = make_pass(step)
+        result = self.operate(made, plan)
+        check_structure(made, self.structure, result.structure)
+        check_parameters(made, result.plan, self.graph, self.structure, result.graph)
+        return result
 
     def loss(self, batch: dict[str, torch.Tensor]) -> float:
         """Next-token cross entropy in nats."""

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from surgeon.activations import activation
-from surgeon.data import load_data, synthetic_batches
+from surgeon.data import load_data
 from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.numerics import largest_neurons, learn_weights, sum_of_truncations
@@ -20,24 +20,14 @@ from surgeon.passes.densify_moe import DensifyMoE
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
-from surgeon.verify import check_parameters, check_structure
 from tests.conftest import Patient, Trained
-from tests.test_passes import largest_error
+from tests.test_passes import error
 
 MakePatient = Callable[[str], Patient]
 
 
 def densify(subject: Patient, plan: Any = None, **fields: Any) -> Patient:
-    """Run the pass with the checks that the pipeline makes."""
-    step = make_pass({"densify_moe": fields})
-    result = subject.operate(step, plan)
-    check_structure(step, subject.structure, result.structure)
-    check_parameters(step, result.plan, subject.graph, subject.structure, result.graph)
-    return result
-
-
-def error(found: Patient, wanted: Patient) -> float:
-    return largest_error(found.graph, wanted.graph, synthetic_batches(wanted.graph))
+    return subject.checked({"densify_moe": fields}, plan)
 
 
 METHODS = [{"method": "mean"}, {"method": "sum"}, {"method": "learned", "steps": 5}, {"method": "mean", "weights": "uniform"}]

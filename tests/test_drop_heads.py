@@ -24,12 +24,11 @@ from surgeon.numerics.columns import RIDGES, best_ridge
 from surgeon.observe import observe
 from surgeon.passes.drop_heads import DropHeads, DropHeadsPlan, KeepHeads
 from surgeon.recipe import Calibration
-from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
 from surgeon.structure import Attention, Linear, Site
 from surgeon.tracing import trace
-from surgeon.verify import check_caches, check_parameters, check_structure, relative_error
+from surgeon.verify import check_caches, relative_error
 from tests.causal import causal
 from tests.conditional import conditional, encoder_inputs
 from tests.conftest import MODELS, Patient, Trained
@@ -41,12 +40,7 @@ LOSSLESS = 2e-6
 
 
 def drop(subject: Patient, plan: Any = None, **fields: Any) -> Patient:
-    """Run the pass with the checks that the pipeline makes."""
-    step = make_pass({"drop_heads": fields})
-    result = subject.operate(step, plan)
-    check_structure(step, subject.structure, result.structure)
-    check_parameters(step, result.plan, subject.graph, subject.structure, result.graph)
-    return result
+    return subject.checked({"drop_heads": fields}, plan)
 
 
 def sites(subject: Patient) -> list[Site[Attention]]:

@@ -38,26 +38,17 @@ from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.structure import FFN, MoE, Site
 from surgeon.tracing import trace
-from surgeon.verify import check_parameters, check_structure, relative_error
+from surgeon.verify import relative_error
 from tests import families, families_moe
 from tests.conftest import Patient, Trained
 from tests.models import inputs_for, tiny
-from tests.test_passes import largest_error
+from tests.test_passes import error
 
 MakePatient = Callable[[str], Patient]
 
 
 def drop(subject: Patient, plan: Any = None, **fields: Any) -> Patient:
-    """Run the pass with the checks that the pipeline makes."""
-    step = make_pass({"drop_neurons": fields})
-    result = subject.operate(step, plan)
-    check_structure(step, subject.structure, result.structure)
-    check_parameters(step, result.plan, subject.graph, subject.structure, result.graph)
-    return result
-
-
-def error(found: Patient, wanted: Patient) -> float:
-    return largest_error(found.graph, wanted.graph, synthetic_batches(wanted.graph))
+    return subject.checked({"drop_neurons": fields}, plan)
 
 
 def widths(subject: Patient) -> list[int]:

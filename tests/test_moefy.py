@@ -12,30 +12,20 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from surgeon.data import load_data, synthetic_batches
+from surgeon.data import load_data
 from surgeon.errors import PlanError, SurgeonError
 from surgeon.mixtures import Neurons
 from surgeon.passes.moefy_ffn import MoefyFFN, MoefyFFNPlan, SplitFFN
 from surgeon.registry import make_pass
-from surgeon.verify import check_parameters, check_structure
 from tests.conftest import Patient, Trained
-from tests.test_passes import largest_error
+from tests.test_passes import error
 
 MakePatient = Callable[[str], Patient]
 QUICK = {"router_steps": 20, "router_width": 16}
 
 
 def moefy(subject: Patient, plan: Any = None, **fields: Any) -> Patient:
-    """Run the pass with the checks that the pipeline makes."""
-    step = make_pass({"moefy_ffn": fields})
-    result = subject.operate(step, plan)
-    check_structure(step, subject.structure, result.structure)
-    check_parameters(step, result.plan, subject.graph, subject.structure, result.graph)
-    return result
-
-
-def error(found: Patient, wanted: Patient) -> float:
-    return largest_error(found.graph, wanted.graph, synthetic_batches(wanted.graph))
+    return subject.checked({"moefy_ffn": fields}, plan)
 
 
 EXACT = [

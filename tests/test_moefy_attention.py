@@ -9,29 +9,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from surgeon.data import load_data, synthetic_batches
+from surgeon.data import load_data
 from surgeon.errors import PlanError
 from surgeon.passes.moefy_attention import MoefyAttention, MoefyAttentionPlan, RouteGroups
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
-from surgeon.verify import check_parameters, check_structure
 from tests.conftest import Patient, Trained
-from tests.test_passes import largest_error
+from tests.test_passes import error
 
 MakePatient = Callable[[str], Patient]
 
 
 def moefy(subject: Patient, plan: Any = None, **fields: Any) -> Patient:
-    """Run the pass with the checks that the pipeline makes."""
-    step = make_pass({"moefy_attention": fields})
-    result = subject.operate(step, plan)
-    check_structure(step, subject.structure, result.structure)
-    check_parameters(step, result.plan, subject.graph, subject.structure, result.graph)
-    return result
-
-
-def error(found: Patient, wanted: Patient) -> float:
-    return largest_error(found.graph, wanted.graph, synthetic_batches(wanted.graph))
+    return subject.checked({"moefy_attention": fields}, plan)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "vit"])

@@ -38,6 +38,11 @@ def largest_error(found: Graph, wanted: Callable[..., dict[str, torch.Tensor]], 
     return worst
 
 
+def error(found: Patient, wanted: Patient) -> float:
+    """Largest relative error of any output on inputs that no pass has seen."""
+    return largest_error(found.graph, wanted.graph, synthetic_batches(wanted.graph))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("block", [0, 2])
 def test_dropping_a_block_is_the_model_without_the_layer(patient: MakePatient, name: str, block: int) -> None:
