@@ -10,70 +10,31 @@ The models are trained ones that come with this repository, two language models 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from _rows import RESULTS
+from _trained import Judge, changed_by, language_model, sentence_encoder
 
-from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
+from surgeon.data import Data
 from surgeon.discovery import discover
 from surgeon.environment import versions_of
 from surgeon.graph import Graph
-from surgeon.pipeline import operate
-from surgeon.progress import Progress
-from surgeon.recipe import Calibration
-from surgeon.registry import make_pass
-from surgeon.tracing import trace
 
-ROOT = Path(__file__).parents[1]
-MODELS = ROOT / "examples" / "models"
-RESULTS = Path(__file__).parent / "results"
 CRITERIA = ("reconstruction", "activation", "magnitude", "random")
 LOTS = (0, 1, 2)
 
-Score = Callable[[Graph], float]
+def subject(name: str) -> tuple[Graph, Data, Judge]:
+    """A model, calibration data, and its loss, or the mean squared distance of sentence embeddings from the source's."""
+    if name != "MiniLM":
+        return language_model(name, samples=32, windows=32)
+    fields = {"samples": 256, "length": 64}
+    return sentence_encoder(fields, 128, 1, lambda found, wanted: float((found - wanted).square().sum(-1).mean()))
 
 
-def language(name: str) -> tuple[Graph, Data, Score]:
-    """A language model, calibration text, and its loss on held-out text in nats per token."""
-    graph = trace(MODELS / name, dtype="float32")
-    data = load_data(Calibration(text=MODELS / "calibration.txt", samples=32, length=128), graph)
-    rows = tokenize_file(MODELS / "heldout.txt", graph, 128, None, lines=False, limit=32, seed=1)
-    held_out = collate(rows, graph, tokenizer_for(graph))
-
-    @torch.no_grad()
-    def loss(changed: Graph) -> float:
-        logits = changed(**held_out)["logits"][:, :-1].flatten(0, 1)
-        return float(torch.nn.functional.cross_entropy(logits, held_out["input_ids"][:, 1:].flatten()))
-
-    return graph, data, loss
-
-
-def encoder() -> tuple[Graph, Data, Score]:
-    """MiniLM, calibration sentences, and the mean squared distance of sentence embeddings from the source's."""
-    from tests.models import minilm_path
-
-    graph = trace(minilm_path(), dtype="float32")
-    sentences = Calibration(text=ROOT / "examples" / "calibration-sentences.txt", unit="line", samples=256, length=64)
-    data = load_data(sentences, graph)
-    rows = tokenize_file(ROOT / "examples" / "sentences.txt", graph, 64, None, lines=True, limit=128, seed=1)
-    held_out = collate(rows, graph, tokenizer_for(graph))
-    wanted = _embedded(graph, held_out)
-    return graph, data, lambda changed: float((_embedded(changed, held_out) - wanted).square().sum(-1).mean())
-
-
-@torch.no_grad()
-def _embedded(graph: Graph, inputs: dict[str, Tensor]) -> Tensor:
-    hidden, mask = graph(**inputs)["last_hidden_state"], inputs["attention_mask"][..., None]
-    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def dropped(graph: Graph, data: Data, score: Score, fields: dict[str, Any]) -> tuple[float, int]:
+def dropped(graph: Graph, data: Data, score: Judge, fields: dict[str, Any]) -> tuple[float, int]:
     """Score and parameters without some heads."""
-    step = make_pass({"drop_heads": fields})
-    changed, *_ = operate(step, graph, discover(graph), data, None, Progress(False))
+    changed = changed_by({"drop_heads": fields}, graph, data)
     return score(changed), changed.parameter_count()
 
 
@@ -81,7 +42,7 @@ def measure(names: list[str]) -> dict[str, Any]:
     """Scores of all models, criteria and ratios."""
     found: dict[str, Any] = {}
     for name in names:
-        graph, data, score = encoder() if name == "MiniLM" else language(name)
+        graph, data, score = subject(name)
         attention = next(iter(discover(graph).attentions())).part
         rows: list[dict[str, Any]] = []
         for unit in ("group", "query") if attention.kv_heads < attention.heads else ("group",):

