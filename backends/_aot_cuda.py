@@ -163,11 +163,14 @@ class Appended(NamedTuple):
 
 
 class Buffered(NamedTuple):
-    """Keys or values [B, H, at least past + N, D] with room for the new ones [B, H, N, D], not yet written."""
+    """Keys or values [B, H, at least past + N, D] with room for the new ones [B, H, N, D], not yet written.
+
+    ``past`` is a number on the device, [1]; ``total`` positions are covered by the mask.
+    """
 
     buffer: Tensor
     new: Tensor
-    past: int
+    past: Tensor
     total: int
 
     @classmethod
@@ -179,19 +182,19 @@ class Buffered(NamedTuple):
         return node.args[:4] if alone else None
 
     def whole(self) -> Tensor:
-        """The used part, [B, H, past + N, D], in place."""
+        """What the mask covers, [B, H, total, D], in place."""
         return written(*self, 2)
 
 
 def append_in_place(k: Buffered, v: Buffered) -> list[Tensor]:
-    """Write new keys and values, and return the used ones [B, H, past + N, any], in place."""
+    """Write new keys and values, and return what the mask covers [B, H, total, any], in place."""
     from surgeon.backends import _cuda_attention
 
     if k.buffer.dtype != v.buffer.dtype:
         return [k.whole(), v.whole()]
     for buffer in (k.buffer, v.buffer):
         torch._check(k.total <= buffer.shape[2])  # type: ignore[no-untyped-call]
-    _cuda_attention.append_in_place(k.buffer, v.buffer, _dense_last(k.new), _dense_last(v.new), k.past)
+    _cuda_attention.append_in_place(k.buffer, v.buffer, _dense_last(k.new), _dense_last(v.new), k.past, k.total)
     return [each.buffer.narrow(2, 0, each.total) for each in (k, v)]
 
 
@@ -200,22 +203,28 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and max(int(q.shape[3]), int(k.shape[3]), int(v.shape[3])) <= 128
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """``surgeon::attention``: keys and values are read where they lie, once for all query heads that share them."""
-    from surgeon.backends._cuda_attention import attend_in_parts, joined
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, start: Tensor | None = None
+) -> Tensor:
+    """``surgeon::attention``: keys and values are read where they lie, once for all query heads that share them.
+
+    ``start`` [1]: how many keys come before those of the queries, where others may lie behind both, which the mask hides.
+    """
+    from surgeon.backends._cuda_attention import attend_in_parts
 
     if not has_kernel(q, k, v):
         return attend(q, k, v, mask, is_causal, scale)
     mask = _four_axes(with_causal(mask, q, k.shape[2]) if is_causal else mask)
     q, k, v = (_dense_last(tensor) for tensor in (q, k, v))
 
-    def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return joined(*attend_in_parts(q, k, v, mask, scale)).to(q.dtype)
+    def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: Tensor | None) -> Tensor:
+        found: Tensor = attend_in_parts(q, k, v, mask, start, scale)
+        return found
 
-    def many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None) -> Tensor:
         return _many(q, k, v, mask, scale)
 
-    out: Tensor = either(_few_queries(q, k), few, many, [q, k, v, mask])
+    out: Tensor = either(_few_queries(q, k), few, many, [q, k, v, mask, start])
     return out.transpose(1, 2)
 
 
@@ -223,7 +232,7 @@ def attention_appending(
     q: Tensor, k: Appended, v: Appended, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``surgeon::attention`` over a cache that grows: what it gives, and all keys and values."""
-    from surgeon.backends._cuda_attention import attend_appending, joined
+    from surgeon.backends._cuda_attention import attend_appending
 
     # sizes of two inputs are one symbol from here on, so that both branches give the same sizes
     torch._check(k.past.shape[2] == v.past.shape[2])  # type: ignore[no-untyped-call]
@@ -231,8 +240,8 @@ def attention_appending(
     tensors = [_dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
 
     def few(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *sums, keys, values = attend_appending(q, *rest, scale)
-        return joined(*sums).to(q.dtype), keys, values
+        found: tuple[Tensor, Tensor, Tensor] = attend_appending(q, *rest, scale)
+        return found
 
     def many(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         k_new, v_new, mask = rest
@@ -271,6 +280,16 @@ def _many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
             solid = (mask == 0)[:, 0].expand(seen.shape).sum(-1) == last - first
     out: Tensor = attend_whole(q, k, v, mask, first, last, solid, scale)
     return out
+
+
+def cos_sin(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of x, of its shape and type, stored where the compiler would compute them again for every reader."""
+    from surgeon.backends import _cuda_rotary
+
+    if x.dtype != torch.float32:
+        return x.cos(), x.sin()
+    found: tuple[Tensor, Tensor] = _cuda_rotary.cos_sin(x.contiguous())
+    return found
 
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -202,6 +202,7 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, owner: Decomposed) -> None:
         super().__init__(owner.module)
         self.owner = owner
+        self._turned: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """As it is, but low-bit weights that only kernels read stay packed, and caches grow where attention reads them."""
@@ -209,11 +210,20 @@ class _Interpreter(fx.Interpreter):
             return tiles.of_node(n, self.fetch_args_kwargs_from_env(n)[0])
         if self.owner.kernels and n.target is torch.ops.surgeon.attention.default:
             return self._attention(n)
+        if self.owner.kernels and n.target in (aten.cos.default, aten.sin.default):
+            return self._cos_sin(n)
         if self.owner.kernels and (parts := on_cuda.Appended.of(n)) is not None:
             return on_cuda.Appended(*(self.env[part] for part in parts))
         if self.owner.kernels and on_cuda.Buffered.of(n) is not None:
             return on_cuda.Buffered(*self.fetch_args_kwargs_from_env(n)[0][:4])
         return super().run_node(n)
+
+    def _cos_sin(self, n: fx.Node) -> Tensor:
+        """Cosines or sines, both computed once: inlined in the kernels of every layer that reads them they take longer."""
+        (angles,), _ = self.fetch_args_kwargs_from_env(n)
+        if n.args[0] not in self._turned:
+            self._turned[n.args[0]] = on_cuda.cos_sin(angles)
+        return self._turned[n.args[0]][n.target is aten.sin.default]
 
     def _attention(self, n: fx.Node) -> Any:
         arguments: Any
@@ -225,7 +235,10 @@ class _Interpreter(fx.Interpreter):
             out, *caches = on_cuda.attention_appending(q, k, v, *rest, **named)
         else:
             if isinstance(k, on_cuda.Buffered) and isinstance(v, on_cuda.Buffered):
+                start = k.past
                 k, v = on_cuda.append_in_place(k, v)
+                if self.owner.spelt[n.target] is on_cuda.attention:
+                    named = {**named, "start": start}
             caches = [part.whole() if isinstance(part, on_cuda.Appended | on_cuda.Buffered) else part for part in (k, v)]
             out = self.owner.spelt[n.target](q, *caches, *rest, **named)
         for node, cache in zip(n.args[1:3], caches, strict=True):

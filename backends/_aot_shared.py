@@ -7,6 +7,9 @@ past are taken from the attention mask, which covers past and new ones.
 
 torch compiles the write into the kernel that computes what is written, and does not copy the rest (seen in what versions 2.11
 and 2.13 write for the CPU).
+
+On CUDA the number of positions in the past is one more input, a number on the device: what a step launches is then the same for
+every length of the text, and can be captured once and repeated.
 """
 
 from __future__ import annotations
@@ -28,12 +31,16 @@ from surgeon.halves import has_halves
 from surgeon.ports import InputCheck
 
 aten = torch.ops.aten
-_ALIGNED = 16
+ALIGNED = 16
 """Bytes to whose multiples packages for CUDA copy an input that lies elsewhere."""
 
 
-def refusals(graph: Graph) -> list[Refusal]:
-    """Why the caches of this graph cannot be written in place."""
+START = "past_length"
+"""Name of the input [1] int64 behind all others of a package for CUDA: how many positions are in the past."""
+
+
+def refusals(graph: Graph, started: bool = False) -> list[Refusal]:
+    """Why the caches of this graph cannot be written in place; ``started`` as in :func:`write_in_place`."""
     if not has_caches(graph.inputs):
         return [Refusal("caches", "the model was traced without caches; build it with task text-generation")]
     if has_halves(graph.inputs):
@@ -43,7 +50,35 @@ def refusals(graph: Graph) -> list[Refusal]:
     if len(shapes.get(TOKENS, ())) != 2 or shapes.get(MASK, ("",))[-1] != f"{PAST}{SUM}{shapes.get(TOKENS, ('',))[-1]}":
         listed = ", ".join(sorted(shapes))
         found.append(Refusal("caches", f"needs {TOKENS} and an {MASK} over past and new ones, found {listed}"))
-    return [*found, *(Refusal(port.name, reason) for port, _, _, reason in _caches(graph) if reason)]
+    found += [Refusal(port.name, reason) for port, _, _, reason in _caches(graph) if reason]
+    return found + [Refusal(node.name, reason) for node, reason in _by_size(graph)] if started and not found else found
+
+
+def _by_size(graph: Graph) -> list[tuple[fx.Node, str]]:
+    """What depends on the number of past positions by the size of a cache, otherwise than adding it to positions."""
+    nodes = graph.module.graph
+    pasts = {past: port.shape.index(PAST) for port, past, _, _ in _caches(graph)}
+    mask = next(node for node in nodes.find_nodes(op="placeholder") if node.name == MASK)
+    total = mask.meta["val"].shape[1]
+    sizes = [
+        node for node in nodes.find_nodes(op="call_function", target=aten.sym_size.int)
+        if node.args[0] in pasts and node.args[1] in (axis := pasts[node.args[0]], axis - node.args[0].meta["val"].dim())
+    ]  # fmt: skip
+    found, seen = [], set(sizes)
+    while sizes:
+        size = sizes.pop()
+        for user in size.users:
+            value = user.meta.get("val")
+            if not isinstance(value, Tensor):
+                if user not in seen and not (isinstance(value, torch.SymInt) and bool(value == total)):
+                    seen.add(user)
+                    sizes.append(user)
+            elif user.target is not aten.add.Tensor or user.args[1] is not size or user.kwargs:
+                found.append((user, f"{user.target} depends on the number of cached positions by the size of a cache"))
+    for node in nodes.find_nodes(op="call_function", target=torch.ops.surgeon.attention.default):
+        if len(node.args) > 4 and node.args[4]:
+            found.append((node, "it hides later positions by the sizes of its inputs; a buffer has another size"))
+    return found
 
 
 def _caches(graph: Graph) -> list[tuple[Port, fx.Node, fx.Node, str]]:
@@ -64,12 +99,14 @@ def _reason(port: Port, past: fx.Node, present: fx.Node) -> str:
     return f"it is read by {others[0].name} too, without the new positions" if others else ""
 
 
-def write_in_place(graph: Graph) -> None:
+def write_in_place(graph: Graph, started: bool = False) -> None:
     """Let the graph write into its pasts, and return no presents; in place.
 
     Args:
         graph: one that lowering made for itself and :func:`refusals` accepts.  Its outputs stay listed as they were; its
             example gets buffers with room.
+        started: the number of past positions is an input of its own, :data:`START`; the mask may cover more positions than
+            past and new ones then, zeros, and all that computes depends on sizes of buffers alone.
     """
     nodes = graph.module.graph
     caches = _caches(graph)
@@ -81,6 +118,9 @@ def write_in_place(graph: Graph) -> None:
     with nodes.inserting_after(new):
         length = nodes.call_function(operator.sub, (total, new))
     _hold(nodes, length, operator.ge, 0, f"{MASK} covers fewer positions than {TOKENS} has")
+    begin: fx.Node = length
+    if started:
+        begin = _add_start(graph, list(inputs.values())[-1])
     for port, past, present, _ in caches:
         axis = port.shape.index(PAST)
         with nodes.inserting_after(length):
@@ -88,10 +128,13 @@ def write_in_place(graph: Graph) -> None:
         _hold(nodes, capacity, operator.ge, total, f"{port.name} has no room for all positions of {MASK}")
         for user in [user for user in past.users if user is not capacity]:
             if user.target is aten.sym_size.int and user.args[1] in (axis, axis - len(port.shape)):
+                for reader in list(user.users):
+                    if started and isinstance(reader.meta.get("val"), Tensor):  # it counts positions
+                        reader.args = (reader.args[0], begin)
                 user.replace_all_uses_with(length)
                 nodes.erase_node(user)
         with nodes.inserting_before(present):
-            used = nodes.call_function(written, (past, present.args[0][1], length, total, axis))  # type: ignore[index]
+            used = nodes.call_function(written, (past, present.args[0][1], begin, total, axis))  # type: ignore[index]
         used.meta = dict(present.meta)
         present.replace_all_uses_with(used)
         nodes.erase_node(present)
@@ -104,6 +147,19 @@ def write_in_place(graph: Graph) -> None:
     graph.module.recompile()
 
 
+def _add_start(graph: Graph, behind: fx.Node) -> fx.Node:
+    """The input that says how many positions are in the past."""
+    nodes = graph.module.graph
+    with nodes.inserting_after(behind):
+        node = nodes.placeholder(START)
+    tokens = next(placed for placed in nodes.find_nodes(op="placeholder") if placed.name == TOKENS)
+    node.meta["val"] = tokens.meta["val"].new_empty((1,))
+    graph.inputs = (*graph.inputs, Port(START, torch.int64, (1,)))
+    mask, new = graph.example[MASK], graph.example[TOKENS].shape[1]
+    graph.example[START] = torch.tensor([mask.shape[1] - new], device=mask.device)
+    return node
+
+
 def _hold(nodes: fx.Graph, size: fx.Node, comparison: Callable[..., Any], bound: fx.Node | int, message: str) -> None:
     """Let the package check a size whenever it is called: it would write beside the buffer otherwise."""
     with nodes.inserting_after(size):
@@ -112,8 +168,11 @@ def _hold(nodes: fx.Graph, size: fx.Node, comparison: Callable[..., Any], bound:
         nodes.call_function(aten._assert_scalar.default, (holds, message))
 
 
-def written(buffer: Tensor, new: Tensor, past: int, total: int, axis: int) -> Tensor:
+def written(buffer: Tensor, new: Tensor, past: int | Tensor, total: int, axis: int) -> Tensor:
     """Write new positions behind ``past`` of them into a buffer, and return the ``total`` that are used: a view of it."""
+    if isinstance(past, Tensor):
+        places = past + torch.arange(new.shape[axis], device=new.device)
+        return buffer.index_copy_(axis, places, new).narrow(axis, 0, total)
     torch._check(past >= 0)  # type: ignore[no-untyped-call]
     torch._check(total <= buffer.shape[axis])  # type: ignore[no-untyped-call]
     buffer.narrow(axis, past, total - past).copy_(new)
@@ -197,11 +256,14 @@ class Buffers:
             raise LowerError(f"{self._where}: buffers of caches must have room for one number of positions, found {listed}")
         return found
 
-    def with_room(self, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The inputs with pasts in buffers that have room for the new positions."""
-        total = inputs[MASK].shape[1]
-        pasts = {name: grown(inputs[name], axis, total, device) for name, axis in self._pasts if name in inputs}
-        return {**inputs, **pasts}
+    def behind_a_past(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether these inputs hold pasts of at least one position."""
+        return all(name in inputs and inputs[name].shape[axis] > 0 for name, axis in self._pasts)
+
+
+def start_of(inputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """What a package for CUDA takes as :data:`START`."""
+    return torch.full((1,), inputs[MASK].shape[1] - inputs[TOKENS].shape[1], dtype=torch.int64, device=device)
 
 
 def _check_place(where: object, name: str, buffer: Tensor, device: torch.device) -> None:
@@ -210,8 +272,8 @@ def _check_place(where: object, name: str, buffer: Tensor, device: torch.device)
         found = f"on {buffer.device}"
     elif not buffer.is_contiguous():
         found = "with gaps between its numbers"
-    elif device.type == "cuda" and buffer.data_ptr() % _ALIGNED:
-        found = f"that does not begin at a multiple of {_ALIGNED} bytes"
+    elif device.type == "cuda" and buffer.data_ptr() % ALIGNED:
+        found = f"that does not begin at a multiple of {ALIGNED} bytes"
     else:
         return
     raise LowerError(
@@ -224,8 +286,8 @@ def grown(past: Tensor, axis: int, capacity: int, device: torch.device) -> Tenso
     """A buffer with room for so many positions that begins with the past."""
     shape = list(past.shape)
     shape[axis] = capacity
-    # Positions that nothing was written to are not read, so they may hold anything.
-    buffer = torch.empty(shape, dtype=past.dtype, device=device)
+    # Zeros, where a mask may hide what nothing was written to: its weight is zero, and zero times what is no number is none.
+    buffer = torch.zeros(shape, dtype=past.dtype, device=device)
     buffer.narrow(axis, 0, past.shape[axis]).copy_(past)
     return buffer
 
@@ -244,7 +306,8 @@ class BufferDecoder(GraphDecoder):
         device: where it runs.
         """
         super().__init__(run, inputs, outputs)
-        self._device, self._capacity, self._length = device, 0, 0
+        self.device: torch.device = device
+        self._capacity, self._length = 0, 0
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """Run on the new tokens; see :class:`surgeon.generation.Decoder`."""
@@ -255,8 +318,23 @@ class BufferDecoder(GraphDecoder):
                 axis = port.shape.index(PAST)
                 held = self._caches.get(port.name)
                 if held is None:
-                    held = empty_cache(port, len(inputs[TOKENS]), self._device)
+                    held = empty_cache(port, len(inputs[TOKENS]), self.device)
                 used = held.narrow(axis, 0, self._length)
-                self._caches[port.name] = grown(used, axis, self._capacity, self._device)
+                self._caches[port.name] = grown(used, axis, self._capacity, self.device)
         self._length = length
         return super().__call__(inputs)
+
+    def resume(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Go on from a past that was computed elsewhere.
+
+        Args:
+            inputs: of a step, the pasts among them.
+
+        Returns:
+            Those that are no pasts, on the device: what the step is called with.
+        """
+        self._length = inputs[MASK].shape[1] - inputs[TOKENS].shape[1]
+        self._capacity = room(inputs[MASK].shape[1], 0)
+        for port in self._pasts:
+            self._caches[port.name] = grown(inputs[port.name], port.shape.index(PAST), self._capacity, self.device)
+        return {name: value.to(self.device) for name, value in inputs.items() if name not in self._caches}

@@ -78,9 +78,9 @@ class OnnxRuntimeArtifact(Artifact):
         return self.folder / (tensorrt.CONTEXT if tensorrt.CONTEXT in {file.path for file in self.files} else self.file)
 
     @property
-    def device(self) -> str:
-        """Where it runs, as ONNX Runtime names devices: ``cpu``, or ``cuda`` for every other provider."""
-        return "cpu" if self.options.get("provider", "cpu") == "cpu" else "cuda"
+    def device(self) -> torch.device:
+        """Where it runs: the CPU, or CUDA for every other provider."""
+        return torch.device("cpu" if self.options.get("provider", "cpu") == "cpu" else "cuda")
 
     def failed(self, inputs: Mapping[str, Tensor], error: Exception) -> LowerError:
         """What the runtime said, with the shapes that it was given."""
@@ -108,7 +108,7 @@ class OnnxRuntimeArtifact(Artifact):
                 return self._run_by_row(inputs)
         session = self.session()
         try:
-            if self.device != "cpu":
+            if self.device.type != "cpu":
                 return self._run_on_device(session, inputs, wanted)
             feed = {port.name: inputs[port.name].detach().to("cpu").contiguous().numpy() for port in self.inputs}
             results = session.run([port.name for port in wanted], feed)
@@ -123,7 +123,7 @@ class OnnxRuntimeArtifact(Artifact):
             return super().decoder()
         if self.options.get("caches") == "shared":
             return SharedDecoder(self)
-        return HostDecoder(self) if self.device == "cpu" else BoundDecoder(self)
+        return HostDecoder(self) if self.device.type == "cpu" else BoundDecoder(self)
 
     def session(self) -> Any:
         """The ``onnxruntime.InferenceSession``; made when first asked for, and again when folder or threads change.
@@ -189,7 +189,7 @@ class OnnxRuntimeArtifact(Artifact):
         binding = session.io_binding()
         bind(binding, given)
         for name in names:
-            binding.bind_output(name, self.device)
+            binding.bind_output(name, self.device.type)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception

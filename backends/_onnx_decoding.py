@@ -31,6 +31,7 @@ class HostDecoder:
     """
 
     on_host = True
+    device: torch.device | None = None
 
     def __init__(self, artifact: OnnxRuntimeArtifact, held: Mapping[str, Any] | None = None) -> None:
         """Args:
@@ -79,6 +80,7 @@ class SharedDecoder:
     """
 
     on_host = True
+    device: torch.device | None = None
 
     def __init__(self, artifact: OnnxRuntimeArtifact) -> None:
         """Args:
@@ -151,6 +153,7 @@ class BoundDecoder:
     """Steps of an ONNX model on a device; what it returns as presents is bound as pasts, so that no cache leaves it."""
 
     on_host = False
+    device: torch.device | None = None
 
     def __init__(self, artifact: OnnxRuntimeArtifact, held: Mapping[str, Any] | None = None) -> None:
         """Args:
@@ -160,7 +163,7 @@ class BoundDecoder:
         self._artifact = artifact
         self._held = held if held is not None else {}
         self._session = artifact.session()
-        self._device = artifact.device
+        self._device = artifact.device.type
         self._pasts = [port for port in artifact.inputs if port.role == PAST]
         self._presents = [port.name for port in artifact.outputs if port.role == PRESENT]
         self._caches: list[Any] = []
@@ -190,7 +193,8 @@ class BoundDecoder:
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise self._artifact.failed(inputs, error) from error
         logits, *self._caches = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()).to(next(iter(inputs.values())).device)
+        found = torch.utils.dlpack.from_dlpack(logits._ortvalue.to_dlpack())  # NumPy has no bfloat16
+        return found.to(next(iter(inputs.values())).device)
 
     def _value(self, tensor: Tensor) -> Any:
         import onnxruntime

@@ -75,7 +75,7 @@ class OnnxHalvesArtifact(Artifact):
         crossing: dict[str, Any] = {}
         names = [port.name for port in decoder.inputs if port.role == CROSS]
 
-        on_host = decoder.device == "cpu"
+        on_host = decoder.device.type == "cpu"
 
         def encode(inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
             found = encoder.values(inputs, names)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.backends import _aot_shared as shared
+from surgeon.backends._aot_captured import CapturedDecoder
 from surgeon.caches import PRESENT, asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
@@ -55,7 +56,8 @@ class AotInductor(Backend):
     caches: Literal["appended", "shared"] = "appended"
     """Caches of a model that generates text: ``appended`` returns each as a longer copy at every step, ``shared`` takes
     buffers with room for more positions, writes the new ones in place and reads those that are used.  That saves the copies,
-    which matter for long texts and batches.  ``surgeon.load`` keeps the buffers; other programs hand them in."""
+    which matter for long texts and batches; on CUDA a step is captured once and repeated then, which saves the host's work.
+    ``surgeon.load`` keeps the buffers; other programs hand them in."""
 
     @classmethod
     def requirements(cls) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ class AotInductor(Backend):
         if self.experts == "grouped" and self.device == "cpu" and _has_experts(graph):
             found.append(Refusal("experts", "torch has no grouped matrix multiplication to compile for the CPU; use auto"))
         if self.caches == "shared":
-            found += shared.refusals(graph)
+            found += shared.refusals(graph, self.device == "cuda")
         if self.low_bit == "refuse":
             from surgeon.backends._aot_lowering import low_bit_kernels
 
@@ -112,7 +114,7 @@ class AotInductor(Backend):
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
         if self.caches == "shared":
-            shared.write_in_place(here)
+            shared.write_in_place(here, self.device == "cuda")
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
         if module.packed:
             tile_codes(here)
@@ -121,10 +123,10 @@ class AotInductor(Backend):
             raise LowerError(f"aotinductor: {folder.parent} has {free} bytes free; the weights alone need {needed}")
         _hold_as_parameters(here)
         gc.collect()  # graphs are cycles: the joined weights stay on the CPU otherwise
-        example = tuple(here.example[port.name].to(self.device) for port in graph.inputs)
+        example = tuple(here.example[port.name].to(self.device) for port in here.inputs)
         shapes = tuple(
             {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
-            for port in graph.inputs
+            for port in here.inputs
         )
         try:
             with torch.no_grad(), compilable(self.device), _own_files(), warnings.catch_warnings():
@@ -190,7 +192,7 @@ class AotInductorArtifact(Artifact):
         return InputCheck(self.path, self.inputs)
 
     @cached_property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         """The device that the package is opened on."""
         kind = str(self.options.get("device", "cpu"))
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
@@ -202,13 +204,20 @@ class AotInductorArtifact(Artifact):
 
     def decoder(self) -> Decoder:
         """Start generating a text."""
-        if self._buffers is None:
-            return super().decoder()
-        return shared.BufferDecoder(self.run, self.inputs, self.outputs, self._device)
+        return super().decoder() if self._buffers is None else self._buffer_decoder()
 
-    def with_room(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Inputs of one step with pasts as a generation holds them: in buffers that have room for the new positions."""
-        return inputs if self._buffers is None else self._buffers.with_room(inputs, self._device)
+    def _buffer_decoder(self) -> shared.BufferDecoder:
+        if self.device.type == "cuda":
+            return CapturedDecoder(self.run, self._call, self.inputs, self.outputs, self.device)
+        return shared.BufferDecoder(self.run, self.inputs, self.outputs, self.device)
+
+    def stepping(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+        """What computes one step on these inputs whenever it is called, with pasts in buffers as a generation holds them."""
+        if self._buffers is None or not self._buffers.behind_a_past(inputs):
+            return super().stepping(inputs)
+        decoder = self._buffer_decoder()
+        rest = decoder.resume(inputs)
+        return lambda: decoder(rest)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs, on the package's device; from several threads at once, one after the other on CUDA.
@@ -227,18 +236,18 @@ class AotInductorArtifact(Artifact):
             LowerError: an input does not fit, or the package fails.
         """
         wanted = asked(self.inputs, self.outputs, inputs)
-        buffers, package, device = self._buffers, self._opened(), self._device
+        buffers, device = self._buffers, self.device
         stepping = buffers is not None and buffers.fit(inputs)
         checked = inputs if stepping else self._check(inputs if buffers is None else buffers.as_pasts(inputs))
         held = {} if buffers is None else buffers.given(inputs, checked, device)
         try:
-            with torch.no_grad(), self._lock if device.type == "cuda" else nullcontext():
-                # The package was compiled for tensors without gaps and would read others wrongly, without a word.
-                given = [
-                    held[port.name] if port.name in held else checked[port.name].to(device).contiguous() for port in self.inputs
-                ]
-                # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
-                results = package.boxed_run(given)
+            # The package was compiled for tensors without gaps and would read others wrongly, without a word.
+            given = [
+                held[port.name] if port.name in held else _in_place(checked[port.name], device) for port in self.inputs
+            ]
+            if buffers is not None and device.type == "cuda":
+                given.append(shared.start_of(checked, device))
+            results = self._call(given)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             reason = next(iter(str(error).strip().splitlines()), "")
@@ -250,6 +259,14 @@ class AotInductorArtifact(Artifact):
             found.update(zip(presents, held.values(), strict=True))
         return {port.name: found[port.name] for port in wanted}
 
+    def _call(self, given: list[Tensor]) -> list[Tensor]:
+        """The package's outputs; ``given`` is in the order of its inputs, contiguous and on its device."""
+        package = self._opened()
+        with torch.no_grad(), self._lock if self.device.type == "cuda" else nullcontext():
+            # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
+            results: list[Tensor] = package.boxed_run(given)
+        return results
+
     def _opened(self) -> Any:
         """What torch opens a package with, made by the first call.
 
@@ -258,7 +275,7 @@ class AotInductorArtifact(Artifact):
         It is not asked for through Python there, which would first try out the vector instructions of the CPU, for a message.
         """
         with self._lock:
-            if self._package is None and self._device.type == "cuda":
+            if self._package is None and self.device.type == "cuda":
                 self._package = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
             elif self._package is None:
                 self._package = torch._inductor.aoti_load_package(str(self.path)).loader
@@ -290,6 +307,12 @@ def _own_files() -> Iterator[None]:
         for file in own.rglob("*"):
             if file.is_file() and file.stat().st_size > _LARGE:
                 file.unlink()
+
+
+def _in_place(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor as a package reads it without a copy of its own, of which it would warn on CUDA."""
+    found = value.to(device).contiguous()
+    return found if device.type != "cuda" or found.data_ptr() % shared.ALIGNED == 0 else found.clone()
 
 
 def _hold_as_parameters(graph: Graph) -> None:

@@ -237,6 +237,11 @@ class TensorRTArtifact(Artifact):
         return self.folder / FILE
 
     @property
+    def device(self) -> torch.device:
+        """The current CUDA device."""
+        return torch.device("cuda")
+
+    @property
     def unavailable(self) -> str | None:
         """Engines run on NVIDIA GPUs."""
         return None if torch.cuda.is_available() else "a TensorRT engine runs on an NVIDIA GPU, and none is here"

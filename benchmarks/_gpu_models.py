@@ -141,8 +141,7 @@ def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, 
     for cell in cells(shape):
         case = Case("decode" if cell.phase == "decode" else "prefill", cell.batch, cell.length)
         inputs = inputs_for(artifact.inputs, case, {"input_ids": [0, shape.vocabulary - 1]})
-        given = artifact.with_room({name: value.to(shape.device) for name, value in inputs.items()})
-        runs[cell] = partial(artifact.run, given)
+        runs[cell] = artifact.stepping({name: value.to(shape.device) for name, value in inputs.items()})
     return runs, artifact.nbytes, artifact
 
 

@@ -46,6 +46,8 @@ from surgeon.environment import version_of
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 NO_GPU = 3
+AT_ONCE = 3
+"""Variants that are built at a time: as many as the memory of the host holds."""
 READY = "ready"
 RUNTIMES = ("eager", "torch.compile", "aotinductor", "onnxruntime")
 TINY = Shape(64, 128, 4, 2, 8, 2, 4, 160, 32, (1, 2), 32, "float32", "cpu")
@@ -132,8 +134,8 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
 def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, keep: Callable[[dict[str, Any]], None]) -> None:
     """Run every variant on every runtime, each in a process of its own; ``keep`` gets the results so far after each variant.
 
-    The processes of a variant build side by side, and those of the next variant with them; they are timed one after the
-    other, when all of the variant have built, while those of the next one stand still.  Eager and torch.compile do not know
+    The processes of a variant build side by side, and those of the next variants with them; they are timed one after the
+    other, when all of the variant have built, while those of the next ones stand still.  Eager and torch.compile do not know
     quantization: what they do for ``int4`` is what they do for ``whole``.
     """
     rate, known = (0.0, "none: a rehearsal") if rehearse else bandwidth()
@@ -153,11 +155,13 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
             home = Path(scratch) / variant.replace(" ", "-")
             return [Worker(shape, variant, name, home / name, Path(scratch) / "inductor", rehearse, seconds) for name in wanted]
 
-        ahead = started(variants[0])
+        building: list[list[Worker]] = []
         for number, variant in enumerate(variants):
-            workers, ahead = ahead, started(variants[number + 1]) if number + 1 < len(variants) else []
+            building += [started(name) for name in variants[number + len(building) : number + AT_ONCE]]
+            workers = building.pop(0)
             for worker in workers:
                 worker.wait_ready()
+            ahead = [worker for later in building for worker in later]
             for worker in ahead:
                 worker.signal(signal.SIGSTOP)
             found = cells.setdefault(variant, {})

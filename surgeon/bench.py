@@ -160,8 +160,8 @@ class ArtifactCandidate(Candidate):
         """See :class:`Candidate`."""
         if self.artifact.unavailable:
             raise LowerError(self.artifact.unavailable)
-        inputs = self.artifact.with_room(inputs_for(self.artifact.inputs, case, self.ranges))
-        return lambda: _finished(self.artifact.run(inputs))
+        step = self.artifact.stepping(inputs_for(self.artifact.inputs, case, self.ranges))
+        return lambda: _finished(step())
 
     def threads(self, count: int) -> AbstractContextManager[None]:
         """See :class:`Candidate`."""

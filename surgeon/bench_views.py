@@ -23,7 +23,8 @@ def render_bench(result: BenchResult, console: Console) -> None:
     """Print a benchmark; one group of rows per case."""
     console.print()
     threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
-    console.print(Text.assemble(("surgeon bench ", "bold"), (f"{result.machine['processor']}, {threads}", "dim")))
+    machine = ", ".join(result.machine[part] for part in ("gpu", "processor") if part in result.machine)
+    console.print(Text.assemble(("surgeon bench ", "bold"), (f"{machine}, {threads}", "dim")))
     console.print(Text(f"medians; ratios to {result.baseline}, round by round", "dim"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case, candidate", overflow="fold")

@@ -16,7 +16,7 @@ import abc
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,9 +329,18 @@ class Artifact(abc.ABC):
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs (torch tensors), returning torch tensors by output name."""
 
-    def with_room(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Inputs of one step as a generation hands them in: caches in memory with room, where the artefact writes into it."""
-        return inputs
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are that it returns."""
+        return torch.device("cpu")
+
+    def run_on_host(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`run`, with its results in the host's memory, beside those of graphs and source models."""
+        return {name: value.cpu() for name, value in self.run(inputs).items()}
+
+    def stepping(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+        """What computes one step on these inputs whenever it is called, as a generation would: for timing."""
+        return lambda: self.run(inputs)
 
     def decoder(self) -> Decoder:
         """Start generating a text with an artefact that has caches; see :mod:`surgeon.generation`.
@@ -347,7 +356,7 @@ class Artifact(abc.ABC):
                 f"an artefact of {self.backend} computes encoder and decoder in one, so every token would run the encoder "
                 "again; generate with backend onnxruntime, or with the graph itself (backend=None)"
             )
-        return GraphDecoder(self.run, self.inputs, self.outputs)
+        return GraphDecoder(self.run, self.inputs, self.outputs, self.device)
 
     @abc.abstractmethod
     def threads(self, count: int) -> AbstractContextManager[None]:

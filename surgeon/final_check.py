@@ -50,7 +50,7 @@ def evaluate_section(
         with torch.no_grad():
             reference = [source.outputs(**batch) for batch in batches]
         figures = compare(
-            reference, lambda **inputs: artifact.run(inputs), batches,
+            reference, lambda **inputs: artifact.run_on_host(inputs), batches,
             language_model=is_language_model(graph), real=True,
         )  # fmt: skip
         report.quality |= {f"artifact_{name}": value for name, value in figures.items()}

@@ -38,6 +38,10 @@ class Decoder(Protocol):
 
     on_host: bool
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where it wants tensors, and returns the logits; None where that is wherever its inputs are."""
+
     def __call__(self, inputs: Mapping[str, Array]) -> Array:
         """Run on the new tokens.
 
@@ -56,9 +60,17 @@ class GraphDecoder:
     on_host = False
 
     def __init__(
-        self, run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], inputs: Sequence[Port], outputs: Sequence[Port]
-    ) -> None:
+        self, run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], inputs: Sequence[Port], outputs: Sequence[Port],
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        """Args:
+        run: runs it.
+        inputs: its ports.
+        outputs: likewise.
+        device: see :class:`Decoder`.
+        """
         self._run = run
+        self.device: torch.device | None = device
         self._pasts = [port for port in inputs if port.role == PAST]
         self._presents = [port.name for port in outputs if port.role == PRESENT]
         self._caches: dict[str, Tensor] = {}
@@ -93,7 +105,7 @@ class ConditionalDecoder:
         decoder_inputs: of the decoder's half.
         """
         self._encode, self._decoder = encode, decoder
-        self.on_host = decoder.on_host
+        self.on_host, self.device = decoder.on_host, decoder.device
         self._first = [port.name for port in encoder_inputs]
         self._every = [port.name for port in decoder_inputs if port.role not in (PAST, CROSS)]
         self._fed: dict[str, Any] = {}
@@ -168,6 +180,10 @@ def generate(
         )
     if max_new_tokens < 1:
         raise GenerateError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    given_on = next((value.device for value in inputs.values() if isinstance(value, Tensor)), torch.device("cpu"))
+    if decoder.device is not None:  # one token at a time would be carried there and back
+        moved = {name: value.to(decoder.device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        inputs = {**inputs, **moved}
     if has_halves(ports):
         tokens, step, padding = _conditional(decoder, ports, inputs, settings)
     else:
@@ -207,7 +223,7 @@ def generate(
             break
     if streamer is not None:
         streamer.end()
-    return text[:, :end].contiguous().to(tokens.device)
+    return text[:, :end].contiguous().to(given_on)
 
 
 def _own(value: Tensor, on_host: bool) -> Any:

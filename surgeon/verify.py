@@ -180,7 +180,7 @@ def compare_artifact(
     for batch in [*batches, *(batch for batch in behind if batch is not None)]:
         with torch.no_grad():
             expected = ordered(graph.outputs, graph(**batch))
-        found = ordered(graph.outputs, artifact.run(batch))
+        found = ordered(graph.outputs, artifact.run_on_host(batch))
         errors, cosines = {}, {}
         for name, wanted in expected.items():
             if name not in found or found[name].shape != wanted.shape:

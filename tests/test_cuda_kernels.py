@@ -28,6 +28,7 @@ from surgeon.progress import Progress
 from surgeon.registry import make_pass
 
 rows_of = pytest.importorskip("surgeon.backends._cuda_rows", reason="Triton is for Linux")
+rotary_of = pytest.importorskip("surgeon.backends._cuda_rotary", reason="Triton is for Linux")
 attention_of = pytest.importorskip("surgeon.backends._cuda_attention", reason="Triton is for Linux")
 
 aten = torch.ops.aten
@@ -151,13 +152,40 @@ def test_new_rows_are_written_into_buffers_and_nothing_else(dtype: torch.dtype, 
     total, room = past + new, past + new + 3
     k, v = (torch.full((2, 3, room, width), 7.0, dtype=dtype) for width in (40, 48))
     rows = [randn(2, new, 3, width, dtype=dtype, seed=width).transpose(1, 2) for width in (40, 48)]
-    parts = [on_cuda.Buffered(buffer, each, past, total) for buffer, each in zip((k, v), rows, strict=True)]
+    parts = [on_cuda.Buffered(buffer, each, torch.tensor([past]), total) for buffer, each in zip((k, v), rows, strict=True)]
     for used, buffer, each in zip(on_cuda.append_in_place(*parts), (k, v), rows, strict=True):
         assert used.data_ptr() == buffer.data_ptr()
         assert used.shape[2] == total
         assert torch.equal(buffer[:, :, past:total], each)
         assert bool((buffer[:, :, :past] == 7).all())
         assert bool((buffer[:, :, total:] == 7).all())
+    on_cuda.append_in_place(*(part._replace(past=torch.tensor([total]), total=total) for part in parts))
+    assert all(bool((part.buffer[:, :, total:] == 7).all()) for part in parts)  # behind what the mask covers
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("kind", ["none", "causal", "added"])
+def test_attention_over_a_buffer_stops_behind_the_new_positions(kind: str, queries: int) -> None:
+    """What is captured for a whole buffer reads so much of it as a number on the device says."""
+    used, room, heads = 70, 300, 2
+    q = randn(2, heads * 2, queries, 40, dtype=torch.float16)
+    k, v = (randn(2, heads, room, width, dtype=torch.float16, seed=width) for width in (40, 48))
+    mask = masks(kind, queries, used)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    wanted = attend(q.double(), k[:, :, :used].double(), v[:, :, :used].double(), wide, False, 0.2)
+    for buffer in (k, v):
+        buffer[:, :, used:] = torch.nan
+    longer = None if mask is None else torch.nn.functional.pad(mask, (0, room - used), value=float(mask.dtype == torch.bool))
+    found = on_cuda.attention(q, k, v, longer, False, 0.2, torch.tensor([used - queries]))
+    assert relative(found, wanted) < BOUND[torch.float16]
+
+
+def test_cosines_and_sines_of_all_sizes() -> None:
+    for shape in ((1,), (3, 5, 64), (2, 300, 2)):
+        x = 100 * randn(*shape)
+        for found, wanted in zip(on_cuda.cos_sin(x.transpose(0, -1)), (x.cos(), x.sin()), strict=True):
+            torch.testing.assert_close(found, wanted.transpose(0, -1))
+    assert on_cuda.cos_sin(randn(3, dtype=torch.float16))[1].dtype == torch.float16
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 150), (40, 90)])
@@ -246,21 +274,25 @@ def test_the_spelling_for_cuda_equals_the_graph(mixture: Graph, bits: int, sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("sizes", [(2, 1, 9), (1, 3, 0), (1, 70, 5)])
-def test_the_spelling_for_cuda_writes_in_place(mixture: Graph, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("sizes", "further"), [((2, 1, 9), 0), ((2, 1, 9), 4), ((1, 3, 0), 6), ((1, 70, 5), 0)])
+def test_the_spelling_for_cuda_writes_in_place(
+    mixture: Graph, dtype: torch.dtype, sizes: tuple[int, int, int], further: int
+) -> None:
     graph = mixture if dtype == torch.float16 else traced(dtype)
     joined = joined_linears(graph)
-    write_in_place(joined)
+    write_in_place(joined, started=True)
     assert sum(on_cuda.Buffered.of(node) is not None for node in joined.module.graph.nodes) == 4
     inputs, total = inputs_of(graph, *sizes), sizes[1] + sizes[2]
     given = [
-        grown(value, 2, total + 6, value.device) if port.role == "past" else value
+        grown(value, 2, total + 6, value.device) if port.role == "past"
+        else torch.nn.functional.pad(value, (0, further)) if port.name == "attention_mask" else value
         for port, value in zip(graph.inputs, inputs, strict=True)
-    ]
+    ]  # fmt: skip
+    given.append(torch.tensor([sizes[2]]))
     with torch.no_grad():
         (logits,), (wanted, *presents) = Decomposed(joined, "auto", device="cuda").eval()(*given), graph.module(*inputs)
     assert relative(logits, wanted) < (4e-3 if dtype == torch.float16 else 1e-5)
-    held = [value for port, value in zip(graph.inputs, given, strict=True) if port.role == "past"]
+    held = [value for port, value in zip(joined.inputs, given, strict=True) if port.role == "past"]
     assert max(relative(one[:, :, :total], other) for one, other in zip(held, presents, strict=True)) < 4e-3
 
 
@@ -281,28 +313,27 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     """What torch exports: branches that sizes decide, with the kernels' operators in one and torch's in the other."""
     joined = joined_linears(mixture)
     if caches == "shared":
-        write_in_place(joined)
+        write_in_place(joined, started=True)
     spelt = Decomposed(joined, "auto", device="cuda").eval()
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
-        for port in mixture.inputs
+        for port in joined.inputs
     )
-    example = tuple(joined.example[port.name] for port in mixture.inputs)
+    example = tuple(joined.example[port.name] for port in joined.inputs)
 
     def rows(x: Tensor, index: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((1, x.shape[0] * rest[4], weight.shape[1]), dtype=torch.float32)
 
-    def parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (16, q.shape[0], q.shape[2], q.shape[1])
-        return tuple(q.new_empty(size, dtype=torch.float32) for size in ((*shape, v.shape[3]), shape, shape))  # type: ignore[return-value]
-
     def appending(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         grown = (torch.cat([old, new], 2) for old, new in ((k, k_new), (v, v_new)))
-        return *parts(q, k, v, *rest), *grown
+        return whole(q, k, v), *grown
 
-    def append(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, past: int) -> None:
+    def append(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, start: Tensor, room: int) -> None:
         for buffer, new in ((k, k_new), (v, v_new)):
-            buffer.narrow(2, past, new.shape[2]).copy_(new)
+            buffer.index_copy_(2, start + torch.arange(new.shape[2]), new)
+
+    def turned(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(x)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
@@ -310,9 +341,10 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
     monkeypatch.setattr(rows_of, "few_rows", rows)
     monkeypatch.setattr(attention_of, "attend_appending", appending)
-    monkeypatch.setattr(attention_of, "attend_in_parts", parts)
+    monkeypatch.setattr(attention_of, "attend_in_parts", whole)
     monkeypatch.setattr(attention_of, "append_in_place", append)
     monkeypatch.setattr(attention_of, "attend_whole", whole)
+    monkeypatch.setattr(rotary_of, "cos_sin", turned)
     with torch.no_grad():
         program = torch.export.export(spelt, example, dynamic_shapes=(shapes,), strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

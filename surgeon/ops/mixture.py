@@ -317,5 +317,7 @@ def moe_grouped(
     """
     groups = sort_by_expert(index, w_in.shape[0], True)
     hidden = inner_activation(grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
-    rows = grouped_linear(hidden, w_out, b_out, groups)[torch.argsort(groups.order)]
+    place = torch.arange(groups.order.shape[0], device=x.device)
+    sorted_place = torch.empty_like(place).scatter(0, groups.order, place)  # of each pair; sorting again would take longer
+    rows = grouped_linear(hidden, w_out, b_out, groups)[sorted_place]
     return (rows.view(*index.shape, -1) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
