@@ -237,6 +237,22 @@ def test_weights_follow_the_library_that_was_compiled_without_them(tmp_path: Pat
         apart.write(tmp_path / "without.pt2", tmp_path / "after.pt2")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere torch is imported to find what a library needs")
+def test_vector_instructions_are_tried_out_without_importing_torch(tmp_path: Path) -> None:
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    before = VecISA._avx_py_load
+    with _aot_repairs.vectors_found_quickly():
+        program = VecISA._avx_py_load + '\nimport sys\nassert "torch" not in sys.modules\n'
+    assert VecISA._avx_py_load == before
+    found = []
+    for path in (library, tmp_path / "missing.so"):
+        command = [sys.executable, "-c", program.replace("__lib_path__", str(path))]
+        found.append(subprocess.run(command, capture_output=True, check=False, cwd=tmp_path).returncode)
+    assert found == [0, 1]
+
+
 @pytest.mark.slow
 def test_large_weights_are_written_into_the_package_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
