@@ -30,6 +30,8 @@ def compilable(device: str = "cpu") -> Iterator[None]:
         stack.enter_context(_sizes_of_branches_named_once())
         if device == "cuda":
             stack.enter_context(_no_vectors_on_the_cpu())
+        else:
+            stack.enter_context(vectors_found_quickly())
         if torch.__version__ < "2.13":  # compared as versions are
             for repair in (_bounds_behind_indices, _eight_bit_floats_declared, _grouped_products_called):
                 stack.enter_context(repair())
@@ -91,6 +93,27 @@ def _no_vectors_on_the_cpu() -> Iterator[None]:
         _replaced(cpu_vec_isa, "valid_vec_isa_list", lambda _: list),
         _replaced(codecache, "get_device_information", silent),
     ):
+        yield
+
+
+@contextmanager
+def vectors_found_quickly() -> Iterator[None]:
+    """Load the libraries that try out vector instructions without importing torch for each, as newer versions do.
+
+    Versions before 2.13 start up to ten programs one after the other, once per process that compiles or opens a package.
+    """
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    if torch.__version__ >= "2.13" or not sys.platform.startswith("linux"):
+        yield
+        return
+    linked = Path(torch.__file__).parent / "lib" / "libtorch.so"
+
+    def quick(before: str) -> str:
+        loads = f"from ctypes import CDLL\ntry:\n    CDLL({str(linked)!r})\n    CDLL('__lib_path__')\nexcept OSError:\n"
+        return loads + "".join(f"    {line}\n" for line in before.splitlines())  # what it does not load is tried as before
+
+    with _replaced(VecISA, "_avx_py_load", quick):
         yield
 
 
@@ -177,7 +200,7 @@ def _grouped_products_called() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, repaired: Callable[[Any], Any]) -> Iterator[None]:
-    """A method of a class, or a function of a module, is within the context what ``repaired`` makes of it."""
+    """What a class or a module has under a name is within the context what ``repaired`` makes of it."""
     before = getattr(owner, name)
     setattr(owner, name, repaired(before))
     try:

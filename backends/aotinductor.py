@@ -110,6 +110,7 @@ class AotInductor(Backend):
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
         from surgeon.backends._aot_tiles import tile_codes
+        from surgeon.backends._aot_weights import weights_apart
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
@@ -129,13 +130,19 @@ class AotInductor(Backend):
             for port in here.inputs
         )
         try:
-            with torch.no_grad(), compilable(self.device), _own_files(), warnings.catch_warnings():
+            with torch.no_grad(), compilable(self.device), _own_files() as own, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of its own deprecated parts while it compiles
                 program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
                 program = program.run_decompositions({})
                 calls = [node for node in program.graph.nodes if node.op == "call_function"]
                 operators = Counter(str(getattr(node.target, "__name__", node.target)).split(".")[0] for node in calls)
-                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE))
+                with weights_apart(_LARGE) as apart:
+                    torch._inductor.aoti_compile_and_package(program, package_path=str(own / FILE))
+                if apart.storages:
+                    apart.write(own / FILE, folder / FILE)
+                    (own / FILE).unlink()
+                else:
+                    shutil.move(own / FILE, folder / FILE)
         except Exception as error:  # export, inductor and the compiler raise many unrelated classes
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise LowerError(f"aotinductor: torch cannot compile the graph: {reason}") from error
@@ -278,7 +285,10 @@ class AotInductorArtifact(Artifact):
             if self._package is None and self.device.type == "cuda":
                 self._package = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
             elif self._package is None:
-                self._package = torch._inductor.aoti_load_package(str(self.path)).loader
+                from surgeon.backends._aot_repairs import vectors_found_quickly
+
+                with vectors_found_quickly():  # torch compares them with those that the package was compiled for
+                    self._package = torch._inductor.aoti_load_package(str(self.path)).loader
             return self._package
 
     @contextmanager
@@ -289,7 +299,7 @@ class AotInductorArtifact(Artifact):
 
 
 @contextmanager
-def _own_files() -> Iterator[None]:
+def _own_files() -> Iterator[Path]:
     """Let inductor put what it compiles for one package into a folder of its own in its cache, and take the weights out after.
 
     It names files by what they compute: of two builds at a time that differ in their weights only, one would read the weights
@@ -302,7 +312,7 @@ def _own_files() -> Iterator[None]:
     own = Path(tempfile.mkdtemp(prefix="surgeon-", dir=cache_dir()))
     try:
         with config.patch({"aot_inductor.output_path": str(own)}):
-            yield
+            yield own
     finally:
         for file in own.rglob("*"):
             if file.is_file() and file.stat().st_size > _LARGE:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,13 @@ from pathlib import Path
 from threading import Lock
 from time import sleep
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
 
 import surgeon
-from surgeon.backends import _aot_repairs, aotinductor
+from surgeon.backends import _aot_repairs, _aot_weights, aotinductor
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
 from surgeon.errors import LowerError, RecipeError
 from surgeon.graph import Port, assign_tensor
@@ -207,6 +209,73 @@ def test_weights_do_not_stay_in_the_cache_of_the_compiler(tmp_path: Path, monkey
     assert folders[0] != folders[1]
     assert {path.name for folder in folders for path in folder.iterdir()} == {"small"}
     assert not config.aot_inductor.output_path
+
+
+def test_weights_follow_the_library_that_was_compiled_without_them(tmp_path: Path) -> None:
+    number, page = struct.pack("q", 1234567890123456789), _aot_weights._PAGE
+    code = (b"code" + struct.pack("q", 8) + number + b"code").ljust(page)
+    other = b"another".ljust(page) + number  # nothing in it says where it ends
+    with ZipFile(tmp_path / "before.pt2", "w") as package:
+        for name, content in (("model/a.json", b"{}"), ("model/kernel.so", other), ("model/wrapper.so", code + number)):
+            package.writestr(name, content)
+    weights = [torch.randn(3, 5), torch.arange(7, dtype=torch.int8), torch.empty(0), torch.randn(64).bfloat16()[:2]]
+    apart = _aot_weights.Apart(100)
+    assert not apart.taken(weights[:1])  # 60 bytes
+    assert apart.taken(weights)
+    apart.write(tmp_path / "before.pt2", tmp_path / "after.pt2")
+    with ZipFile(tmp_path / "after.pt2") as package:
+        assert package.testzip() is None
+        assert [package.read(name) for name in ("model/a.json", "model/kernel.so")] == [b"{}", other]
+        found = package.read("model/wrapper.so")
+    whole = [tensor.untyped_storage().tolist() for tensor in weights]
+    blob = b"".join(bytes(values).ljust(-(-len(values) // 64) * 64, b"\0") for values in whole)  # 64: as torch reads them
+    assert found[page:] == blob + number
+    assert found[:page] == code.replace(struct.pack("q", 8) + number, struct.pack("q", len(found) - page) + number)
+    with ZipFile(tmp_path / "without.pt2", "w") as package:
+        package.writestr("model/kernel.so", other)
+    with pytest.raises(RuntimeError, match="0 libraries"):
+        apart.write(tmp_path / "without.pt2", tmp_path / "after.pt2")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere torch is imported to find what a library needs")
+def test_vector_instructions_are_tried_out_without_importing_torch(tmp_path: Path) -> None:
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    before = VecISA._avx_py_load
+    with _aot_repairs.vectors_found_quickly():
+        program = VecISA._avx_py_load + '\nimport sys\nassert "torch" not in sys.modules\n'
+    assert VecISA._avx_py_load == before
+    found = []
+    for path in (library, tmp_path / "missing.so"):
+        command = [sys.executable, "-c", program.replace("__lib_path__", str(path))]
+        found.append(subprocess.run(command, capture_output=True, check=False, cwd=tmp_path).returncode)
+    assert found == [0, 1]
+
+
+@pytest.mark.slow
+def test_large_weights_are_written_into_the_package_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    written: list[int] = []
+    write = _aot_weights.Apart.write
+    monkeypatch.setattr(_aot_weights.Apart, "write", lambda apart, *paths: written.append(apart.nbytes) or write(apart, *paths))
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(2051, 2049), torch.nn.GELU(), torch.nn.Linear(2049, 16)).eval()
+    x = torch.randn(2, 2051)
+    (tmp_path / "out").mkdir()
+    artifact = make_backend("aotinductor").lower(surgeon.trace(module, {"input": x}), tmp_path / "out")
+    nbytes = sum(weight.nbytes for weight in module.parameters())
+    assert written == [nbytes + 52 + 60]  # the first two are filled up to multiples of 64
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.pt2"]
+    assert max(path.stat().st_size for path in cache.glob("surgeon-*/**/*") if path.is_file()) < nbytes / 4
+    with torch.no_grad():
+        expected = module(x)
+    (found,) = artifact.run({artifact.inputs[0].name: x}).values()
+    assert relative(found, expected) < 1e-5
+    assert alone(artifact.path, [x], expected) < 1e-5
+    with ZipFile(artifact.path) as package:
+        assert package.testzip() is None
 
 
 def test_a_package_for_cuda_is_opened_for_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
