@@ -46,7 +46,8 @@ class Recorded(TorchDispatchMode):
         self.replays += 1
         for func, args, kwargs, out in self.calls:
             found = func(*args, **kwargs)
-            for old, new in zip(*(value if isinstance(value, tuple | list) else (value,) for value in (out, found)), strict=True):
+            several = [value if isinstance(value, tuple | list) else (value,) for value in (out, found)]
+            for old, new in zip(*several, strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.set_(new)  # whatever read the first result reads this one
 
