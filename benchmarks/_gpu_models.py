@@ -82,10 +82,10 @@ def prepared(shape: Shape, variant: str) -> Any:
 
 
 def probes(ports: Any, shape: Shape) -> list[dict[str, torch.Tensor]]:
-    """Inputs that go through every branch of an artefact: one new token behind a past, and many without one."""
+    """Inputs that go through every branch of an artefact: one new token of each row behind a past, and many without one."""
     from surgeon.bench import Case, inputs_for
 
-    cases = (Case("decode", 2, shape.group + 1), Case("prefill", 1, 80))
+    cases = (Case("decode", 16, shape.group + 1), Case("prefill", 1, 80))
     made = [inputs_for(ports, case, {"input_ids": [0, shape.vocabulary - 1]}) for case in cases]
     return [{name: value.to(shape.device) for name, value in inputs.items()} for inputs in made]
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from _gpu_floor import Cell, Shape, cells, floor_bytes
+from torch import Tensor
 
 PEERS = ("eager", "torch.compile")
 TARGETS = {"floor": 1.3, "compound_speed": 6.05, "compound_memory": 0.23}
 WRONG = 0.1
-"""Relative error of logits from which on they are wrong, not rounded otherwise: such a cell has no time."""
+"""Relative error from which on the logits of a token are not those of the graph rounded otherwise."""
+FLIPPED = 0.25
+"""Share of such tokens from which on a phase is wrong, and its cells have no time.
+
+Fewer are rounding too: experts of random weights have nearly equal scores for some tokens, and which of them is chosen depends
+on the last place.  Between this graph in bfloat16 and in float32 (four layers of a quarter of the width, 96 tokens) up to 6 % of
+the tokens differ by more than ``WRONG``, the others by 0.015.
+"""
 
 
 def stored_as(variant: str) -> str:
@@ -24,12 +32,18 @@ def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
     return f"{variant:14}{runtime:16}" + "".join(f"{figure:>14}" for figure in figures) + f"{found['bytes'] / 1e9:>10.2f} GB"
 
 
-def wrong_cells(shape: Shape, errors: list[float]) -> dict[Cell, str]:
-    """The cells whose phase gave wrong logits, and how wrong; ``errors`` are those of the probes, decoding and prefill."""
-    found = dict(zip(("decode", "prefill"), errors, strict=False))
+def wrong_tokens(found: Tensor, wanted: Tensor) -> float:
+    """Share of the tokens whose logits [..., vocabulary] differ by more than ``WRONG`` of their norm, or are no numbers."""
+    errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return 1.0 - float((errors < WRONG).float().mean())
+
+
+def wrong_cells(shape: Shape, shares: list[float]) -> dict[Cell, str]:
+    """The cells whose phase gave wrong logits, and how wrong; ``shares`` of wrong tokens of the probes, decoding and prefill."""
+    found = dict(zip(("decode", "prefill"), shares, strict=False))
     return {
-        cell: f"its logits are wrong: they differ from the graph's by {found[cell.phase]:.2g} of their norm"
-        for cell in cells(shape) if not found.get(cell.phase, 0.0) < WRONG
+        cell: f"its logits are wrong: those of {found[cell.phase]:.0%} of the tokens differ from the graph's"
+        for cell in cells(shape) if not found.get(cell.phase, 0.0) < FLIPPED
     }  # fmt: skip
 
 
@@ -56,7 +70,9 @@ def print_table(shape: Shape, results: dict[str, Any]) -> None:
             print(line(variant, runtime, found))
             if errors := found.get("relative_errors"):
                 listed = ", ".join(f"{error:.1e}" for error in errors)
-                print(f"{'':30}logits against the graph (decode, prefill): relative errors {listed}")
+                shares = ", ".join(f"{share:.0%}" for share in found.get("wrong_tokens", []))
+                beyond = f"; tokens beyond {WRONG}: {shares}" if shares else ""
+                print(f"{'':30}logits against the graph (decode, prefill): relative errors {listed}{beyond}")
             for cell in found["cells"]:
                 if "problem" in cell:
                     print(f"{'':30}{cell['phase']} b{cell['batch']}: {cell['problem']}")

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from _gpu_floor import Shape
 from _gpu_models import VARIANTS, artifact_runs, build, module_runs, probes
-from _gpu_report import PEERS, add_floors, line, print_table, stored_as, wrong_cells
+from _gpu_report import PEERS, add_floors, line, print_table, stored_as, wrong_cells, wrong_tokens
 
 from surgeon.environment import version_of
 
@@ -101,10 +101,11 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
             found = [next(iter(artifact.run(inputs).values())).float().cpu() for inputs in probes(artifact.inputs, shape)]
             pairs = list(zip(found, facts.pop("wanted"), strict=True))
             facts["relative_errors"] = [float((a - b).norm() / b.norm()) for a, b in pairs]
+            facts["wrong_tokens"] = [wrong_tokens(a, b) for a, b in pairs]
             facts["same_tokens"] = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
         else:
             runs, size = module_runs(shape, variant, compiled=runtime == "torch.compile")
-        problems = wrong_cells(shape, facts.get("relative_errors", []))
+        problems = wrong_cells(shape, facts.get("wrong_tokens", []))
         for cell, run in runs.items():
             if cell in problems:
                 continue

@@ -62,11 +62,20 @@ def test_all_weights_are_those_of_the_model(gpu: Any, models: Any, floor: Any) -
 
 def test_wrong_logits_have_no_time(floor: Any, report: Any) -> None:
     assert report.wrong_cells(floor.Shape(), []) == {}
-    assert report.wrong_cells(floor.Shape(), [0.02, 0.05]) == {}
-    wrong = report.wrong_cells(floor.Shape(), [0.02, 1.4])
+    assert report.wrong_cells(floor.Shape(), [0.0, 0.06]) == {}
+    wrong = report.wrong_cells(floor.Shape(), [0.02, 0.4])
     assert [cell.phase for cell in wrong] == ["prefill"]
-    assert "differ from the graph's by 1.4" in next(iter(wrong.values()))
-    assert [cell.batch for cell in report.wrong_cells(floor.Shape(), [float("nan"), 0.0])] == [1, 16]
+    assert "those of 40% of the tokens differ from the graph's" in next(iter(wrong.values()))
+    assert [cell.batch for cell in report.wrong_cells(floor.Shape(), [1.0, 0.0])] == [1, 16]
+
+
+def test_a_token_is_wrong_by_its_own_logits(report: Any) -> None:
+    wanted = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(0))
+    found = wanted + 0.01 * wanted.flip(-1)
+    assert report.wrong_tokens(found, wanted) == 0.0
+    found[0, :3] = wanted[1, :3]  # other tokens', as where another expert was chosen
+    found[1, 0, 7] = torch.nan
+    assert report.wrong_tokens(found, wanted) == pytest.approx(4 / 16)
 
 
 def test_experts_hit_agree_with_drawing(floor: Any) -> None:
