@@ -58,8 +58,7 @@ def _by_size(graph: Graph) -> list[tuple[fx.Node, str]]:
     """What depends on the number of past positions by the size of a cache, otherwise than adding it to positions."""
     nodes = graph.module.graph
     pasts = {past: port.shape.index(PAST) for port, past, _, _ in _caches(graph)}
-    mask = next(node for node in nodes.find_nodes(op="placeholder") if node.name == MASK)
-    total = mask.meta["val"].shape[1]
+    total = _expression(_placed(graph)[MASK].meta["val"].shape[1])
     sizes = [
         node for node in nodes.find_nodes(op="call_function", target=aten.sym_size.int)
         if node.args[0] in pasts and node.args[1] in (axis := pasts[node.args[0]], axis - node.args[0].meta["val"].dim())
@@ -70,7 +69,7 @@ def _by_size(graph: Graph) -> list[tuple[fx.Node, str]]:
         for user in size.users:
             value = user.meta.get("val")
             if not isinstance(value, Tensor):
-                if user not in seen and not (isinstance(value, torch.SymInt) and bool(value == total)):
+                if user not in seen and _expression(value) != total:
                     seen.add(user)
                     sizes.append(user)
             elif user.target is not aten.add.Tensor or user.args[1] is not size or user.kwargs:
@@ -79,6 +78,15 @@ def _by_size(graph: Graph) -> list[tuple[fx.Node, str]]:
         if len(node.args) > 4 and node.args[4]:
             found.append((node, "it hides later positions by the sizes of its inputs; a buffer has another size"))
     return found
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _placed(graph: Graph) -> dict[str, fx.Node]:
+    """Its inputs by name."""
+    return dict(zip((port.name for port in graph.inputs), graph.module.graph.find_nodes(op="placeholder"), strict=True))
 
 
 def _caches(graph: Graph) -> list[tuple[Port, fx.Node, fx.Node, str]]:
@@ -110,7 +118,7 @@ def write_in_place(graph: Graph, started: bool = False) -> None:
     """
     nodes = graph.module.graph
     caches = _caches(graph)
-    inputs = dict(zip((port.name for port in graph.inputs), nodes.find_nodes(op="placeholder"), strict=True))
+    inputs = _placed(graph)
     with nodes.inserting_after(list(inputs.values())[-1]):
         total = nodes.call_function(aten.sym_size.int, (inputs[MASK], 1))
     with nodes.inserting_after(total):
@@ -120,7 +128,7 @@ def write_in_place(graph: Graph, started: bool = False) -> None:
     _hold(nodes, length, operator.ge, 0, f"{MASK} covers fewer positions than {TOKENS} has")
     begin: fx.Node = length
     if started:
-        begin = _add_start(graph, list(inputs.values())[-1])
+        begin = _add_start(graph, inputs)
     for port, past, present, _ in caches:
         axis = port.shape.index(PAST)
         with nodes.inserting_after(length):
@@ -147,13 +155,12 @@ def write_in_place(graph: Graph, started: bool = False) -> None:
     graph.module.recompile()
 
 
-def _add_start(graph: Graph, behind: fx.Node) -> fx.Node:
-    """The input that says how many positions are in the past."""
+def _add_start(graph: Graph, inputs: Mapping[str, fx.Node]) -> fx.Node:
+    """The input that says how many positions are in the past, behind the others."""
     nodes = graph.module.graph
-    with nodes.inserting_after(behind):
+    with nodes.inserting_after(list(inputs.values())[-1]):
         node = nodes.placeholder(START)
-    tokens = next(placed for placed in nodes.find_nodes(op="placeholder") if placed.name == TOKENS)
-    node.meta["val"] = tokens.meta["val"].new_empty((1,))
+    node.meta["val"] = inputs[TOKENS].meta["val"].new_empty((1,))
     graph.inputs = (*graph.inputs, Port(START, torch.int64, (1,)))
     mask, new = graph.example[MASK], graph.example[TOKENS].shape[1]
     graph.example[START] = torch.tensor([mask.shape[1] - new], device=mask.device)

@@ -247,18 +247,11 @@ class AotInductorArtifact(Artifact):
         stepping = buffers is not None and buffers.fit(inputs)
         checked = inputs if stepping else self._check(inputs if buffers is None else buffers.as_pasts(inputs))
         held = {} if buffers is None else buffers.given(inputs, checked, device)
-        try:
-            # The package was compiled for tensors without gaps and would read others wrongly, without a word.
-            given = [
-                held[port.name] if port.name in held else _in_place(checked[port.name], device) for port in self.inputs
-            ]
-            if buffers is not None and device.type == "cuda":
-                given.append(shared.start_of(checked, device))
-            results = self._call(given)
-        except RuntimeError as error:
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-            reason = next(iter(str(error).strip().splitlines()), "")
-            raise LowerError(f"{self.path}: the package failed on inputs {shapes}: {reason}") from error
+        # The package was compiled for tensors without gaps and would read others wrongly, without a word.
+        given = [held[port.name] if port.name in held else _in_place(checked[port.name], device) for port in self.inputs]
+        if buffers is not None and device.type == "cuda":
+            given.append(shared.start_of(checked, device))
+        results = self._call(given)
         computed = [port.name for port in self.outputs if buffers is None or port.role != PRESENT]
         found = dict(zip(computed, results, strict=True))
         if buffers is not None:  # what was written is what would be returned
@@ -267,11 +260,25 @@ class AotInductorArtifact(Artifact):
         return {port.name: found[port.name] for port in wanted}
 
     def _call(self, given: list[Tensor]) -> list[Tensor]:
-        """The package's outputs; ``given`` is in the order of its inputs, contiguous and on its device."""
+        """The package's outputs.
+
+        Args:
+            given: in the order of its inputs, contiguous and on its device.
+
+        Raises:
+            LowerError: the package fails.
+        """
         package = self._opened()
-        with torch.no_grad(), self._lock if self.device.type == "cuda" else nullcontext():
-            # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
-            results: list[Tensor] = package.boxed_run(given)
+        shapes = [tensor.shape for tensor in given]  # the package empties the list
+        try:
+            with torch.no_grad(), self._lock if self.device.type == "cuda" else nullcontext():
+                # What calling the package does after it has read the structure of inputs and outputs, which are flat, anew.
+                results: list[Tensor] = package.boxed_run(given)
+        except RuntimeError as error:
+            named = zip((port.name for port in self.inputs), shapes, strict=False)
+            listed = ", ".join(f"{name} {list(shape)}" for name, shape in named)
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise LowerError(f"{self.path}: the package failed on inputs {listed}: {reason}") from error
         return results
 
     def _opened(self) -> Any:

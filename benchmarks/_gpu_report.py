@@ -14,9 +14,9 @@ WRONG = 0.1
 FLIPPED = 0.25
 """Share of such tokens from which on a phase is wrong, and its cells have no time.
 
-Fewer are rounding too: experts of random weights have nearly equal scores for some tokens, and which of them is chosen depends
-on the last place.  Between this graph in bfloat16 and in float32 (four layers of a quarter of the width, 96 tokens) up to 6 % of
-the tokens differ by more than ``WRONG``, the others by 0.015.
+Fewer are rounding too: experts of random weights have nearly equal scores for some tokens, and which of them is chosen
+depends on the last place.  Between this graph in bfloat16 and in float32 (four layers of a quarter of the width, 96 tokens) up
+to 6 % of the tokens differ by more than ``WRONG``, the others by 0.015.
 """
 
 
@@ -39,7 +39,7 @@ def wrong_tokens(found: Tensor, wanted: Tensor) -> float:
 
 
 def wrong_cells(shape: Shape, shares: list[float]) -> dict[Cell, str]:
-    """The cells whose phase gave wrong logits, and how wrong; ``shares`` of wrong tokens of the probes, decoding and prefill."""
+    """The cells whose phase gave wrong logits, and how wrong; ``shares`` of wrong tokens: of decoding and prefill."""
     found = dict(zip(("decode", "prefill"), shares, strict=False))
     return {
         cell: f"its logits are wrong: those of {found[cell.phase]:.0%} of the tokens differ from the graph's"

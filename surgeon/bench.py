@@ -169,11 +169,15 @@ class ArtifactCandidate(Candidate):
 
 
 class EagerCandidate(Candidate):
-    """The source model in eager torch, on the inputs of an artefact."""
+    """The source model in eager torch, on the inputs of an artefact and where that runs."""
 
-    def __init__(self, source: LoadedSource, ports: Sequence[Port], ranges: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, source: LoadedSource, ports: Sequence[Port], ranges: Mapping[str, Sequence[int]],
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.name = "eager torch"
-        self.module: Any = source.module
+        self.device = device
+        self.module: Any = source.module.to(device)
         self.nbytes = sum({t.data_ptr(): t.nbytes for t in source.module.parameters()}.values())
         self.ports = [port for port in ports if PAST not in port.shape]
         self.ranges = dict(ranges)
@@ -184,14 +188,13 @@ class EagerCandidate(Candidate):
 
     def prepare(self, case: Case) -> Callable[[], object]:
         """See :class:`Candidate`; a cache is cut back to its length after every step of decoding."""
-        inputs = {name: value for name, value in inputs_for(self.ports, case, self.ranges).items() if name in self.taken}
+        inputs = self._inputs(case)
         plain = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in self.taken}
         if case.phase == "prefill" and self.has_caches:
             return lambda: _finished(self.module(**inputs, **{**plain, "use_cache": True}))
         if case.phase != "decode":
             return lambda: _finished(self.module(**inputs, **plain))
-        start = inputs_for(self.ports, Case("prefill", case.batch, case.sequence), self.ranges)
-        start = {name: value for name, value in start.items() if name in self.taken}
+        start = self._inputs(Case("prefill", case.batch, case.sequence))
         cache = self.module(**start, **{**plain, "use_cache": True})[self.cache]
         if not hasattr(cache, "crop"):
             raise LowerError(f"its cache, a {type(cache).__name__}, cannot be cut back to one length")
@@ -201,6 +204,10 @@ class EagerCandidate(Candidate):
             cache.crop(-1)
 
         return step
+
+    def _inputs(self, case: Case) -> dict[str, Tensor]:
+        found = inputs_for(self.ports, case, self.ranges)
+        return {name: value.to(self.device) for name, value in found.items() if name in self.taken}
 
     def threads(self, count: int) -> AbstractContextManager[None]:
         """See :class:`Candidate`."""
@@ -295,7 +302,9 @@ def bench_artifacts(
             with step("loading the model"):
                 source = load_source(against)
             stack.enter_context(calling(source.module))
-            candidates.insert(0, EagerCandidate(source, opened[0].artifact.inputs, opened[0].ranges))
+            first = opened[0].artifact
+            device = "cpu" if first.unavailable else first.device
+            candidates.insert(0, EagerCandidate(source, first.inputs, opened[0].ranges, device))
         return bench(
             candidates, batches=batches, sequences=sequences, threads=threads, seconds=seconds,
             progress=lambda case: step(f"{case.phase}, batch {case.batch}, length {case.sequence}"),

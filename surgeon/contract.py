@@ -340,7 +340,8 @@ class Artifact(abc.ABC):
 
     def stepping(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
         """What computes one step on these inputs whenever it is called, as a generation would: for timing."""
-        return lambda: self.run(inputs)
+        given = {name: value.to(self.device) for name, value in inputs.items()}
+        return lambda: self.run(given)
 
     def decoder(self) -> Decoder:
         """Start generating a text with an artefact that has caches; see :mod:`surgeon.generation`.

@@ -158,3 +158,11 @@ def test_a_step_may_be_another_than_the_next(graph: Graph, monkeypatch: pytest.M
         driven.decoder(following)
         driven.decoder(step)
     torch.testing.assert_close(driven.decoder(step), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_depends_on_the_length_of_a_cache_is_refused() -> None:
+    """A bias that is cut from the end of a table by the number of cached positions."""
+    graph = surgeon.trace(causal("mpt"), task="text-generation")
+    assert shared.refusals(graph) == []
+    reasons = {refusal.reason for refusal in shared.refusals(graph, started=True)}
+    assert reasons == {"aten.slice.Tensor depends on the number of cached positions by the size of a cache"}
