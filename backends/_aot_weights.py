@@ -81,17 +81,19 @@ class Apart:
                 following = ahead.submit(next, chunks, None)
                 yield chunk
 
+    def fit(self, package: Path) -> bool:
+        """Whether a package that was compiled without weights has one library that expects them behind its end."""
+        with ZipFile(package) as source:
+            libraries = (source.read(name) for name in source.namelist() if name.endswith(".so"))
+            return sum(_with_room(library, self.nbytes) is not None for library in libraries) == 1
+
     def write(self, package: Path, target: Path) -> None:
         """Copy a package, with the weights where its library expects them.
 
         Args:
-            package: compiled without weights.
+            package: compiled without weights; they :meth:`fit` it.
             target: written.
-
-        Raises:
-            RuntimeError: the package has no library that can be given weights.
         """
-        given = 0
         with ZipFile(package) as source, ZipFile(target, "w") as complete:
             for name in source.namelist():
                 data = source.read(name)
@@ -102,13 +104,10 @@ class Apart:
                     if made is None:
                         stream.write(data)
                         continue
-                    given += 1
                     stream.write(made)
                     for chunk in self.chunks():
                         stream.write(chunk)
                     stream.write(data[-_NUMBER.size :])
-        if given != 1:
-            raise RuntimeError(f"{given} libraries in the package of torch {torch.__version__} expect weights, not 1")
 
 
 _APART: ContextVar[Apart | None] = ContextVar("weights of the package that is compiled", default=None)

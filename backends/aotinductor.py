@@ -110,7 +110,6 @@ class AotInductor(Backend):
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
         from surgeon.backends._aot_tiles import tile_codes
-        from surgeon.backends._aot_weights import weights_apart
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
         here = placed(joined_linears(lowered.graph), self.device) if self.device != "cpu" else lowered.graph
@@ -136,13 +135,7 @@ class AotInductor(Backend):
                 program = program.run_decompositions({})
                 calls = [node for node in program.graph.nodes if node.op == "call_function"]
                 operators = Counter(str(getattr(node.target, "__name__", node.target)).split(".")[0] for node in calls)
-                with weights_apart(_LARGE) as apart:
-                    torch._inductor.aoti_compile_and_package(program, package_path=str(own / FILE))
-                if apart.storages:
-                    apart.write(own / FILE, folder / FILE)
-                    (own / FILE).unlink()
-                else:
-                    shutil.move(own / FILE, folder / FILE)
+                _write_package(program, own / FILE, folder / FILE)
         except Exception as error:  # export, inductor and the compiler raise many unrelated classes
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise LowerError(f"aotinductor: torch cannot compile the graph: {reason}") from error
@@ -303,6 +296,27 @@ class AotInductorArtifact(Artifact):
         """Run on ``count`` threads within the context."""
         with pinned_threads(count):
             yield
+
+
+def _write_package(program: Any, beside: Path, target: Path) -> None:
+    """Compile a program into a package.
+
+    Args:
+        program: exported, decomposed.
+        beside: where a file may lie meanwhile.
+        target: the package.
+    """
+    from surgeon.backends._aot_weights import weights_apart
+
+    with weights_apart(_LARGE) as apart:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(beside))
+    if apart.storages and apart.fit(beside):
+        apart.write(beside, target)
+        beside.unlink()
+        return
+    if apart.storages:  # a library of another make: as torch writes it, then
+        torch._inductor.aoti_compile_and_package(program, package_path=str(beside))
+    shutil.move(beside, target)
 
 
 @contextmanager

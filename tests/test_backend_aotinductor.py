@@ -233,8 +233,7 @@ def test_weights_follow_the_library_that_was_compiled_without_them(tmp_path: Pat
     assert found[:page] == code.replace(struct.pack("q", 8) + number, struct.pack("q", len(found) - page) + number)
     with ZipFile(tmp_path / "without.pt2", "w") as package:
         package.writestr("model/kernel.so", other)
-    with pytest.raises(RuntimeError, match="0 libraries"):
-        apart.write(tmp_path / "without.pt2", tmp_path / "after.pt2")
+    assert [apart.fit(tmp_path / f"{name}.pt2") for name in ("before", "without")] == [True, False]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere torch is imported to find what a library needs")
@@ -276,6 +275,22 @@ def test_large_weights_are_written_into_the_package_only(tmp_path: Path, monkeyp
     assert alone(artifact.path, [x], expected) < 1e-5
     with ZipFile(artifact.path) as package:
         assert package.testzip() is None
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_library_of_another_make_gets_its_weights_from_torch(
+    fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aotinductor, "_LARGE", 100)
+    if not fits:
+        monkeypatch.setattr(_aot_weights, "_with_room", lambda library, count: None)
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(33, 17), torch.randn(2, 33)
+    artifact = make_backend("aotinductor").lower(surgeon.trace(module, {"input": x}), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    (found,) = artifact.run({artifact.inputs[0].name: x}).values()
+    with torch.no_grad():
+        assert relative(found, module(x)) < 1e-6
 
 
 def test_a_package_for_cuda_is_opened_for_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
