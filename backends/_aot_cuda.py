@@ -54,7 +54,7 @@ def _parts(weight: Tensor | QuantizedTensor) -> tuple[list[Tensor | None], tuple
     """Tensors of a weight (itself, or codes, scales and zero points), and bits and group (0 and 1 for none)."""
     if isinstance(weight, QuantizedTensor):
         return [weight.packed, weight.scale, weight.zero_point], (weight.bits, weight.group)
-    return [weight, None, None], (0, 1)
+    return [weight.contiguous(), None, None], (0, 1)
 
 
 def _whole(parts: tuple[Any, ...], like: Tensor | QuantizedTensor) -> Tensor:

@@ -287,7 +287,10 @@ def _experts(
 
 
 def placed(graph: Graph, device: str) -> Graph:
-    """A copy of the graph that computes on another device: its tensors are copied there, and new ones are made there."""
+    """A copy of the graph that computes on another device: its tensors are copied there, and new ones are made there.
+
+    They are contiguous there, as kernels read them: a model may hold stacks of experts transposed.
+    """
     copy = graph.clone()
     for node in copy.module.graph.nodes:
         if "device" in node.kwargs:
@@ -296,5 +299,5 @@ def placed(graph: Graph, device: str) -> Graph:
     moved: dict[Tensor, Tensor] = {}  # tensors under several names stay one
     named = (copy.module.named_parameters, copy.module.named_buffers)
     for name, tensor in [entry for each in named for entry in each(remove_duplicate=False)]:
-        assign_tensor(copy.module, name, moved.setdefault(tensor, tensor.detach().to(device)))
+        assign_tensor(copy.module, name, moved.setdefault(tensor, tensor.detach().to(device).contiguous()))
     return copy

@@ -16,7 +16,7 @@ from torch import Tensor
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.backends._aot_joined import joined_linears
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
-from surgeon.backends._aot_shared import grown, write_in_place
+from surgeon.backends._aot_shared import grown, refusals, write_in_place
 from surgeon.backends._aot_tiles import TiledTensor, tile_codes
 from surgeon.data import load_data
 from surgeon.discovery import discover
@@ -26,6 +26,7 @@ from surgeon.ops.attention import attend
 from surgeon.pipeline import operate
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
+from tests.causal import causal
 
 rows_of = pytest.importorskip("surgeon.backends._cuda_rows", reason="Triton is for Linux")
 rotary_of = pytest.importorskip("surgeon.backends._cuda_rotary", reason="Triton is for Linux")
@@ -361,3 +362,28 @@ def test_a_copy_for_a_device_leaves_the_graph_alone(mixture: Graph) -> None:
     made = [node for node in copy.module.graph.nodes if "device" in node.kwargs]
     assert made
     assert all(node.kwargs["device"] == torch.device("meta") for node in made)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", "gpt_neox", "phi3", "bloom", "falcon", "gemma3n", "gemma4", "llama4", "deepseek_v3", "bert", "mpt"]
+)
+def test_families_are_spelt_for_cuda(name: str) -> None:
+    """Windows, ALiBi, joined projections, shared and latent caches, experts in transposed stacks."""
+    from surgeon.tracing import trace
+
+    graph = trace(causal(name), task="text-generation")
+    lowered = placed(joined_linears(low_bit_kernels(graph, "cuda", convert=True).graph), "cpu")
+    shared = not refusals(graph, started=True)
+    assert shared == (name != "mpt")
+    if shared:
+        write_in_place(lowered, started=True)
+    spelt = Decomposed(lowered, "auto", device="cuda").eval()
+    for rows, new, past in ((2, 1, 9), (1, 24, 5)):
+        inputs = inputs_of(graph, rows, new, past)
+        given = [
+            grown(value, port.shape.index("past"), past + new + 3, value.device) if shared and port.role == "past" else value
+            for port, value in zip(graph.inputs, inputs, strict=True)
+        ]
+        with torch.no_grad():
+            found = spelt(*given, *([torch.tensor([past])] if shared else []))[0]
+            assert relative(found, graph.module(*inputs)[0]) < 1e-5
