@@ -32,10 +32,12 @@ Reads:
 Changes:
     Expert tensors, router rows and per-expert corrections are sliced; top-k stays.
 Errors:
-    PlanError where fewer than top-k experts would remain, where groups would not stay equal, where the router was not
-    recognised or its choice cannot be computed again without some experts, or on packed weights.
+    PlanError where fewer than top-k experts would remain, where groups would not stay equal, where keep lists more or fewer
+    numbers than there are mixtures, where the router was not recognised or its choice cannot be computed again without some
+    experts, or on packed weights.
 Example:
-    ``- drop_experts: {keep: 6}`` or ``- drop_experts: {ratio: 0.25, criterion: reconstruction, budget: global}``
+    ``- drop_experts: {keep: 6}``, ``- drop_experts: {keep: [6, 8, 4, 6]}`` or
+    ``- drop_experts: {ratio: 0.25, criterion: reconstruction, budget: global}``
 """
 
 from __future__ import annotations
@@ -89,8 +91,9 @@ class DropExperts(Pass[DropExpertsPlan]):
     name = "drop_experts"
     plan_type = DropExpertsPlan
 
-    keep: Annotated[int, Field(ge=1)] | None = None
-    """Experts to keep in each mixture (with budget global: on average); give this or ratio."""
+    keep: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Experts to keep in each mixture (with budget global: on average), one number or one for each selected mixture in turn;
+    give this or ratio."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the experts to remove from each mixture (with budget global: from all), rounded down; give this or keep."""
     criterion: Literal[
@@ -115,6 +118,8 @@ class DropExperts(Pass[DropExpertsPlan]):
     def _one_budget(self) -> DropExperts:
         if (self.keep is None) == (self.ratio is None):
             raise ValueError("give either keep or ratio")
+        if self.budget == "global" and isinstance(self.keep, list):
+            raise ValueError("keep: a number for each mixture leaves nothing to budget: global")
         return self
 
     # -- observing ----------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ class DropExperts(Pass[DropExpertsPlan]):
     def _least(self, graph: Graph, sites: list[Site[MoE]]) -> list[int]:
         """The smallest number of experts that each mixture may be left with."""
         found = []
-        for site in sites:
+        for site, keep in zip(sites, self._keeps(sites), strict=True):
             moe = site.part
             refuse_opaque(graph, site)
             reason = refuses_rerouting(moe) if self.criterion == "reconstruction" else None
@@ -175,16 +180,29 @@ class DropExperts(Pass[DropExpertsPlan]):
             if self.budget == "global":
                 found.append(fewest(moe))
                 continue
-            if self.keep is not None and self.keep > moe.experts:
-                raise PlanError(f"{site.name}: keep {self.keep} asked, the mixture has {moe.experts} experts")
-            found.append(self.keep if self.keep is not None else moe.experts - int((self.ratio or 0.0) * moe.experts))
-            refuse_budget(site.name, moe, found[-1])
+            if keep > moe.experts:
+                raise PlanError(f"{site.name}: keep {keep} asked, the mixture has {moe.experts} experts")
+            found.append(keep)
+            refuse_budget(site.name, moe, keep)
         return found
+
+    def _keeps(self, sites: list[Site[MoE]]) -> list[int]:
+        """How many experts each mixture is asked to keep."""
+        if self.keep is None:
+            return [site.part.experts - int((self.ratio or 0.0) * site.part.experts) for site in sites]
+        if not isinstance(self.keep, list):
+            return [self.keep] * len(sites)
+        if len(self.keep) != len(sites):
+            names = ", ".join(site.name for site in sites)
+            raise PlanError(
+                f"keep: found {len(self.keep)} numbers, needed one for each of {len(sites)} selected mixtures ({names})"
+            )
+        return self.keep
 
     def _shared_out(self, sites: list[Site[MoE]], rankings: list[Ranking | None]) -> list[int]:
         """How many experts each mixture keeps of a budget over all of them."""
         every = [site.part.experts for site in sites]
-        lost = int((self.ratio or 0.0) * sum(every)) if self.keep is None else sum(every) - self.keep * len(sites)
+        lost = int((self.ratio or 0.0) * sum(every)) if self.keep is None else sum(every) - sum(self._keeps(sites))
         floor = [fewest(site.part) for site in sites]
         remain = sum(every) - lost
         if not sum(floor) <= remain <= sum(every):

@@ -11,7 +11,7 @@ import torch
 from surgeon.caches import OPTIONAL
 from surgeon.contract import Artifact
 from surgeon.data import collate, tokenize_file, tokenizer_for
-from surgeon.evaluate import compare, is_language_model
+from surgeon.evaluate import Reading, compare
 from surgeon.graph import Graph
 from surgeon.latency import compare as compare_latency
 from surgeon.latency import pinned_threads
@@ -51,7 +51,7 @@ def evaluate_section(
             reference = [source.outputs(**batch) for batch in batches]
         figures = compare(
             reference, lambda **inputs: artifact.run_on_host(inputs), batches,
-            language_model=is_language_model(graph), real=True,
+            reading=Reading.of(graph), real=True,
         )  # fmt: skip
         report.quality |= {f"artifact_{name}": value for name, value in figures.items()}
     for size in section.latency:

@@ -1,7 +1,7 @@
 """Derivatives of the loss with respect to values inside a graph, on calibration data.
 
-The loss is the next-token cross entropy of a language model, summed over the tokens that are predicted.  Weights get no
-gradient: differentiation starts at the first value that is asked for.
+The loss is the next-token cross entropy of a causal language model, summed over the tokens that are predicted.  Weights
+get no gradient: differentiation starts at the first value that is asked for.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
+from surgeon.caches import TOKENS
 from surgeon.contract import Observer
 from surgeon.errors import ObserveError
-from surgeon.evaluate import is_language_model
+from surgeon.evaluate import predicted_tokens
 from surgeon.graph import Graph
 from surgeon.observe import Batch, Execution, observe
 
@@ -22,14 +23,14 @@ def observe_gradients(graph: Graph, batches: Iterable[Batch], observers: Mapping
     """Run the graph forward and backward over all batches, feeding observers whose ``gradient`` is set.
 
     Each gets the values of its nodes and then the derivative of the loss with respect to the last of them.  Models that
-    predict no next token have no loss here; their observers get the values alone.
+    predict no next token, or a decoder's behind an encoder, have no loss here; their observers get the values alone.
 
     Memory: every activation behind the first watched value, for one batch.
 
     Raises:
         ObserveError: there is no batch.
     """
-    if not is_language_model(graph):
+    if predicted_tokens(graph) != TOKENS:
         observe(graph, batches, observers)
         return
     watched = {node for observer in observers.values() for node in observer.nodes}

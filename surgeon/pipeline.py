@@ -22,7 +22,7 @@ from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
 from surgeon.errors import LowerError, ObserveError, RecipeError, SurgeonError, TraceError
-from surgeon.evaluate import Outputs, compare, is_language_model
+from surgeon.evaluate import Outputs, Reading, compare
 from surgeon.final_check import evaluate_section
 from surgeon.graph import Graph
 from surgeon.inspection import inspection
@@ -133,7 +133,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         # reference outputs, recorded once so that the source's weights can go as they are replaced
         with bars.step("reference outputs"), clock.phase("reference"):
             data = load_data(request.calibration, graph, request.tokenizer)
-            language_model = is_language_model(graph)
+            reading = Reading.of(graph)
             reference = _reference(graph, data)
             report = _new_report(request, graph, structure, data, source.notes)
 
@@ -158,9 +158,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 check_finite(step, previous, current)
                 exact = step.exact(plan)
                 divergence = {"exact_error": check_exact(step, previous, current)} if exact else {}
-                divergence |= compare(
-                    reference, _replay(current), data.held_back, language_model=language_model, real=data.real
-                )
+                divergence |= compare(reference, _replay(current), data.held_back, reading=reading, real=data.real)
             applied.append(plan)
             report.passes.append(
                 PassReport(
@@ -182,7 +180,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             del before, previous
 
         # thresholds on the result
-        quality = compare(reference, _replay(current), data.held_back, language_model=language_model, real=data.real)
+        quality = compare(reference, _replay(current), data.held_back, reading=reading, real=data.real)
         report.quality = quality
         check_thresholds(request.verify, quality)
         saved = SavedPlan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 import surgeon
 from surgeon.caches import CROSS, PAST, PRESENT
 from surgeon.cli import app
-from surgeon.errors import GenerateError, RewriteError
+from surgeon.errors import GenerateError, RewriteError, VerifyError
+from surgeon.evaluate import Reading
 from surgeon.generation import decoder_of, generate
 from surgeon.gradients import observe_gradients
 from surgeon.halves import halves
@@ -52,12 +54,13 @@ def assert_same(model: surgeon.Compiled, module: nn.Module, name: str, new: int 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 with a tokenizer."""
+    """A T5 with a tokenizer that pads on the right, as those of encoder-decoders do."""
     folder = tmp_path_factory.mktemp("model") / "t5"
     module: Any = conditional("t5", vocabulary=WORDS)
     module.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODELS / "tiny-llama" / file, folder / file)
+    shutil.copyfile(MODELS / "tiny-llama" / "tokenizer.json", folder / "tokenizer.json")
+    settings = json.loads((MODELS / "tiny-llama" / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "right"}))
     return folder
 
 
@@ -130,6 +133,86 @@ def test_the_mask_of_the_encoder_removes_rows_of_the_encoder_alone() -> None:
         assert [sample.tokens for sample in samples.values()] == [19, 19, 22, 22]
         observe_gradients(graph, [batch], gradients := {"0": GradientSample(ffns[0].input, ffns[0].down.node, limit=100)})
         assert gradients["0"].tokens == 19
+
+
+def divergence(source: Any, found: Any, rows: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
+    """KL in nats and share of equal choices per token, each row run by itself and without padding."""
+    nats, equal, tokens = 0.0, 0, 0
+    for row in rows:
+        with torch.no_grad():
+            p, q = (model(**row)["logits"][0].double().softmax(-1) for model in (source, found))
+        nats += float((p * (p / q).log()).sum())
+        equal += int((p.argmax(-1) == q.argmax(-1)).sum())
+        tokens += len(p)
+    return nats / tokens, equal / tokens
+
+
+LOSE_RANK: list[Any] = [{"low_rank": {"ratio": 0.5, "method": "svd", "names": "*.ffn.*"}}]
+
+
+@pytest.mark.parametrize("task", ["text-generation", "forward"])
+def test_divergence_counts_the_tokens_of_the_decoder(task: str) -> None:
+    """Of rows whose encoder and decoder have texts of other lengths, in batches of equal size."""
+    module: Any = conditional("t5")
+    texts = torch.randint(3, 60, (4, 3, 11), generator=torch.Generator().manual_seed(1))
+    texts[..., 0] = 0  # what the decoder starts from, and its padding
+    texts[:, 0, 4:] = 0
+    texts[:, 1, 9:] = 0
+    batches = [{**encoder_inputs("t5", 3, seed), "decoder_input_ids": texts[seed]} for seed in range(4)]
+    given: Any = {"inputs": batches[0], "task": task, "calibration": batches, "backend": None, "progress": False}
+    model = surgeon.compile(module, LOSE_RANK, verify={"max_kl": 10.0}, **given)
+    assert model.graph is not None
+    last, rows = batches[-1], []
+    for row, length in enumerate((4, 9, 11)):
+        kept = 11 - 3 * row
+        rows.append({name: last[name][row : row + 1, :kept] for name in ("input_ids", "attention_mask")})
+        rows[-1]["decoder_input_ids"] = last["decoder_input_ids"][row : row + 1, :length]
+    kl, agreement = divergence(module, model.graph, rows)
+    quality = model.report.quality
+    assert kl > 1e-3
+    assert quality["kl"] == pytest.approx(kl, rel=1e-3)
+    assert quality["top1_agreement"] == pytest.approx(agreement)
+    assert {"perplexity", "cosine_similarity"}.isdisjoint(quality)
+    limits = {"max_kl": kl / 2, "max_perplexity_ratio": 2.0}
+    with pytest.raises(VerifyError, match="max_kl: found .*; max_perplexity_ratio: this model has no such figure"):
+        surgeon.compile(module, LOSE_RANK, verify=limits, **given)
+
+
+def test_which_rows_of_a_decoder_are_padding() -> None:
+    ids = torch.tensor([[0, 5, 0, 6, 0, 0], [0, 0, 0, 0, 0, 0]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    reading = Reading("decoder_input_ids", frozenset({"logits"}), 0)
+    batch = {"input_ids": ids + 1, "attention_mask": mask, "decoder_input_ids": ids}
+    ends = [[True] * 4 + [False] * 2, [True] + [False] * 5]
+
+    def rows(output: str, batch: dict[str, torch.Tensor], reading: Reading = reading) -> Any:
+        found = reading.mask(output, batch)
+        return None if found is None else found.tolist()
+
+    assert rows("logits", batch) == ends
+    assert rows("encoder_last_hidden_state", batch) == mask.bool().tolist()
+    assert rows("logits", {**batch, "input_ids": ids}) == mask.bool().tolist()  # the same text
+    assert rows("logits", {**batch, "decoder_attention_mask": 1 - mask}) == (1 - mask).bool().tolist()
+    assert rows("logits", batch, Reading("decoder_input_ids", frozenset({"logits"}))) is None
+
+
+@pytest.mark.slow
+def test_an_artefact_is_compared_with_its_source_on_text(checkpoint: Path, tmp_path: Path) -> None:
+    lines = ["def main(self):", "return x", "for name in names: print(name, file=stream)"]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    model = surgeon.compile(
+        checkpoint, LOSE_RANK, output=tmp_path / "out", evaluate={"text": tmp_path / "text.txt", "latency": []}, progress=False
+    )
+    rows = []
+    for line in lines:
+        encoded = model.tokenizer(line, return_tensors="pt")
+        rows.append({name: encoded[name] for name in ("input_ids", "attention_mask")})
+        rows[-1]["decoder_input_ids"] = encoded["input_ids"]
+    kl, agreement = divergence(conditional("t5", vocabulary=WORDS), model, rows)
+    assert kl > 1e-3
+    assert model.report.quality["artifact_kl"] == pytest.approx(kl, rel=1e-2)
+    assert model.report.quality["artifact_top1_agreement"] == pytest.approx(agreement)
+    assert "artifact_perplexity" not in model.report.quality
 
 
 def test_dropping_a_block_drops_its_caches() -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typer.main import get_command
 import surgeon
 from surgeon import registry
 from surgeon.cli import app, main
-from surgeon.errors import PlanError
+from surgeon.errors import LowerError, PlanError
 from surgeon.recipe import load_recipe, parse_recipe
 from tests.models import inputs_for, tiny
 
@@ -41,12 +42,12 @@ def everywhere(language: str) -> list[Any]:
     ]
 
 
-# -- the worked example of CONTRIBUTING.md ------------------------------------------------------------------------------
+# -- the worked examples of CONTRIBUTING.md -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    (code,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    code, _ = blocks(ROOT / "CONTRIBUTING.md", "python")
     (tmp_path / "zero_weights.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("zero_weights")
@@ -109,6 +110,89 @@ def test_worked_example_refuses_quantized_weights(example: Any) -> None:
     steps = [{"quantize": {"scheme": "int8"}}, example.ZeroWeights(ratio=0.5)]
     with pytest.raises(PlanError, match=r"passes.1 \(zero_weights\): blocks\.0\..*put zero_weights before quantize"):
         surgeon.compile(module, steps, inputs=inputs, calibration=calibration("bert"), backend=None)
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An installed package that brings the worked backend; gives the backend's name."""
+    page = ROOT / "CONTRIBUTING.md"
+    _, code = blocks(page, "python")
+    ((group, entries),) = tomllib.loads(blocks(page, "toml")[0])["project"]["entry-points"].items()
+    ((name, value),) = entries.items()
+    site = tmp_path / "site"
+    info = site / "stranger-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / f"{value.partition(':')[0]}.py").write_text(code, encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(site)
+    yield name
+    sys.modules.pop(value.partition(":")[0], None)
+
+
+RUN_ALONE = """
+import sys, torch
+program, inputs, outputs = sys.argv[1:]
+given = torch.load(inputs)
+torch.save(list(torch.export.load(program).module()(*given)), outputs)
+assert not any(name.split(".")[0] in ("surgeon", "transformers") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "experts"), [("bert", "dense"), ("mixtral", "dense"), ("mixtral", "gathered")])
+def test_worked_backend_equals_its_source(stranger: str, name: str, experts: str, tmp_path: Path) -> None:
+    """Loaded again, and by torch alone in another process."""
+    module, inputs = tiny(name)
+    listed = next(line for line in registry.listing("backend") if line.name == stranger)
+    assert (listed.origin, listed.problem) == ("stranger 1.0", "")
+    assert registry.installation(stranger).startswith("torch ")
+    backend = {stranger: {"experts": experts}}
+    built = surgeon.compile(module, [], inputs=inputs, task="forward", backend=backend, output=tmp_path / "out", progress=False)
+    assert built.report.artifact["details"]["operators"].get("moe") is None
+    with torch.no_grad():
+        expected = module(**inputs)
+    again = surgeon.load(tmp_path / "out")
+    assert again.artifact is not None
+    order = [port.name for port in again.artifact.outputs]
+    found = again(**inputs)
+    torch.save([inputs[port.name] for port in again.artifact.inputs], tmp_path / "inputs")
+    subprocess.run(
+        [sys.executable, "-c", RUN_ALONE, tmp_path / "out" / "model.pt2", tmp_path / "inputs", tmp_path / "outputs"],
+        check=True, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, cwd=tmp_path,
+    )  # fmt: skip
+    for output, alone in zip(order, torch.load(tmp_path / "outputs"), strict=True):
+        torch.testing.assert_close(found[output], expected[output], rtol=1e-4, atol=1e-5)
+        assert torch.equal(alone, found[output])
+
+
+def test_worked_backend_refuses_what_it_cannot_do(stranger: str, tmp_path: Path) -> None:
+    @torch.library.custom_op("dreams::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    twice.register_fake(torch.empty_like)
+
+    class Twice(torch.nn.Module):
+        def __init__(self, foreign: bool) -> None:
+            super().__init__()
+            self.up, self.down, self.foreign = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4), foreign
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.down(self.up(x).relu())
+            return x + (twice(y) if self.foreign else 2 * y)
+
+    x, folder = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), tmp_path / "out"
+    with pytest.raises(LowerError, match=r"dreams\.twice\.default comes from another library"):
+        surgeon.compile(Twice(True), [], inputs={"x": x}, backend=stranger, output=folder, progress=False)
+    assert not folder.exists()
+    surgeon.compile(Twice(False), [], inputs={"x": x}, backend=stranger, output=folder, progress=False)
+    with pytest.raises(LowerError, match="the model's inputs are x; missing: x; unknown: y"):
+        surgeon.load(folder)(y=x)
+    with (folder / "model.pt2").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(LowerError, match=r"model\.pt2 is damaged"):
+        surgeon.load(folder)
 
 
 # -- pass and backend files -------------------------------------------------------------------------------------------

@@ -106,6 +106,31 @@ def test_a_global_budget_is_one_sort_of_all_experts(tiny_mixtral: Trained, crite
     assert max(lost) <= min(kept)
 
 
+def test_layers_may_keep_different_numbers(tiny_mixtral: Trained) -> None:
+    """Each mixture keeps the first of the same order, as one number for all of them says."""
+    dropped = tiny_mixtral.operate({"drop_experts": {"keep": [3, 8, 5, 2]}})
+    assert [site.part.experts for site in dropped.structure.moes()] == [3, 8, 5, 2]
+    assert dropped.plan.notes == ("blocks.1.moe: all 8 experts stay",)
+    kept = {decision.site: decision.keep for decision in dropped.plan.decisions}
+    for number, keep in ((0, 3), (2, 5), (3, 2)):
+        equal = tiny_mixtral.operate({"drop_experts": {"keep": keep, "blocks": number}}).plan
+        assert kept[f"blocks.{number}.moe"] == equal.decisions[0].keep
+    selected = tiny_mixtral.operate({"drop_experts": {"keep": [4, 6], "blocks": "::2"}})
+    assert [site.part.experts for site in selected.structure.moes()] == [4, 8, 6, 8]
+
+
+def test_a_list_that_does_not_fit_is_refused(tiny_mixtral: Trained) -> None:
+    for keep, message in (
+        ([3, 4], r"keep: found 2 numbers, needed one for each of 4 selected mixtures \(blocks.0.moe"),
+        ([8, 8, 9, 8], r"blocks\.2\.moe: keep 9 asked, the mixture has 8 experts"),
+        ([8, 1, 8, 8], r"blocks\.1\.moe: 1 experts would remain, the router chooses 2"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            tiny_mixtral.operate({"drop_experts": {"keep": keep}})
+    with pytest.raises(SurgeonError, match="a number for each mixture leaves nothing to budget: global"):
+        make_pass({"drop_experts": {"keep": [4, 4, 4, 4], "budget": "global"}})
+
+
 def test_what_a_global_budget_cannot_do_is_refused_by_site(tiny_mixtral: Trained) -> None:
     with pytest.raises(PlanError, match="4 of 32 experts would remain, the routers need at least 8"):
         tiny_mixtral.operate({"drop_experts": {"keep": 1, "budget": "global"}})
