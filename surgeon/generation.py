@@ -260,7 +260,7 @@ def _causal(
     known = settings.table_length
     advice = f"shorten the prompt of {length} tokens"
     if known is not None and length <= known:
-        advice += f", or add at most {known - length + 1} (max_new_tokens)"
+        advice = f"add at most {known - length + 1} (max_new_tokens), or {advice}"
     settings.check_length(length + more - 1, what=f"a text of {length} tokens and {more} new ones", advice=advice)
     # Mask and positions of all steps are made at once, and read as far as there are tokens.
     whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
