@@ -87,7 +87,11 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     for name in sorted(contents.extra):
         whole_name = next((known for known in skeleton.shapes if name.startswith(known) and known not in contents.held), None)
         what = f"it stands for a part of {whole_name}, where the format has one matrix" if whole_name else "a pass added it"
-        refusals.append(Refusal(name, f"{what}; {skeleton.model_class} has no such tensor, {ENGINES} run it"))
+        advice = ""
+        if not whole_name and _multiplies_an_activation(graph, name):
+            what = "a pass multiplies an activation by it, which no weight in front could take"
+            advice = "; pass smooth leaves such inputs alone with insert: false"
+        refusals.append(Refusal(name, f"{what}; {skeleton.model_class} has no such tensor, {ENGINES} run it{advice}"))
     refusals += low_bit_refusals(skeleton, contents)
     if refusals:
         return refusals
@@ -100,6 +104,13 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
         return [Refusal(name, reason) for name in lost]
     fill = _unread(fitted, contents.held)
     return fill if isinstance(fill, list) else Checkpoint(fitted, contents, fill)
+
+
+def _multiplies_an_activation(graph: Graph, name: str) -> bool:
+    """Whether a stored tensor is a factor of something computed, and nothing else."""
+    users = [user for node in graph.module.graph.find_nodes(op="get_attr", target=name) for user in node.users]
+    factors = [part for user in users if user.target is torch.ops.aten.mul.Tensor for part in user.all_input_nodes]
+    return bool(users) and len(factors) == 2 * len(users) and sum(part.op == "get_attr" for part in factors) == len(users)
 
 
 def _head_sizes(structure: Structure) -> dict[str, int]:

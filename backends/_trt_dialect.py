@@ -41,7 +41,7 @@ def refusals(graph: Graph) -> list[Refusal]:
             if zero_point is not None:
                 found.append(Refusal(node.name, "zero points: TensorRT's low-bit weights are symmetric (symmetric: true)"))
             elif bits == 4 and in_features != groups * group:
-                found.append(Refusal(node.name, f"groups of {group} do not divide {in_features} columns; choose another group"))
+                found.append(Refusal(node.name, _uneven(group, in_features)))
             elif bits == 8 and groups != 1:
                 found.append(
                     Refusal(node.name, f"8 bits in groups of {group}: TensorRT has one scale per row (group: {in_features})")
@@ -49,6 +49,16 @@ def refusals(graph: Graph) -> list[Refusal]:
             elif bits not in (4, 8):
                 found.append(Refusal(node.name, f"{bits} bits; TensorRT has 4 and 8"))
     return found
+
+
+def _uneven(group: int, in_features: int) -> str:
+    """Why groups that the last of them does not fill are refused, and which would be taken."""
+    others = [size for size in (16, 32, 64, 128) if in_features % size == 0]  # quantize has multiples of 16
+    fitting = f"these do: {', '.join(map(str, others))} (group of quantize)" if others else "no usual group of quantize does"
+    return (
+        f"groups of {group} do not divide {in_features} columns; {fitting}. Where drop_neurons left so many, multiple: {group} "
+        "makes widths that they divide"
+    )
 
 
 def spelling(graph: Graph, sizes: Mapping[str, Sizes]) -> Experts:

@@ -16,7 +16,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,7 @@ from surgeon.errors import LowerError, RecipeError, SurgeonError
 from surgeon.graph import Port
 from surgeon.halves import has_halves
 from surgeon.latency import Timing, paired_ratio, pinned_threads, rounds
+from surgeon.sampling import Settings
 
 if TYPE_CHECKING:
     from surgeon.source import LoadedSource
@@ -137,8 +138,10 @@ class Candidate(abc.ABC):
 class ArtifactCandidate(Candidate):
     """An artefact in its directory."""
 
-    def __init__(self, name: str, artifact: Artifact, ranges: Mapping[str, Sequence[int]]) -> None:
-        self.name, self.artifact, self.nbytes = name, artifact, artifact.nbytes
+    def __init__(
+        self, name: str, artifact: Artifact, ranges: Mapping[str, Sequence[int]], settings: Settings | None = None
+    ) -> None:
+        self.name, self.artifact, self.nbytes, self.settings = name, artifact, artifact.nbytes, settings or Settings()
         self.ranges = dict(ranges)
         self.has_caches = any(PAST in port.shape for port in artifact.inputs) and not has_halves(artifact.inputs)
 
@@ -151,15 +154,17 @@ class ArtifactCandidate(Candidate):
         """
         from surgeon.compiled import MANIFEST, load
 
-        artifact = load(folder).artifact
+        loaded = load(folder)
+        artifact = loaded.artifact
         assert artifact is not None
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return cls(name, artifact, manifest.get("ranges", {}))
+        return cls(name, artifact, manifest.get("ranges", {}), Settings.of(loaded.generation))
 
     def prepare(self, case: Case) -> Callable[[], object]:
         """See :class:`Candidate`."""
         if self.artifact.unavailable:
             raise LowerError(self.artifact.unavailable)
+        _check_length(self.settings, case)
         step = self.artifact.stepping(inputs_for(self.artifact.inputs, case, self.ranges))
         return lambda: _finished(step())
 
@@ -173,9 +178,9 @@ class EagerCandidate(Candidate):
 
     def __init__(
         self, source: LoadedSource, ports: Sequence[Port], ranges: Mapping[str, Sequence[int]],
-        device: torch.device | str = "cpu",
+        settings: Settings | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        self.name = "eager torch"
+        self.name, self.settings = "eager torch", settings or Settings()
         self.device = device
         self.module: Any = source.module.to(device)
         self.nbytes = sum({t.data_ptr(): t.nbytes for t in source.module.parameters()}.values())
@@ -188,6 +193,7 @@ class EagerCandidate(Candidate):
 
     def prepare(self, case: Case) -> Callable[[], object]:
         """See :class:`Candidate`; a cache is cut back to its length after every step of decoding."""
+        _check_length(self.settings, case)
         inputs = self._inputs(case)
         plain = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in self.taken}
         if case.phase == "prefill" and self.has_caches:
@@ -302,9 +308,9 @@ def bench_artifacts(
             with step("loading the model"):
                 source = load_source(against)
             stack.enter_context(calling(source.module))
-            first = opened[0].artifact
-            device = "cpu" if first.unavailable else first.device
-            candidates.insert(0, EagerCandidate(source, first.inputs, opened[0].ranges, device))
+            first = opened[0]
+            device = "cpu" if first.artifact.unavailable else first.artifact.device
+            candidates.insert(0, EagerCandidate(source, first.artifact.inputs, first.ranges, first.settings, device))
         return bench(
             candidates, batches=batches, sequences=sequences, threads=threads, seconds=seconds,
             progress=lambda case: step(f"{case.phase}, batch {case.batch}, length {case.sequence}"),
@@ -387,6 +393,13 @@ def sizes(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise RecipeError(f"--{option}: found {text!r}, needed positive whole numbers such as 1,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _check_length(settings: Settings, case: Case) -> None:
+    """Refuse a case for which the table of positions is too short; any time is right where positions are computed."""
+    behind = 1 if case.phase == "decode" else 0
+    settings = replace(settings, trained_length=None)
+    settings.check_length(case.sequence + behind, what="this case", advice="give a shorter sequence")
 
 
 def _finished(result: Any) -> Any:

@@ -147,10 +147,7 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
         evaluate=recipe.evaluate,
         task=recipe.model.task,
         dtype=recipe.model.dtype,
-        dynamic={
-            name: {dim: label for dim, label in enumerate(labels) if label is not None}
-            for name, labels in (recipe.model.dynamic or {}).items()
-        },
+        dynamic=recipe.model.dimensions,
         trust_remote_code=recipe.model.trust_remote_code,
         saved=plan,
         force=force,

@@ -167,6 +167,7 @@ Examples:
   surgeon inspect my_package.models:build --html model.html
   surgeon inspect org/name --json > structure.json
   surgeon inspect ./config-only --fake-weights
+  surgeon inspect ./traced-at-one-length --dynamic 'input_ids=[batch,null]' --dynamic 'attention_mask=[batch,null]'
 """,
 )
 def inspect(
@@ -182,13 +183,21 @@ def inspect(
     fake_weights: Annotated[
         bool, typer.Option("--fake-weights", help="Read no weights, only config.json: any size, no proof by numbers.")
     ] = False,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIMENSIONS",
+            help="Dimensions of one input that vary, as model.dynamic of a recipe; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Show a model's structure."""
-    from surgeon.recipe import ModelSpec
+    from surgeon.recipe import ModelSpec, dynamic_options
     from surgeon.validation import validate
 
-    spec = validate(ModelSpec, {"path": model, "task": task, "dtype": dtype})
+    spec = validate(ModelSpec, {"path": model, "task": task, "dtype": dtype, "dynamic": dynamic_options(dynamic or ())})
     if html is not None:
         check_writable(html)
 
@@ -199,7 +208,8 @@ def inspect(
 
     with Progress(not quiet) as bars:
         with bars.step("tracing"):
-            graph = trace(spec.path, task=spec.task, dtype=spec.dtype, weights="fake" if fake_weights else "real")
+            weights = "fake" if fake_weights else "real"
+            graph = trace(spec.path, task=spec.task, dtype=spec.dtype, weights=weights, dynamic=spec.dimensions)
         with bars.step("discovering the structure"):
             structure = discover(graph)
     found = inspection(graph, structure)
@@ -226,7 +236,13 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="What to continue; standard input by default.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to add at most.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", show_default=False,
+            help="Tokens to add at most; 128 by default, or as many as the model has positions for.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Draw tokens, the logits divided by this; greedy by default.", show_default=False)
     ] = None,

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class Compiled:
         plan: what every pass did, to save and repeat; None when loaded.
         recipe: the recipe it came from, if any.
         artifact: the lowered artefact, None with ``backend=None``.
-        generation: tokens that end and fill generated text, as the source has them.
+        generation: tokens that end and fill generated text, and how long one may be, as the source has them.
     """
 
     def __init__(
@@ -134,7 +134,11 @@ class Compiled:
             from and continues with.
 
         Raises:
-            GenerateError: the model has no caches, or an argument is out of range.
+            GenerateError: the model has no caches, an argument is out of range, or prompt and continuation are longer than
+                the model's table of positions.
+
+        Warns:
+            SurgeonWarning: they are longer than what the model's configuration says it was made for.
 
         Example:
             >>> compiled.generate(ids, max_new_tokens=32)
@@ -144,12 +148,10 @@ class Compiled:
 
         own = Settings.of(self.generation)
         ends = own.eos_token_id if eos_token_id is None else eos_token_id
-        settings = Settings(
-            (ends,) if isinstance(ends, int) else tuple(ends),
-            own.pad_token_id if pad_token_id is None else pad_token_id,
-            own.bos_token_id,
-            own.decoder_start_token_id,
-            own.rules,
+        settings = replace(
+            own,
+            eos_token_id=(ends,) if isinstance(ends, int) else tuple(ends),
+            pad_token_id=own.pad_token_id if pad_token_id is None else pad_token_id,
         )
         sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
         named = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}

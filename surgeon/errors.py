@@ -15,6 +15,10 @@ class SurgeonError(Exception):
     """Base of every error that surgeon raises on purpose."""
 
 
+class SurgeonWarning(UserWarning):
+    """What a user should know of what is done all the same."""
+
+
 class RecipeError(SurgeonError):
     """A recipe, an override or an argument of the Python API is wrong."""
 

@@ -171,7 +171,7 @@ def generate(
         First tokens and continuation, [batch, length + at most max_new_tokens].
 
     Raises:
-        GenerateError: there is nothing to continue, or the model cannot be continued.
+        GenerateError: there is nothing to continue, or the model cannot be continued, or not so far.
     """
     if not has_caches(ports):
         raise GenerateError(
@@ -255,6 +255,13 @@ def _causal(
     mask = _mask(ids, given, settings)
     if "attention_mask" not in names and not bool(mask.all()):
         raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
+    # The last token is not read any more.  Padding has no position of its own.
+    length = int((mask != 0).sum(1).max()) if "attention_mask" in names else ids.shape[1]
+    known = settings.table_length
+    advice = f"shorten the prompt of {length} tokens"
+    if known is not None and length <= known:
+        advice = f"add at most {known - length + 1} (max_new_tokens), or {advice}"
+    settings.check_length(length + more - 1, what=f"a text of {length} tokens and {more} new ones", advice=advice)
     # Mask and positions of all steps are made at once, and read as far as there are tokens.
     whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
     held, positions = (_own(value, decoder.on_host) for value in (whole, masked_positions(whole)))

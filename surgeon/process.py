@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from threading import Timer
 from types import FrameType
@@ -21,7 +22,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from surgeon.environment import installed_version
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, SurgeonWarning
 
 _THE_MACHINES_DOING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """System errors that say something about the user's disk, not about a bug."""
@@ -92,18 +93,31 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> NoReturn:
     """
     _signals.clear()
     code: Any
-    hook = sys.unraisablehook
+    hook, showwarning = sys.unraisablehook, warnings.showwarning
     try:
         for number in _STOPPING:
             signal.signal(number, _interrupt)
         sys.unraisablehook = _unraisable
+        warnings.showwarning = _shown_by(showwarning)
         code = _run(app, arguments)
     except KeyboardInterrupt:  # before the command began, or behind it
         code = _interrupted().exit_code
     for number in _STOPPING:  # nothing is left that an interrupt could stop
         signal.signal(number, signal.SIG_IGN)
-    sys.unraisablehook = hook
+    sys.unraisablehook, warnings.showwarning = hook, showwarning
     sys.exit(code)
+
+
+def _shown_by(otherwise: Any) -> Any:
+    """What shows warnings: ours are a line like an error, without the place in our code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, SurgeonWarning):
+            say("warning", str(message))
+        else:
+            otherwise(message, category, *place, **options)
+
+    return show
 
 
 def _run(app: typer.Typer, arguments: Sequence[str] | None) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from surgeon import registry
-from surgeon.document import Document, dump, read
+from surgeon.document import Document, dump, parse, read
 from surgeon.errors import RecipeError, RegistryError
 from surgeon.recipe_paths import locate, located_fields, package_folder
 from surgeon.registry import Kind
@@ -100,6 +100,14 @@ class ModelSpec(_Settings):
         """
         return self.path if self.package is None else str(package_folder(self.package, self.path))
 
+    @property
+    def dimensions(self) -> dict[str, dict[int, str]]:
+        """``dynamic`` as ``surgeon.trace`` takes it."""
+        return {
+            name: {dim: label for dim, label in enumerate(labels) if label is not None}
+            for name, labels in (self.dynamic or {}).items()
+        }
+
 
 class Calibration(_Settings):
     """Data that passes may look at."""
@@ -181,6 +189,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: everything that is wrong with the file, a line ``file:line:column: message`` each.
     """
     return _build(read(Path(path)), overrides, Path(path).absolute().parent)
+
+
+def dynamic_options(options: Sequence[str]) -> dict[str, Any] | None:
+    """Options such as ``input_ids=[batch, null]`` as ``model.dynamic`` of a recipe; validation is left to that.
+
+    Args:
+        options: the input's name, an equals sign, and what the recipe would say of it, read as YAML.
+
+    Returns:
+        The values by name, None where there are no options.
+
+    Raises:
+        RecipeError: one is not NAME=DIMENSIONS, is not YAML, or names an input for the second time.
+    """
+    found: dict[str, Any] = {}
+    for option in options:
+        said, (name, equals, text) = f"--dynamic {option}", option.partition("=")
+        if not equals or not name or not text.strip():
+            raise RecipeError(f"{said}: needed NAME=DIMENSIONS, such as input_ids=[batch,null]")
+        if name in found:
+            raise RecipeError(f"{said}: {name} was given before; name each input once")
+        value = parse(text, said)
+        value.refuse()
+        found[name] = value.data
+    return found or None
 
 
 def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:

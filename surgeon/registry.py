@@ -249,6 +249,8 @@ def _load(kind: Kind, name: str) -> type[Pass[Any]] | type[Backend]:
     try:
         found = plugins[0].load() if plugins else importlib.import_module(f"{_GROUPS[kind]}.{name}")
     except Exception as error:  # a stranger's module may raise anything while it is imported
+        if plugins:
+            raise RegistryError(_not_imported(kind, plugins[0], error)) from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
         raise RegistryError(f"{kind} {name!r} of {where} fails to import: {reason}") from error
@@ -257,6 +259,23 @@ def _load(kind: Kind, name: str) -> type[Pass[Any]] | type[Backend]:
     if broken:
         raise RegistryError(f"{kind} {name!r} of {where} breaks the contract: " + "; ".join(broken))
     return cast("type[Pass[Any]] | type[Backend]", candidate)
+
+
+_ERROR = 160
+"""Characters of a stranger's error that are repeated; libraries fail to load with pages of advice."""
+
+
+def _not_imported(kind: Kind, entry: importlib.metadata.EntryPoint, error: Exception) -> str:
+    """One line on a plugin that cannot be imported; the error it comes from is the cause of ours, and one import away."""
+    text = " ".join(str(error).partition("\n")[0].split())
+    said = f"{type(error).__name__}: {text[:_ERROR]}{'...' if len(text) > _ERROR else ''}" if text else type(error).__name__
+    module, _, attribute = entry.value.partition(":")
+    again = f"from {module.strip()} import {attribute.partition('.')[0].strip()}" if attribute else f"import {module.strip()}"
+    package = entry.dist.name if entry.dist else "the package"
+    return (
+        f"{kind} {entry.name!r} of {_origin(entry)} fails to import (entry point {entry.value}): {said}; update or uninstall "
+        f'{package}; its traceback: python -c "{again}"'
+    )
 
 
 def _base(kind: Kind) -> type[BaseModel]:

@@ -6,6 +6,7 @@ or the last one, penalises repetition.  These rules are applied by the library's
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.errors import GenerateError
+from surgeon.errors import GenerateError, SurgeonWarning
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """Tokens so far [batch, length] and scores [batch, vocabulary] -> scores."""
@@ -42,6 +43,9 @@ class Settings:
         bos_token_id: token that starts a text.
         decoder_start_token_id: token that a decoder behind an encoder starts from.
         rules: what else changes the scores, by names of ``RULES``.
+        table_length: tokens, prompt and new ones, for which the model's tables of positions have a row, None where it has
+            no such table.
+        trained_length: tokens for which its configuration says that it was made, where positions are computed.
     """
 
     eos_token_id: tuple[int, ...] = ()
@@ -49,6 +53,8 @@ class Settings:
     bos_token_id: int | None = None
     decoder_start_token_id: int | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
+    table_length: int | None = None
+    trained_length: int | None = None
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Settings:
@@ -57,7 +63,8 @@ class Settings:
         several = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
         rules = {name: data[name] for name in RULES if data.get(name) not in (None, [], ())}
         start = data.get("decoder_start_token_id")
-        return cls(several, data.get("pad_token_id"), data.get("bos_token_id"), start, rules)
+        lengths = data.get("table_length"), data.get("trained_length")
+        return cls(several, data.get("pad_token_id"), data.get("bos_token_id"), start, rules, *lengths)
 
     def to_data(self) -> dict[str, Any]:
         """As plain data, which :meth:`of` reads."""
@@ -67,7 +74,33 @@ class Settings:
             "bos_token_id": self.bos_token_id,
             "decoder_start_token_id": self.decoder_start_token_id,
             **self.rules,
+            **{name: length for name in ("table_length", "trained_length") if (length := getattr(self, name)) is not None},
         }
+
+    def check_length(self, tokens: int, *, what: str, advice: str) -> None:
+        """Refuse what the tables of positions have no row for; warn of what the model was not made for.
+
+        Args:
+            tokens: that are run, cached and new ones.
+            what: what has so many, for the message.
+            advice: what to do.
+
+        Raises:
+            GenerateError: the tables end before.
+        """
+        if self.table_length is not None:
+            if tokens > self.table_length:
+                raise GenerateError(
+                    f"{what} needs {tokens} positions, and the model's table of positions holds {self.table_length}: {advice}"
+                )
+        elif self.trained_length is not None and tokens > self.trained_length:
+            # The same text at every call, so that Python says it once.
+            warnings.warn(
+                f"the text grows beyond the {self.trained_length} positions that the model's configuration says it was made "
+                "for (max_position_embeddings); what it says behind them is often poor",
+                SurgeonWarning,
+                stacklevel=2,
+            )
 
     def processor(self, length: int, max_new_tokens: int, padding: Tensor | None) -> Processor | None:
         """The rules as one function, or None where there are none.

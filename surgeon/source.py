@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +368,11 @@ def _generation(module: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """The generation configuration of a transformers model, or what its configuration says of special tokens."""
     own: Any = getattr(module, "generation_config", None)
     data = own.to_dict() if hasattr(own, "to_dict") else config
-    return Settings.of(data).to_data()
+    said: Any = getattr(module, "config", None)
+    text = said.get_text_config() if hasattr(said, "get_text_config") else said
+    length = getattr(text, "max_position_embeddings", None)  # whatever it is called in the file
+    trained = length if isinstance(length, int) and length > 0 else None
+    return replace(Settings.of(data), table_length=None, trained_length=trained).to_data()
 
 
 def _tokenizer(path: Path | None) -> str | None:

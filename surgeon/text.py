@@ -48,7 +48,7 @@ def continue_text(
     model: Compiled,
     text: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
@@ -61,7 +61,7 @@ def continue_text(
     Args:
         model: with caches and a tokenizer.
         text: the prompt.
-        max_new_tokens: tokens to add at most.
+        max_new_tokens: tokens to add at most; None for 128, or as many as the model has positions for.
         temperature: None, with top_k and top_p None too, is greedy.
         top_k: see :class:`Sampling`.
         top_p: see :class:`Sampling`.
@@ -87,7 +87,11 @@ def continue_text(
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if not text or ids.numel() == 0:
         raise GenerateError("the prompt is empty; give at least one token to continue")
-    ends = [*Settings.of(model.generation).eos_token_id, *(_single_token(tokenizer, word) for word in stop)]
+    settings = Settings.of(model.generation)
+    if max_new_tokens is None:
+        known = settings.table_length
+        max_new_tokens = 128 if known is None else max(1, min(128, known - ids.shape[1] + 1))  # the last one is not read
+    ends = [*settings.eos_token_id, *(_single_token(tokenizer, word) for word in stop)]
     start = time.perf_counter()
     tokens = model.generate(
         ids,

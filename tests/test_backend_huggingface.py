@@ -193,6 +193,13 @@ def test_what_a_checkpoint_cannot_say_is_refused_by_name(patient: Any) -> None:
     assert all("a part of model.layers.2.mlp.down_proj.weight" in r.reason for r in factored)
     rounded = refused(llama.operate({"quantize": {"scheme": "int8_dynamic", "names": "*.0.*gate"}}).graph)
     assert "model.layers.0.mlp.gate_proj.weight" in {r.node for r in rounded}
+    smooth = {"alpha": 0.5, "names": "*.0.*"}
+    multiplied = refused(llama.operate({"smooth": smooth}).graph)
+    # down reads what up makes, and up can be divided; only the output of an attention's core is no weight's
+    assert {r.node for r in multiplied} == {"model.layers.0.self_attn.o_proj.weight_smoothing"}
+    assert all("a pass multiplies an activation by it" in r.reason and "insert: false" in r.reason for r in multiplied)
+    assert refused(llama.operate({"smooth": {**smooth, "insert": False}}).graph) == []
+    assert not any("insert" in r.reason for r in factored)
     plain = patient("gpt2").operate({"moefy_ffn": {"experts": 4, "top_k": 1, "router": "centroid", "blocks": 0}}).graph
     (refusal,) = refused(plain)
     assert "transformer.h.0" in refusal.node

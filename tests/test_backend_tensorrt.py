@@ -187,6 +187,25 @@ def test_refusals_name_the_reason(passes: list[dict[str, Any]], options: dict[st
         compiled("bert", passes, **options)
 
 
+def test_groups_that_do_not_divide_a_width_name_those_that_do() -> None:
+    module, inputs = tiny("llama")  # its networks are 112 wide
+    int4 = {"quantize": {"scheme": "int4", "group": 32, "names": "*.0.ffn.down"}}
+
+    def reasons(*passes: Any) -> list[str]:
+        graph = surgeon.compile(
+            module, [*passes, int4], inputs=inputs, calibration=[inputs, inputs], backend=None, progress=False
+        ).graph
+        assert graph is not None
+        return [refusal.reason for refusal in dialect.refusals(graph)]
+
+    remedy = "Where drop_neurons left so many, multiple: 32 makes widths that they divide"
+    assert reasons() == [f"groups of 32 do not divide 112 columns; these do: 16 (group of quantize). {remedy}"]
+    assert reasons({"drop_neurons": {"keep": 88}}) == [
+        f"groups of 32 do not divide 88 columns; no usual group of quantize does. {remedy}"
+    ]
+    assert reasons({"drop_neurons": {"ratio": 0.25, "multiple": 32}}) == []
+
+
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(RecipeError, match="smallest, most frequent, largest"):
         make_backend({"tensorrt": {"shapes": {"batch": [4, 2, 8]}}})

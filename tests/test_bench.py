@@ -25,6 +25,7 @@ from surgeon.graph import Port
 from surgeon.latency import paired_ratio, rounds
 from surgeon.process import Screen
 from surgeon.source import load_source
+from tests.causal import causal
 from tests.conftest import MODELS
 from tests.models import tiny
 from tests.pages import Page
@@ -137,6 +138,21 @@ def test_prefill_and_decode_are_apart_where_there_are_caches() -> None:
     assert cached.shapes == {prefill + caches[0], (("input_ids", (2, 1)), ("attention_mask", (2, 6)), *caches[1])}
     assert Case("decode", 2, 5).tokens == 2
     assert Case("prefill", 2, 5).tokens == 10
+
+
+def test_cases_behind_the_table_of_positions_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    module = causal("gpt2", layers=1)
+    surgeon.compile(module, [], task="text-generation", output=tmp_path / "out", progress=False)
+    artefact = ArtifactCandidate.open(tmp_path / "out", "artefact")
+    eager = EagerCandidate(load_source(module), artefact.artifact.inputs, artefact.ranges, artefact.settings)
+    result = bench([eager, artefact], sequences=(255, 256, 257), threads=1, seconds=0.0, warmup=0)
+    left = {(row.phase, row.sequence): row.problem for row in result.rows if row.problem is not None}
+    assert list(left) == [("prefill", 257), ("decode", 256), ("decode", 257)]
+    assert left["decode", 256] == (
+        "this case needs 257 positions, and the model's table of positions holds 256: give a shorter sequence"
+    )
+    assert len(result.rows) == 12
+    assert all((row.median_ms is None) == ((row.phase, row.sequence) in left) for row in result.rows)
 
 
 def test_inputs_stay_in_the_range_of_the_example() -> None:

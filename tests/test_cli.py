@@ -168,10 +168,26 @@ def test_inspect_prints_json_and_a_page(run: Run, tmp_path: Path) -> None:
         (["inspect", str(MODELS / "tiny-llama"), "--task", "dream"], "dream"),
         (["inspect", str(MODELS / "tiny-llama"), "--dtype", "float12"], "float12"),
         (["inspect", str(MODELS / "tiny-llama"), "--html", "/no/such/folder/x.html"], "/no/such/folder"),
+        (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids"], "needed NAME=DIMENSIONS"),
+        (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids=[batch"], "--dynamic input_ids=[batch:1:"),
+        (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids=[7]"], "dynamic.input_ids.0: found 7"),
+        (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_id=[b]", "--task", "forward"], "did you mean 'input_ids'"),
+        (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "x=[b]", "--dynamic", "x=[c]"], "x was given before"),
     ],
 )
 def test_inspect_refuses(run: Run, arguments: list[str], words: str) -> None:
     assert words in refused(run(*arguments))
+
+
+def test_inspect_fixes_dimensions(run: Run) -> None:
+    fixed = ["--dynamic", "input_ids=[rows,null]", "--dynamic", "attention_mask=[rows]"]
+    data = json.loads(run("inspect", MODELS / "tiny-llama", "--task", "forward", "--json", *fixed).out)
+    shapes = {port["name"]: port["shape"] for port in data["inputs"]}
+    length = shapes["input_ids"][1]
+    assert isinstance(length, int)
+    assert shapes == {"input_ids": ["rows", length], "attention_mask": ["rows", length]}
+    graph = surgeon.trace(MODELS / "tiny-llama", task="forward", dynamic={name: {0: "rows"} for name in shapes})
+    assert shapes == {port.name: list(port.shape) for port in graph.inputs}
 
 
 # -- plan and compile ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import surgeon
 from surgeon.caches import PAST, PRESENT, continued, masked_positions
 from surgeon.cli import app
-from surgeon.errors import GenerateError, LowerError, TraceError, VerifyError
+from surgeon.errors import GenerateError, LowerError, SurgeonWarning, TraceError, VerifyError
 from surgeon.generation import AHEAD, decoder_of, generate
 from surgeon.registry import make_backend, make_pass
 from surgeon.rewrite import Editor
@@ -248,6 +248,44 @@ def test_a_cache_outlives_a_block_where_later_ones_read_it() -> None:
     assert not torch.equal(*texts)
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "trained"), [("gpt2", 256, 256), ("opt", 256, 256), ("mpt", None, None), ("mistral", None, 256)]
+)
+def test_tables_of_positions_are_found_by_what_reads_them(name: str, table: int | None, trained: int | None) -> None:
+    """The table of the second has two rows more, in front, than it has positions; distances are no positions."""
+    graph = surgeon.trace(causal(name, layers=2), task="text-generation")
+    assert (graph.source.generation.get("table_length"), graph.source.generation.get("trained_length")) == (table, trained)
+
+
+def test_a_text_is_as_long_as_the_table_of_positions(tmp_path: Path) -> None:
+    module = causal("gpt2", layers=1)
+    built = surgeon.compile(module, [], task="text-generation", output=tmp_path / "out", progress=False)
+    ids, mask = padded_prompts(2, length=250)
+    for model in (built, surgeon.load(tmp_path / "out")):
+        found = model.generate(ids, mask, max_new_tokens=7, eos_token_id=())  # the last token is not read any more
+        assert torch.equal(found, library(module, ids, mask, 7))
+        with pytest.raises(GenerateError, match=r"250 tokens and 8 new ones needs 257 .* holds 256: .* at most 7 \(max_new"):
+            model.generate(ids, mask, max_new_tokens=8)
+        assert model.generate(ids[1:], mask[1:], max_new_tokens=9, eos_token_id=()).shape == (1, 259)  # two are padding
+        with pytest.raises(GenerateError, match=r"needs 257 .* holds 256: shorten the prompt of 257 tokens$"):
+            model.generate(padded_prompts(1, length=257)[0], max_new_tokens=1)
+
+
+def test_computed_positions_go_on_with_one_warning() -> None:
+    import warnings
+
+    module = causal("mistral", layers=1)
+    model = surgeon.compile(module, [], task="text-generation", backend=None, progress=False)
+    ids, mask = padded_prompts(1, length=250)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        for new in (7, 8, 9):
+            assert torch.equal(model.generate(ids, mask, max_new_tokens=new, eos_token_id=()), library(module, ids, mask, new))
+    said = [str(warning.message) for warning in heard if warning.category is SurgeonWarning]
+    assert len(said) == 1
+    assert "beyond the 256 positions" in said[0]
+
+
 def test_states_are_refused_by_layer_with_the_reason() -> None:
     import transformers as tf
 
@@ -418,3 +456,28 @@ def test_genai_is_refused_where_its_caches_do_not_fit() -> None:
     last = graph.inputs[-1]
     graph.inputs = (*graph.inputs[:-1], replace(last, shape=(*last.shape[:3], 8)))
     assert "(2 heads of 16, 2 heads of 8)" in refusals(graph)[0].reason
+
+
+@pytest.mark.parametrize(("known", "prompt", "added"), [(16, 4, 13), (16, 30, 1), (500, 4, 128), (None, 4, 128)])
+def test_the_command_adds_as_many_tokens_as_there_are_positions(known: int | None, prompt: int, added: int) -> None:
+    """Unless it is told how many; a prompt that is too long is for generation to refuse."""
+    from types import SimpleNamespace
+
+    from surgeon.text import continue_text
+
+    asked: list[int] = []
+
+    def tokenizer(text: str, **_: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros((1, len(text)), dtype=torch.int64)}
+
+    def generated(ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        asked.append(max_new_tokens)
+        return ids
+
+    tokenizer.decode = lambda *_, **__: ""  # type: ignore[attr-defined]  # functions take attributes
+    model: Any = SimpleNamespace(ports=(), tokenizer=tokenizer, generation={"table_length": known}, generate=generated)
+    for told in (None, 7):
+        continue_text(
+            model, "x" * prompt, max_new_tokens=told, temperature=None, top_k=None, top_p=None, seed=None, stop=(), write=print
+        )
+    assert asked == [added, 7]

@@ -72,7 +72,7 @@ def test_steps_are_timed_on_inputs_where_the_artefact_runs(graph: Graph) -> None
     away = Away(graph)
     away.stepping(graph.example)()
     assert away.given == {"meta"}
-    candidate = EagerCandidate(load_source(tiny("llama")[0]), graph.inputs, {}, away.device)
+    candidate = EagerCandidate(load_source(tiny("llama")[0]), graph.inputs, {}, device=away.device)
     assert {tensor.device.type for tensor in candidate.module.parameters()} == {"meta"}
     assert {tensor.device.type for tensor in candidate._inputs(Case("prefill", 1, 8)).values()} == {"meta"}
 

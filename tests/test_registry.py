@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from surgeon import registry
+from surgeon import cli, registry
 from surgeon.contract import Pass
 from surgeon.errors import RecipeError, RegistryError
 
@@ -117,8 +117,7 @@ def test_strangers_pass_is_found(install: Install) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "source", "message"),
     [
-        ("halve", "halving:Halve", "import a_library_of_dreams\n", "stranger 1.2 (halving:Halve) fails to import: Module"),
-        ("halve", "halving:Halve", "1 / 0\n", "ZeroDivisionError: division by zero ("),
+        ("halve", "halving:Halve", "1 / 0\n", "(entry point halving:Halve): ZeroDivisionError: division by zero; "),
         ("halve", "halving:Halves", GOOD, "has no attribute 'Halves'"),
         ("third", "halving:Halve", GOOD, "Halve.name is 'halve', needed 'third'"),
         ("halve", "halving:HalvePlan", GOOD, "is not a subclass of surgeon.contract.Pass"),
@@ -145,6 +144,22 @@ def test_broken_plugin_is_an_error_when_asked_for(install: Install, name: str, v
         registry.pass_class(name)
     assert message in str(caught.value)
     assert "stranger 1.2" in str(caught.value)
+
+
+def test_a_plugin_that_fails_to_import_is_one_line(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("halve", "halving:Halve", "raise ImportError('no libdream.so.1 ' + 'x' * 500 + '\\nmany\\nwords')\n")
+    with pytest.raises(RegistryError) as caught:
+        registry.pass_class("halve")
+    said = str(caught.value)
+    assert said == (
+        "pass 'halve' of stranger 1.2 fails to import (entry point halving:Halve): ImportError: no libdream.so.1 "
+        f"{'x' * 143}...; update or uninstall stranger; its traceback: python -c \"from halving import Halve\""
+    )
+    assert isinstance(caught.value.__cause__, ImportError)  # Python shows its traceback
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["passes", "halve"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_plugin_may_not_replace_a_built_in(install: Install) -> None:
