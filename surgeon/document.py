@@ -180,6 +180,8 @@ def read(path: FilePath) -> Document:
         advice = f"in {folder}: {nearest(path.name, siblings)}" if siblings else "check the path"
         raise RecipeError(f"{path}: no such recipe; {advice}") from None
     except OSError as error:
+        if path.is_dir():
+            raise RecipeError(f"{path}: a folder; a recipe is a YAML file, which may name a model's folder as model:") from None
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         text = raw.decode("utf-8-sig")

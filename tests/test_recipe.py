@@ -286,7 +286,7 @@ def test_unreadable_files(folder: Path) -> None:
     _write(folder, M)
     with pytest.raises(RecipeError, match="recip.yaml: no such recipe; in .*: did you mean 'recipe.yaml'"):
         load_recipe(folder / "recip.yaml")
-    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+    with pytest.raises(RecipeError, match="a folder; a recipe is a YAML file, which may name a model's folder as model:"):
         load_recipe(folder)
     path.write_bytes(b"model: m\noutput: \xff\n")
     with pytest.raises(RecipeError, match=r"recipe.yaml:2:9: not UTF-8 text \(byte 0xff\)"):
