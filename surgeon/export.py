@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -103,7 +104,9 @@ def _export_with(
     module = loaded.module
     given = {identifier(name): tensor for name, tensor in example.items()}
     shapes = {identifier(name): dict.fromkeys(chosen, hint) for name, chosen in dims.items()}
-    with torch.no_grad(), _flat_forward(loaded, example, dims, returned), warnings.catch_warnings():
+    # torch prints what it had traced of a model that it cannot trace, hundreds of lines; another attempt may follow
+    silent = patch("torch.export._trace.print", lambda *_, **__: None, create=True)
+    with torch.no_grad(), silent, _flat_forward(loaded, example, dims, returned), warnings.catch_warnings():
         # torch copies its own deprecated tree leaves while it decomposes
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         # what a model remembers in an attribute is put back by the export; that nothing depends on it is compared below

@@ -786,3 +786,11 @@ def test_a_condition_that_cannot_hold_at_these_sizes_is_taken_as_on_the_example(
         "False, as on the example", "True, as on the example",
     ]  # fmt: skip
     assert all("test_trace.py:" in note for note in loaded.notes)
+
+
+def test_what_torch_could_not_trace_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes the half of a graph that it has to the standard error, also where another way of tracing follows."""
+    from tests import families_moe
+
+    trace(families_moe.library("switch"), families_moe.inputs("switch"))  # loops over the experts that have tokens
+    assert "def forward" not in capsys.readouterr().err
