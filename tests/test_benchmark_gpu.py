@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -47,6 +49,21 @@ def test_without_a_gpu_it_says_so_and_exits_with_3(script: Path) -> None:
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert run.returncode == 3, run.stderr
     assert "no CUDA device is here; nothing was measured" in run.stdout
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPT.parent.glob("*.py")), ids=lambda script: script.stem)
+def test_what_a_benchmark_imports_is_there(script: Path) -> None:
+    """Within functions too, which run on other machines only."""
+    imports = [node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    for node in imports:
+        if node.module is None or not node.module.startswith("surgeon"):
+            continue
+        if node.module.rpartition(".")[2].startswith("_cuda"):
+            pytest.importorskip(node.module, reason="Triton is for Linux")
+        source = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+            package = hasattr(source, "__path__") and importlib.util.find_spec(f"{node.module}.{name}") is not None
+            assert hasattr(source, name) or package, f"{script.name}:{node.lineno}: {node.module} has no {name}"
 
 
 def test_all_weights_are_those_of_the_model(gpu: Any, models: Any, floor: Any) -> None:
