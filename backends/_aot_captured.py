@@ -79,10 +79,12 @@ class CapturedStep:
         capacity: positions that the buffers have.
         device: where they are.
         """
-        mask, length = inputs[MASK], inputs[MASK].shape[1]
-        self._mask = torch.zeros((len(mask), capacity), dtype=mask.dtype, device=device)
-        self._start = torch.full((1,), length - 1, dtype=torch.int64, device=device)
-        self._held = {name: value.to(device, copy=True).contiguous() for name, value in inputs.items() if name != MASK}
+        rows, kind = len(inputs[MASK]), inputs[MASK].dtype
+        self._mask = torch.empty((rows, capacity), dtype=kind, device=device)
+        self._start = torch.empty(1, dtype=torch.int64, device=device)
+        self._held = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in inputs.items() if name != MASK
+        }
         counting = {port.name for port in ports if port.role in (POSITIONS, MASKED_POSITIONS)} & set(self._held)
         self._counted = [self._start, *(self._held[name] for name in counting)]
         self._given_anew = [(name, held) for name, held in self._held.items() if name not in counting]
@@ -97,7 +99,7 @@ class CapturedStep:
             package([*given])  # libraries make what they need on a stream; the step may be repeated, it writes the same
         # Other threads may go on allocating memory meanwhile.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._mask.scatter_(1, self._start.expand(len(mask), 1), 1)  # the new token
+            self._mask.scatter_(1, self._start.expand(rows, 1), 1)  # the new token
             self._results = package([*given])
             for each in self._counted:
                 each.add_(1)

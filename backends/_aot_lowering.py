@@ -235,10 +235,8 @@ class _Interpreter(fx.Interpreter):
             out, *caches = on_cuda.attention_appending(q, k, v, *rest, **named)
         else:
             if isinstance(k, on_cuda.Buffered) and isinstance(v, on_cuda.Buffered):
-                start = k.past
+                named = {**named, "start": k.past}
                 k, v = on_cuda.append_in_place(k, v)
-                if self.owner.spelt[n.target] is on_cuda.attention:
-                    named = {**named, "start": start}
             caches = [part.whole() if isinstance(part, on_cuda.Appended | on_cuda.Buffered) else part for part in (k, v)]
             out = self.owner.spelt[n.target](q, *caches, *rest, **named)
         for node, cache in zip(n.args[1:3], caches, strict=True):

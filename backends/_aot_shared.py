@@ -34,7 +34,6 @@ aten = torch.ops.aten
 ALIGNED = 16
 """Bytes to whose multiples packages for CUDA copy an input that lies elsewhere."""
 
-
 START = "past_length"
 """Name of the input [1] int64 behind all others of a package for CUDA: how many positions are in the past."""
 

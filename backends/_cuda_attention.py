@@ -228,7 +228,7 @@ def _append_kernel(
 
 
 def append_in_place(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, start: Tensor, room: int) -> None:
-    """Write new keys and values behind the ``past`` ones of buffers with room, in one kernel.
+    """Write new keys and values behind the first ``start`` of buffers with room, in one kernel.
 
     It is no part of the attention's kernel, of which a package holds two: branches of a condition write nothing.  And it is
     no ``triton_op``: torch leaves one that writes to be called by its name, which a package then needs surgeon for.
