@@ -176,13 +176,19 @@ class Stack(nn.Module):
         return x
 
 
-def test_weights_that_the_graph_adds_a_number_to_and_chains_of_linears_are_divided() -> None:
+def halfway(network: type[nn.Module]) -> tuple[Any, dict[str, Tensor], surgeon.Compiled]:
+    """A module of this class, its inputs, and it with half of their ranges in its weights."""
     torch.manual_seed(0)
-    module = Stack().eval()
+    module = network().eval()
     inputs = {"x": torch.randn(2, 5, 16) * torch.linspace(0.1, 4, 16)}
     compiled = surgeon.compile(
         module, [{"smooth": {"alpha": 0.5}}], inputs=inputs, calibration=[inputs], backend=None, progress=False
     )
+    return module, inputs, compiled
+
+
+def test_weights_that_the_graph_adds_a_number_to_and_chains_of_linears_are_divided() -> None:
+    module, inputs, compiled = halfway(Stack)
     plan = SmoothPlan.model_validate(compiled.report.passes[0].plan)
     assert len(plan.decisions) == 9
     assert all(decision.folded for decision in plan.decisions)
@@ -266,11 +272,6 @@ class Squared(nn.Module):
 
 
 def test_what_enters_an_operation_twice_is_not_divided_twice() -> None:
-    torch.manual_seed(0)
-    module = Squared().eval()
-    inputs = {"x": torch.randn(2, 5, 16) * torch.linspace(0.1, 4, 16)}
-    compiled = surgeon.compile(
-        module, [{"smooth": {"alpha": 0.5}}], inputs=inputs, calibration=[inputs], backend=None, progress=False
-    )
+    _, _, compiled = halfway(Squared)
     assert [decision["folded"] for decision in compiled.report.passes[0].plan["decisions"]] == [False, False]
     assert compiled.report.passes[0].divergence["exact_error"] < 1e-6
