@@ -33,6 +33,7 @@ def compile(
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
     trust_remote_code: bool = False,
     plan: SavedPlan | str | Path | None = None,
@@ -44,7 +45,7 @@ def compile(
     Args:
         model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
         passes: pass objects or one-key dicts in order, or the path of a recipe, whose passes are taken and whose
-            calibration, verify and evaluate sections stand in where those arguments are None.
+            calibration, verify, evaluate and device stand in where those arguments are None.
         inputs: example keyword inputs; needed for a module that is not a transformers model.
         calibration: an iterable of keyword-input dicts, a text file (tokenized with the model's tokenizer), or the
             recipe's mapping, to which ``tokenizer`` (an object or a path) may be added.
@@ -56,6 +57,8 @@ def compile(
         task: ``"forward"``: the model as it is called; ``"text-generation"``: with caches, to :meth:`Compiled.generate`
             from; by default forward for a module with inputs, and for a checkpoint what its architecture is for.
         dtype: load the weights in this type; as stored by default.
+        device: where the model runs on calibration data, and what is fitted to them is computed: ``"cpu"``, or an accelerator
+            such as ``"cuda"``, where weights visit block by block.  Weights and results stay on the CPU.
         dynamic: dimensions that vary, by input, as in ``surgeon.trace``: ``{"input_ids": {0: "batch"}}``.
         trust_remote_code: run code that a checkpoint brings.
         plan: a saved plan to repeat instead of planning.
@@ -80,6 +83,7 @@ def compile(
         calibration = calibration if calibration is not None else recipe.calibration
         verify = verify if verify is not None else recipe.verify
         evaluate = evaluate if evaluate is not None else recipe.evaluate
+        device = device if device is not None else recipe.device
     else:
         steps = tuple(make_pass(item) for item in _listed(passes))
     spec, tokenizer = _calibration(calibration)
@@ -97,6 +101,7 @@ def compile(
         evaluate=_section(Evaluate, evaluate, "evaluate"),
         task=task,
         dtype=dtype,
+        device=str(device or "cpu"),
         dynamic=dynamic,
         trust_remote_code=trust_remote_code,
         saved=_saved(plan),
@@ -147,6 +152,7 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
         evaluate=recipe.evaluate,
         task=recipe.model.task,
         dtype=recipe.model.dtype,
+        device=recipe.device,
         dynamic=recipe.model.dimensions,
         trust_remote_code=recipe.model.trust_remote_code,
         saved=plan,

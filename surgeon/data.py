@@ -17,6 +17,7 @@ from surgeon.caches import OPTIONAL, SUM
 from surgeon.errors import ObserveError, TraceError
 from surgeon.graph import Graph
 from surgeon.observe import Batch
+from surgeon.placement import to_host
 
 if TYPE_CHECKING:
     from surgeon.recipe import Calibration
@@ -99,7 +100,7 @@ def _from_batches(spec: Iterable[Batch], graph: Graph) -> Data:
         if empty:
             shape = list(batch[empty[0]].shape)
             raise ObserveError(f"calibration batch {number}: {empty[0]} {shape} holds nothing; leave the batch out")
-        batches.append(dict(batch))
+        batches.append(to_host(dict(batch)))
     if not batches:
         raise ObserveError("calibration is empty: give at least one batch of the model's keyword inputs")
     _check_ids(graph, batches, "calibration")

@@ -16,7 +16,7 @@ from surgeon.contract import Observer
 from surgeon.errors import ObserveError
 from surgeon.evaluate import predicted_tokens
 from surgeon.graph import Graph
-from surgeon.observe import Batch, Execution, observe
+from surgeon.observe import Batch, Execution, observe, settle
 
 
 def observe_gradients(graph: Graph, batches: Iterable[Batch], observers: Mapping[str, Observer]) -> None:
@@ -46,6 +46,7 @@ def observe_gradients(graph: Graph, batches: Iterable[Batch], observers: Mapping
             observer.update(*(run.rows(node, value, observer.features) for node, value in every))
     if count == 0:
         raise ObserveError("the calibration data holds no batch")
+    settle(observers.values())
 
 
 class _Backward(Execution):
@@ -66,10 +67,10 @@ class _Backward(Execution):
     def gradients(self) -> dict[fx.Node, Tensor]:
         """Derivative of the loss with respect to every wanted node."""
         for node in self.graph.module.graph.nodes:
-            if node.op == "get_attr":
-                self.values[node] = self.graph.tensor(str(node.target)).detach()
-                continue
             self._evaluate(node)
+            if node.op == "get_attr":
+                self.values[node] = self.values[node].detach()
+                continue
             if node in self.wanted and not self.values[node].requires_grad:
                 self.values[node] = self.values[node].detach().requires_grad_()
             if node in self.watched:
@@ -84,7 +85,7 @@ class _Backward(Execution):
         return dict(zip(order, found, strict=True))
 
     def _loss(self, logits: Tensor) -> Tensor:
-        ids = self.batch["input_ids"]
+        ids = self.batch["input_ids"].to(logits.device)
         valid = torch.ones_like(ids, dtype=torch.bool) if self.mask is None else self.mask.view_as(ids)
         predicts = valid[:, :-1] & valid[:, 1:]
         return torch.nn.functional.cross_entropy(

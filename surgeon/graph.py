@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from surgeon import caches
 from surgeon.errors import RewriteError, TraceError
+from surgeon.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Graph:
         dims: the dynamic dimensions by name.
         example: one real tensor per input, of the sizes the graph was traced with.
         source: where the model came from.
+        placement: the device on which it is run, with weights, inputs and outputs on the host; None for the host itself.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Graph:
         self.dims = dict(dims)
         self.example = dict(example)
         self.source = source or Source()
+        self.placement: Placement | None = None
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -165,7 +168,12 @@ class Graph:
             TraceError: the inputs do not fit, or the graph was traced without the values of its weights.
         """
         self.require_weights("running it")
-        results = self.module(*self.bind(inputs))
+        if self.placement is None:
+            results = self.module(*self.bind(inputs))
+        else:
+            from surgeon.observe import outputs
+
+            results = outputs(self, inputs)
         wanted = caches.asked(self.inputs, self.outputs, inputs)
         return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
 
@@ -231,13 +239,16 @@ class Graph:
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.module.graph, {}))  # node.meta is copied shallowly: fake tensors are shared
         module = fx.GraphModule(_share_tensors(self.module), graph)
-        return Graph(module, self.inputs, self.outputs, self.dims, self.example, self.source)
+        return self._sibling(module, self.source)
 
     def with_source(self, **changes: Any) -> Graph:
         """The same graph with fields of its source replaced."""
-        return Graph(
-            self.module, self.inputs, self.outputs, self.dims, self.example, replace(self.source, **changes)
-        )
+        return self._sibling(self.module, replace(self.source, **changes))
+
+    def _sibling(self, module: fx.GraphModule, source: Source) -> Graph:
+        graph = Graph(module, self.inputs, self.outputs, self.dims, self.example, source)
+        graph.placement = self.placement
+        return graph
 
     def fingerprint(self, *, weights: bool = False) -> str:
         """A digest of what the graph computes: operators, constants, edges, and shapes and dtypes of the weights.

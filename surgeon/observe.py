@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from surgeon.contract import Observer
 from surgeon.errors import ObserveError
 from surgeon.graph import Graph
+from surgeon.placement import relocated, to_host
 
 Batch = Mapping[str, Tensor]
 
@@ -46,8 +47,8 @@ class Stretch:
                 break
             done.add(node)
         for node in (*done, *nodes):
-            if node.op == "placeholder":
-                continue  # a later edit may read an input's size
+            if node.op in ("placeholder", "output"):
+                continue  # a later edit may read an input's size; what the graph gives out is asked for behind its end
             # An output that no stretch reaches is nobody's: the caches of a block would be held until the last one.
             users = [user for user in node.users if user not in done and (user.op != "output" or user in position)]
             waiting = [position.get(user, len(nodes)) for user in users]
@@ -59,8 +60,11 @@ class Stretch:
 class Execution:
     """Runs one graph over one batch, from any position to any later one, holding only values that are still needed.
 
+    Values are where the graph is placed (see ``surgeon.placement``), on the host by default.
+
     Attributes:
         values: live values at the current position.
+        mask: which rows of [batch * sequence] are no padding; None where the batch does not say.
     """
 
     def __init__(self, graph: Graph, batch: Batch) -> None:
@@ -68,11 +72,10 @@ class Execution:
         self.graph = graph
         self._batch = batch
         self.values: dict[fx.Node, Any] = {}
-        placeholders = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
-        self.values.update(zip(placeholders, graph.bind(batch), strict=True))
+        self.rebind()
         mask = batch.get("attention_mask")
-        self.mask = mask.bool().flatten() if mask is not None and mask.dim() == 2 else None
-        self._masked, self._unmasked = _sizes(graph, placeholders)
+        self.mask = self._placed(mask.bool().flatten()) if mask is not None and mask.dim() == 2 else None
+        self._masked, self._unmasked = _sizes(graph, graph.module.graph.find_nodes(op="placeholder"))
 
     def fork(self) -> Execution:
         """An execution at the same position that can run on without moving this one."""
@@ -84,7 +87,10 @@ class Execution:
     def rebind(self) -> None:
         """Hand the inputs in anew, after an edit changed their sizes: caches that were left out are made as they are now."""
         placeholders = self.graph.module.graph.find_nodes(op="placeholder")
-        self.values.update(zip(placeholders, self.graph.bind(self._batch), strict=True))
+        self.values.update(zip(placeholders, self._placed(self.graph.bind(self._batch)), strict=True))
+
+    def _placed(self, values: Any) -> Any:
+        return values if self.graph.placement is None else self.graph.placement.place(values)
 
     @torch.no_grad()
     def run(self, stretch: Stretch) -> None:
@@ -97,10 +103,13 @@ class Execution:
                 self.values.pop(dead, None)
 
     def _evaluate(self, node: fx.Node) -> None:
+        placement = self.graph.placement
         if node.op == "get_attr":
-            self.values[node] = self.graph.tensor(str(node.target))
+            weight = self.graph.tensor(str(node.target))
+            self.values[node] = weight if placement is None else placement.weight(weight)
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            named = node.kwargs if placement is None else relocated(node, placement.device)
+            args, kwargs = fx.node.map_arg((node.args, named), self.values.__getitem__)
             self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function target
         elif node.op == "output":
             self.values[node] = fx.node.map_arg(node.args[0], self.values.__getitem__)
@@ -109,7 +118,8 @@ class Execution:
         for observer in observers:
             if observer.whole:
                 first = observer.nodes[0]
-                every = torch.arange(self.values[first].flatten(0, -2).shape[0])[:, None]
+                value = self.values[first].flatten(0, -2)
+                every = torch.arange(value.shape[0], device=value.device)[:, None]
                 observer.update(*map(self.values.__getitem__, observer.nodes), self.rows(first, every)[:, 0])
             else:
                 observer.update(*(self.rows(node, self.values[node], observer.features) for node in observer.nodes))
@@ -163,6 +173,21 @@ def observe(graph: Graph, batches: Iterable[Batch], observers: Mapping[str, Obse
         Execution(graph, batch).run(stretch)
     if count == 0:
         raise ObserveError("the calibration data holds no batch")
+    settle(observers.values())
+
+
+def settle(observers: Iterable[Observer]) -> None:
+    """Bring what observers hold to the host, where passes look at it."""
+    for observer in observers:
+        vars(observer).update(to_host(vars(observer)))
+
+
+def outputs(graph: Graph, inputs: Batch) -> list[Tensor]:
+    """Outputs of a placed graph, in the order of its ports, on the host; weights come and go on the way."""
+    whole = Execution(graph, inputs)
+    nodes = [node for node in graph.module.graph.nodes if node.op != "placeholder"]
+    whole.run(Stretch(graph.module.graph, nodes))
+    return list(to_host(whole.values[nodes[-1]]))
 
 
 class MeanCosine(Observer):

@@ -29,6 +29,7 @@ from surgeon.inspection import inspection
 from surgeon.lowering import lower as lower_and_compare
 from surgeon.observe import Batch
 from surgeon.output import check_free, staged
+from surgeon.placement import Placement
 from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
@@ -65,6 +66,7 @@ class Request:
         evaluate: what to measure on the finished artefact.
         task: see ``surgeon.trace``.
         dtype: see ``surgeon.trace``.
+        device: where the model is observed and compared, and what is fitted to data computed; see ``surgeon.placement``.
         dynamic: see ``surgeon.trace``.
         trust_remote_code: see ``surgeon.trace``.
         saved: a plan to repeat.
@@ -83,6 +85,7 @@ class Request:
     evaluate: Evaluate | None = None
     task: str | None = None
     dtype: str | torch.dtype | None = None
+    device: str = "cpu"
     dynamic: Mapping[str, Mapping[int, str] | None] | None = None
     trust_remote_code: bool = False
     saved: SavedPlan | None = None
@@ -106,7 +109,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         check_free(request.output, request.force)
     if request.backend is not None and lower:
         _require_installed(request.backend)
-    with Progress(progress) as bars:
+    placement = Placement.of(request.device)
+    with Progress(progress) as bars, _enough_memory(request.device):
         # source -> canonical graph -> structure
         with bars.step("loading the model"), clock.phase("load"):
             source = load_source(
@@ -121,8 +125,10 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 f"{source.source.description} has fake weights: a pass reads weights, and its result is compared with the "
                 "model by running both; give the model with its weights"
             )
+        _require_host(source.module)
         with bars.step("tracing"), clock.phase("trace"):
             graph = trace_source(source, dynamic=request.dynamic)
+        graph.placement = placement
         if request.backend is not None and lower:
             _refuse(request.backend, request.backend.refuses_source(graph))
         with bars.step("discovering the structure"), clock.phase("discover"):
@@ -197,6 +203,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         with bars.step("taking stock"):
             view = inspection(graph, structure)
         report.structure["after"] = view.summary()
+        graph.placement = None  # what is handed out runs where its weights are
         compiled = Compiled(graph=graph, structure=structure, report=report, plan=saved, recipe=request.recipe)
         if request.backend is None or not lower:
             report.bytes = (report.bytes[0], graph.nbytes())
@@ -269,6 +276,27 @@ def _require_installed(backend: Backend) -> None:
         raise LowerError(f"backend {backend.name} needs {', '.join(missing)}, not installed: {backend.install()}")
 
 
+def _require_host(module: nn.Module) -> None:
+    """Refuse a model whose weights are on a device: graphs, edits and backends hold them on the host."""
+    devices = {str(tensor.device) for tensor in (*module.parameters(), *module.buffers())} - {"cpu"}
+    if devices:
+        raise TraceError(
+            f"the model is on {', '.join(sorted(devices))}, and surgeon holds its weights on the host: hand it over after "
+            "model.cpu(), with device='cuda' to run it on calibration data on the GPU"
+        )
+
+
+@contextmanager
+def _enough_memory(device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ObserveError(
+            f"device {device!r} has too little free memory ({str(error).splitlines()[0]}): give smaller batches "
+            "(calibration: {batch: ...}), fewer or shorter samples, or device: cpu"
+        ) from error
+
+
 def _refuse(backend: Backend, refusals: Sequence[Refusal]) -> None:
     if refusals:
         listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
@@ -332,6 +360,7 @@ def _new_report(request: Request, graph: Graph, structure: Structure, data: Data
         recipe=request.recipe.model_dump(mode="json") if request.recipe is not None else None,
         structure={"before": inspection(graph, structure).summary()},
         bytes=(graph.nbytes(), graph.nbytes()),
+        device=request.device,
         parameters=(parameter_count(graph), parameter_count(graph)),
         active_parameters=(active_parameter_count(graph), active_parameter_count(graph)),
         warnings=[*notes, *data.notes],

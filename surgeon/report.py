@@ -123,6 +123,8 @@ class Report(_Data):
     """Artefact against eager torch."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """Wall time by phase; ``total`` is the whole build."""
+    device: str = "cpu"
+    """Where the model was observed and compared."""
     peak_memory_bytes: int | None = None
     """Largest resident size of the process."""
     warnings: list[str] = []

@@ -16,7 +16,7 @@ from torch import fx
 from surgeon.contract import Observer, Pass, Plan
 from surgeon.errors import ObserveError, PlanError
 from surgeon.gradients import observe_gradients
-from surgeon.observe import Batch, Execution, Stretch, observe
+from surgeon.observe import Batch, Execution, Stretch, observe, settle
 from surgeon.progress import Progress
 from surgeon.rewrite import Editor
 from surgeon.structure import Block, Structure
@@ -99,6 +99,7 @@ def _sweep(
             observing = Stretch(editor.graph.module.graph, nodes, forward)
             for execution in executions:
                 execution.fork().run(observing)
+            settle(forward)
         tokens = max(tokens, _tokens(observers))
         plan = _own(saved, block.index) if saved is not None else step.plan(editor.graph, view, observers)
         if plan.decisions:

@@ -41,6 +41,7 @@ def render_terminal(report: Report, console: Console) -> None:
     console.print()
     console.print(first)
     facts = [f"{seconds(report.seconds['total'])} in all"] if "total" in report.seconds else []
+    facts += [f"observed on {report.device}"] if report.device != "cpu" else []
     facts += [f"peak memory {size(report.peak_memory_bytes)}"] if report.peak_memory_bytes else []
     facts += [f"surgeon {report.surgeon}"]
     console.print(Text(", ".join(facts), "dim"))
