@@ -201,9 +201,9 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         """The neurons of every expert that top_columns keeps, ascending."""
         if self.method != "top_columns":
             return ()
-        stack = ExpertStack.of(graph, site.part)
+        stack = graph.placed(ExpertStack.of(graph, site.part))
         if self._by_contribution:
-            x, _, index, weight = _sampled(statistics, site.name)
+            x, _, index, weight = graph.placed(_sampled(statistics, site.name))
             given = neuron_contributions(stack, x, dense_weights(index, weight, stack.experts))
             kept = torch.zeros(given.numel(), dtype=torch.bool)
             kept[given.flatten().topk(width).indices] = True
@@ -217,8 +217,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
     def _learned(
         self, graph: Graph, site: Site[MoE], share: Tensor, scale: float, statistics: Statistics
     ) -> Tensor:
-        experts = self._ordered(ExpertStack.of(graph, site.part), share)
-        x, y, *_ = _sampled(statistics, site.name)
+        experts = self._ordered(graph.placed(ExpertStack.of(graph, site.part)), share)
+        x, y, *_ = graph.placed(_sampled(statistics, site.name))
 
         def output(weights: Tensor, rows: Tensor) -> Tensor:
             w_in, w_out, b_in, b_out = (
@@ -232,7 +232,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             return scale * (out if dense.down_bias is None else out + dense.down_bias)
 
         try:
-            return learn_weights(output, x, y, share, steps=self.steps, seed=self.seed)
+            return learn_weights(output, x, y, graph.placed(share), steps=self.steps, seed=self.seed).cpu()
         except NumericsError as error:
             raise PlanError(f"{site.name}: {error}") from error
 
@@ -264,7 +264,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             moe = sites[decision.site]
             dense = self._dense(editor.graph, moe, decision, statistics)
             if self.refit and not self._lossless(decision):
-                dense = _refitted(dense, *_sampled(statistics, decision.site)[:2])
+                dense = _refitted(dense, *editor.graph.placed(_sampled(statistics, decision.site)[:2]))
             with editor.before(moe.node):
                 out = add_ffn(editor, f"{_prefix(moe)}.dense", editor.current(moe.input), dense)
             editor.replace(moe.node, out)
@@ -273,7 +273,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         weights = torch.tensor(decision.weights, dtype=torch.float64)
         if self.method in ("sum", "top_columns"):
             return self._side_by_side(graph, moe, decision, weights, statistics)
-        experts = self._ordered(ExpertStack.of(graph, moe), weights)
+        experts = self._ordered(graph.placed(ExpertStack.of(graph, moe)), weights)
         if self.method == "svd":
             rank = self._rank(moe)
             halves = experts.w_in.chunk(2, dim=1) if moe.gated else (experts.w_in,)
@@ -292,7 +292,8 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         self, graph: Graph, moe: MoE, decision: DensifyOne, weights: Tensor, statistics: Statistics
     ) -> Neurons:
         """Neurons of all experts in one row, each column times what brings it nearest to what it gave."""
-        stack = ExpertStack.of(graph, moe)
+        stack = graph.placed(ExpertStack.of(graph, moe))
+        weights = weights.to(stack.w_in.device)
         neurons = decision.neurons or (tuple(range(stack.width)),) * stack.experts
         expert = torch.repeat_interleave(torch.tensor([len(own) for own in neurons]))
         chosen = torch.tensor([neuron for own in neurons for neuron in own])
@@ -302,7 +303,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
         b_in = None if stack.b_in is None else stack.b_in[owner, inner]
         factor = weights[expert] * decision.scale * (stack.experts if self.method == "top_columns" else 1)
         if self._by_contribution:
-            x, _, index, weight = _sampled(statistics, decision.site)
+            x, _, index, weight = graph.placed(_sampled(statistics, decision.site))
             hidden = torch.split(_neurons(moe, w_in, columns.T, b_in, None).hidden(x), [len(own) for own in neurons], dim=1)
             runs = dense_weights(index, weight, stack.experts)
             factor = torch.cat([stand_in(part, runs[:, number]) for number, part in enumerate(hidden)])

@@ -228,10 +228,10 @@ class DropExperts(Pass[DropExpertsPlan]):
             total = seen.sum() if self.budget == "layer" else observer.tokens
             return Ranking.by_score(moe, seen / total, least)
         assert isinstance(observer, Sample)
-        x, index, weight, *logits = observer.values()
-        operands = expert_operands(graph, moe)
+        x, index, weight, *logits = graph.placed(observer.values())
+        operands = graph.placed(expert_operands(graph, moe))
         if self.criterion == "reconstruction":
-            bias = None if moe.selection_bias is None else graph.tensor(moe.selection_bias).detach().flatten()
+            bias = None if moe.selection_bias is None else graph.placed(graph.tensor(moe.selection_bias).detach().flatten())
             found = Reconstruction.of(moe, x, logits[0], bias, operands)
             if not found.repeats(index, weight):
                 raise PlanError(
@@ -242,7 +242,7 @@ class DropExperts(Pass[DropExpertsPlan]):
         norms = expert_output_norms(x, index, operands, moe.activation)
         if self.criterion == "reap":
             norms = norms * (weight / weight.sum(-1, keepdim=True)).double()
-        return Ranking.by_score(moe, mean_by_expert(norms, index, moe.experts), least)
+        return Ranking.by_score(moe, mean_by_expert(norms, index, moe.experts).cpu(), least)
 
     # -- applying -----------------------------------------------------------------------------------------------
 

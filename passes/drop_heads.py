@@ -172,10 +172,10 @@ class DropHeads(Pass[DropHeadsPlan]):
         self, graph: Graph, site: Site[Attention], units: int, keep: int, statistics: Statistics
     ) -> KeepHeads:
         output = _output(site)
-        weight = rows(graph, output)
+        weight = graph.placed(rows(graph, output))
         groups = _groups(site, units)
         lost = (units - keep) // len(groups)
-        moments = _moments(site, statistics) if site.name in statistics else None
+        moments = _moments(graph, site, statistics) if site.name in statistics else None
         centred = self.refit and output.bias is not None
         if self.criterion == "reconstruction":
             assert moments is not None
@@ -243,11 +243,11 @@ class DropHeads(Pass[DropHeadsPlan]):
             site = sites[decision.site]
             output = _output(site)
             change = _trim(editor.graph, structure, site, decision)
-            weight, shift = rows(editor.graph, output), bias(editor.graph, output)
+            weight, shift = editor.graph.placed((rows(editor.graph, output), bias(editor.graph, output)))
             keep_heads(editor, change)
             if not self.refit:
                 continue
-            moments, centred = _moments(site, statistics), output.bias is not None
+            moments, centred = _moments(editor.graph, site, statistics), output.bias is not None
             places = _places(output, decision.units, decision.keep)
             try:
                 ridge = decision.ridge or _ridge(weight, moments, centred, places)
@@ -287,8 +287,8 @@ class DropHeads(Pass[DropHeadsPlan]):
         return f"{listing} removed from {len(plan.decisions)} attentions"
 
 
-def _moments(site: Site[Attention], statistics: Statistics) -> HalvedMoments:
-    """What calibration data says of an attention's results.
+def _moments(graph: Graph, site: Site[Attention], statistics: Statistics) -> HalvedMoments:
+    """What calibration data says of an attention's results, where the graph is run.
 
     Raises:
         PlanError: no token reached it.
@@ -297,7 +297,7 @@ def _moments(site: Site[Attention], statistics: Statistics) -> HalvedMoments:
     assert isinstance(moments, HalvedMoments)
     if moments.tokens == 0:
         raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token), so there is nothing to go by")
-    return moments
+    return moments.placed(graph)
 
 
 def _ridge(weight: Tensor, moments: HalvedMoments, centred: bool, places: Tensor) -> float:

@@ -299,7 +299,7 @@ class _Network:
 
     @classmethod
     def of(cls, graph: Graph, site: Site[FFN] | Site[MoE], observer: Observer | None) -> _Network:
-        """Read a network.
+        """Read a network, to where the graph is run.
 
         Raises:
             PlanError: it was observed and calibration data never reached it.
@@ -309,9 +309,11 @@ class _Network:
             raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token), so there is nothing to go by")
         if isinstance(site.part, MoE):
             stack = ExpertStack.of(graph, site.part)
-            return cls(stack.w_out, stack.b_out, observer)
-        neurons = Neurons.of(graph, site.part)
-        return cls(neurons.down[None], None if neurons.down_bias is None else neurons.down_bias[None], observer)
+            down, bias = stack.w_out, stack.b_out
+        else:
+            neurons = Neurons.of(graph, site.part)
+            down, bias = neurons.down[None], None if neurons.down_bias is None else neurons.down_bias[None]
+        return cls(*graph.placed((down, bias)), None if observer is None else observer.placed(graph))
 
     @property
     def fixed(self) -> int:

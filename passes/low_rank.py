@@ -129,7 +129,7 @@ class LowRank(Pass[LowRankPlan]):
         part = site.part
         weight = editor.tensor(part.weight).detach()
         matrix = weight.T if part.transposed else weight
-        factors = self._decompose(matrix, rank, part, statistics)
+        factors = self._decompose(editor.graph.placed(matrix), rank, part, statistics)
         with editor.before(part.node):
             right = editor.add_tensor(f"{part.weight}_right", factors.right.to(weight.dtype).contiguous())
             inner = editor.call(torch.ops.aten.linear.default, editor.current(part.input), right)
@@ -144,7 +144,7 @@ class LowRank(Pass[LowRankPlan]):
         observer = statistics[part.input.name]
         assert isinstance(observer, SecondMoment)
         assert observer.matrix is not None
-        return whitened_svd(matrix, observer.matrix, rank)
+        return whitened_svd(matrix, observer.matrix.to(matrix.device), rank)
 
     def exact(self, plan: LowRankPlan) -> bool:
         """Full rank everywhere loses nothing."""

@@ -248,13 +248,13 @@ class MergeExperts(Pass[MergeExpertsPlan]):
             observer = statistics[f"{site.name}.routing"]
             assert isinstance(observer, Routing)
             return observer.gram
-        stack = ExpertStack.of(graph, site.part)
+        stack = graph.placed(ExpertStack.of(graph, site.part))
         if self.grouping == "weights":
-            return stack.weight_gram(stack.aligned() if self.align else None)
-        x = _routed(statistics, site.name).x
+            return stack.weight_gram(stack.aligned() if self.align else None).cpu()
+        x = graph.placed(_routed(statistics, site.name).x)
         if self.grouping in ("token_outputs", "output_cosines"):
-            return stack.output_gram(x, directions=self.grouping == "output_cosines")
-        outputs = stack.mean_outputs(x)
+            return stack.output_gram(x, directions=self.grouping == "output_cosines").cpu()
+        outputs = stack.mean_outputs(x).cpu()
         return outputs @ outputs.T
 
     def _decision(self, site: str, labels: Tensor, counts: Tensor) -> MergeGroups:
@@ -275,8 +275,8 @@ class MergeExperts(Pass[MergeExpertsPlan]):
 
     def _searched(self, graph: Graph, site: Site[MoE], decision: MergeGroups, statistics: Statistics) -> MergeGroups:
         """The decision with the shares that a search finds."""
-        search, merger = Search(self.population, self.generations, self.seed), self._merger(statistics, site.name)
-        stack, tokens = ExpertStack.of(graph, site.part), _routed(statistics, site.name)
+        search, merger = Search(self.population, self.generations, self.seed), graph.placed(self._merger(statistics, site.name))
+        stack, tokens = graph.placed((ExpertStack.of(graph, site.part), _routed(statistics, site.name)))
         pairs = zip(decision.groups, decision.weights, strict=True)
         weights = tuple(search.shares(merger, stack, group, start, tokens) for group, start in pairs)
         return decision.model_copy(update={"weights": weights})
@@ -318,8 +318,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
 
     def _merged(self, graph: Graph, moe: MoE, decision: MergeGroups, statistics: Statistics) -> dict[str, Tensor]:
         """The merged experts' tensors by name, one group in memory beside the result."""
-        stack = ExpertStack.of(graph, moe)
-        merger = self._merger(statistics, decision.site)
+        stack, merger = graph.placed((ExpertStack.of(graph, moe), self._merger(statistics, decision.site)))
         names = {"w_in": moe.w_in, "w_out": moe.w_out, "b_in": moe.b_in, "b_out": moe.b_out}
         merged = {
             part: graph.tensor(name).new_empty(len(decision.groups), *graph.tensor(name).shape[1:])

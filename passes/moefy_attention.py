@@ -139,7 +139,7 @@ class MoefyAttention(Pass[MoefyAttentionPlan]):
                 raise PlanError(
                     f"{site.name}: top_k {self.top_k or 1} and shared {self.shared} asked, it has {groups} key/value groups"
                 )
-            norms = _contributions(graph, output, groups, _sampled(statistics, site.name)[1]).mean(0)
+            norms = _contributions(graph, output, groups, graph.placed(_sampled(statistics, site.name)[1])).mean(0)
             shared = norms.topk(self.shared).indices.sort().values
             decisions.append(
                 RouteGroups(
@@ -177,7 +177,7 @@ class MoefyAttention(Pass[MoefyAttentionPlan]):
         sites = {site.name: site for site in structure.select(Selection()).attentions()}
         for decision in plan.decisions:
             query, output = _projections(editor.graph, sites[decision.site])
-            x, results = _sampled(statistics, decision.site)
+            x, results = editor.graph.placed(_sampled(statistics, decision.site))
             try:
                 router = self._router(editor.graph, output, decision, x, results)
                 choice = self._choice(editor.graph, output, decision, router, x, results)
@@ -206,9 +206,9 @@ class MoefyAttention(Pass[MoefyAttentionPlan]):
         if self.scaling == "sum":
             return choice
         index, weight = choice.choose(router.scores(x))
-        runs = torch.zeros(x.shape[0], len(routed), dtype=x.dtype).scatter(1, index, weight)
+        runs = torch.zeros(x.shape[0], len(routed), dtype=x.dtype, device=x.device).scatter(1, index, weight)
         parts = results.reshape(x.shape[0], decision.groups, -1)[:, routed]
-        matrix = rows(graph, output).reshape(-1, decision.groups, parts.shape[2])[:, routed].flatten(1)
+        matrix = graph.placed(rows(graph, output)).reshape(-1, decision.groups, parts.shape[2])[:, routed].flatten(1)
         found = (parts * runs[:, :, None]).flatten(1) @ matrix.T
         wanted = parts.flatten(1) @ matrix.T
         return replace(choice, factor=output_factor(found, wanted, "least_squares"))
@@ -282,7 +282,7 @@ def _sampled(statistics: Statistics, site: str) -> list[Tensor]:
 def _contributions(graph: Graph, output: Linear, groups: int, results: Tensor) -> Tensor:
     """``|O_g a_g|`` of every token and group, results [T, G c] -> [T, G]."""
     parts = results.chunk(groups, dim=1)
-    columns = rows(graph, output).chunk(groups, dim=1)
+    columns = graph.placed(rows(graph, output)).chunk(groups, dim=1)
     return torch.stack([(part @ column.T).norm(dim=1) for part, column in zip(parts, columns, strict=True)], dim=1)
 
 

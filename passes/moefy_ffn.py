@@ -58,7 +58,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from surgeon import splits
-from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
+from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics, placed
 from surgeon.errors import PlanError
 from surgeon.expert_routers import fitted, from_sums, towards_clusters, towards_rows
 from surgeon.graph import Graph
@@ -214,7 +214,8 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
 
     def _split(self, graph: Graph, site: Site[FFN], statistics: Statistics) -> tuple[Tensor, Tensor]:
         """Neurons of the routed experts [R, m] and of the shared ones [shared m]."""
-        neurons, width = Neurons.of(graph, site.part), site.part.width
+        neurons, width = graph.placed(Neurons.of(graph, site.part)), site.part.width
+        statistics = placed(graph, statistics)
         size, routed = width // self.experts, self.experts - self.shared
         if self.split == "random":
             parts = splits.split_random(width, self.experts, self.seed)
@@ -272,10 +273,12 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
     def apply(self, editor: Editor, structure: Structure, plan: MoefyFFNPlan, statistics: Statistics) -> None:
         """Replace each FFN by a router and a mixture."""
         sites = {site.name: site for site in structure.select(Selection()).ffns()}
+        statistics = placed(editor.graph, statistics)
         for decision in plan.decisions:
             site = sites[decision.site]
             _refuse_unreached(site, statistics)
-            neurons, experts = Neurons.of(editor.graph, site.part), torch.tensor(decision.experts)
+            neurons = editor.graph.placed(Neurons.of(editor.graph, site.part))
+            experts = torch.tensor(decision.experts)
             try:
                 router = self._router(neurons, experts, decision.site, statistics)
                 choice, means = self._choice(neurons, experts, decision, router, statistics)

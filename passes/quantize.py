@@ -287,7 +287,7 @@ class Quantize(Pass[QuantizePlan]):
         if moment is not None:
             return quantize_compensated(
                 matrix,
-                moment,
+                moment.to(matrix.device),
                 levels=self._levels(decision),
                 group=group,
                 damp=self._damping,
@@ -346,11 +346,11 @@ class Quantize(Pass[QuantizePlan]):
         if decision.compensated:
             sample = statistics[decision.site]
             assert isinstance(sample, Sample)
-            stack = ExpertStack.of(editor.graph, part)
+            stack = editor.graph.placed(ExpertStack.of(editor.graph, part))
             widths = (stack.w_in.shape[2], stack.w_out.shape[2])
             made = quantize_experts(
                 stack,
-                *sample.values(),
+                *editor.graph.placed(sample.values()),
                 levels=self._levels(decision),
                 groups=(_fitting(decision.group, widths[0]), _fitting(decision.group, widths[1])),
                 damp=self._damping,

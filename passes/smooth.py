@@ -130,17 +130,16 @@ class Smooth(Pass[SmoothPlan]):
             return self.alpha
         sample = statistics[f"{source.name}.sample"]
         assert isinstance(sample, Sample)
-        peaks = _extremes(statistics, source).peaks
-        x = sample.values()[0].float()
-        weights = [rows(graph, site.part).float() for site in sites]
-        largest = _largest(graph, sites)
+        peaks, largest = graph.placed((_extremes(statistics, source).peaks, _largest(graph, sites)))
+        x = graph.placed(sample.values()[0]).float()
+        weights = [graph.placed(rows(graph, site.part)).float() for site in sites]
         wanted = [x @ weight.T for weight in weights]
 
         def lost(alpha: float) -> float:
             """Squared error where the scales are those of one half of the data and the range that of the other."""
             total = 0.0
             for mine, other in ((0, 1), (1, 0)):
-                scale = _scale(alpha, peaks[mine], largest, _in_halves(graph, sites)) if alpha else torch.ones(x.shape[1])
+                scale = _scale(alpha, peaks[mine], largest, _in_halves(graph, sites)) if alpha else torch.ones(x.shape[1], device=x.device)
                 # two rows at the end give the rounding the range that it will have, which padding widens too
                 reach = peaks[other].float() / scale
                 rounded = fake_quantize_dynamic(torch.cat([x / scale, reach[None], -reach[None]]))[:-2]
@@ -267,7 +266,7 @@ def _scale(alpha: float, peak: Tensor, largest: Tensor, halves: bool) -> Tensor:
     """The factors s [in] for features of these peaks and columns of these largest weights; 1 where one of them is zero."""
     alive = (peak > 0) & (largest > 0)
     if not bool(alive.any()):
-        return torch.ones(len(largest))
+        return torch.ones(len(largest), device=largest.device)
     exponent = alpha * peak.log2() - (1 - alpha) * largest.log2()
     middle = (exponent[alive].max() + exponent[alive].min()) / 2
     limit = math.log2(_FARTHEST)

@@ -40,14 +40,14 @@ class CodedWeights:
         Args:
             name: the name the weight is read under.
             form: what codes of one weight may differ in.
-            make: quantizes the weight; called where there are no such codes yet.
+            make: quantizes the weight, where the graph is run; called where there are no such codes yet.
         """
         editor = self._editor
         weight = editor.tensor(name).detach()
         key = (memory(weight), form)
         have = self._stored.get(key)
         if have is None:
-            codes = make(weight)
+            codes = make(editor.graph.placed(weight))
             packed = editor.add_tensor(f"{name}_codes", codes.packed)
             scale = editor.add_tensor(f"{name}_scale", codes.scale)
             zeros = None if codes.zero_point is None else editor.add_tensor(f"{name}_zero_point", codes.zero_point)

@@ -13,6 +13,7 @@ A backend is a frozen pydantic model too: ``refuses`` says what it cannot expres
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -66,9 +67,22 @@ class Observer(abc.ABC):
     def merge(self, other: Observer) -> None:
         """Add what another observer of the same kind saw on other data."""
 
+    def placed(self, graph: Graph) -> Self:
+        """The same statistic with its tensors where the graph is run, for work on it that is heavy; see ``Graph.placed``."""
+        if graph.placement is None:
+            return self
+        other = copy.copy(self)
+        vars(other).update(graph.placed(vars(self)))
+        return other
+
 
 Statistics = Mapping[str, Observer]
 """Observers by key after they have seen the calibration data."""
+
+
+def placed(graph: Graph, statistics: Statistics) -> Statistics:
+    """All statistics of a block where the graph is run; see :meth:`Observer.placed`."""
+    return {key: observer.placed(graph) for key, observer in statistics.items()}
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**64)]

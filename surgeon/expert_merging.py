@@ -84,7 +84,7 @@ class Merger:
 
     def _joined(self, stack: ExpertStack, group: Sequence[int], weights: Sequence[float]) -> ExpertStack:
         """Weighted means of aligned experts, or their joint factor."""
-        shares = torch.tensor(weights, dtype=torch.float64)
+        shares = torch.tensor(weights, dtype=torch.float64).to(stack.w_in.device)
         orders = self.orders(stack, group)
 
         def gathered(tensor: Tensor, part: int) -> Iterator[Tensor]:  # the rows of one part, neurons in order
@@ -111,11 +111,11 @@ class Merger:
 
     def _zipped(self, stack: ExpertStack, group: Sequence[int], weights: Sequence[float]) -> ExpertStack:
         """Every neuron joins the dominant expert's neuron that is most like it."""
-        shares = torch.tensor(weights, dtype=torch.float64)
+        shares = torch.tensor(weights, dtype=torch.float64).to(stack.w_in.device)
 
         def members() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for expert in group:
-                homes = torch.arange(stack.width)
+                homes = torch.arange(stack.width, device=stack.w_in.device)
                 if expert != group[0]:
                     homes = self._similarity(stack, group[0], expert).argmax(0)
                 yield homes, stack.inputs(expert), stack.outputs(expert)
@@ -128,7 +128,7 @@ class Merger:
 
     def orders(self, stack: ExpertStack, group: Sequence[int]) -> list[Tensor]:
         """The order [I] of each expert's neurons in which they match the dominant one's."""
-        own = torch.arange(stack.width)
+        own = torch.arange(stack.width, device=stack.w_in.device)
         return [own, *(self._order(stack, group[0], other) if self.align else own for other in group[1:])]
 
     def _order(self, stack: ExpertStack, reference: int, other: int) -> Tensor:
@@ -176,7 +176,7 @@ def group_outputs(
     """
     member = torch.zeros(stack.experts, dtype=torch.bool)
     member[list(group)] = True
-    weight = tokens.weight * member[tokens.index]
+    weight = tokens.weight * member.to(tokens.index.device)[tokens.index]
     routed = (weight != 0).any(1).nonzero().flatten()
     if limit is not None and len(routed) > limit:
         routed = routed[torch.linspace(0, len(routed) - 1, limit).long()]

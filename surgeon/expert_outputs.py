@@ -82,7 +82,7 @@ def stand_in(hidden: Tensor, runs: Tensor) -> Tensor:
 
 def dense_weights(index: Tensor, weight: Tensor, experts: int) -> Tensor:
     """Weights [T, k] of the chosen experts [T, k] as those of all experts, 0 where one does not run; [T, E] float64."""
-    return torch.zeros(index.shape[0], experts, dtype=torch.float64).scatter_add(1, index, weight.double())
+    return torch.zeros(index.shape[0], experts, dtype=torch.float64, device=index.device).scatter_add(1, index, weight.double())
 
 
 def mean_by_expert(values: Tensor, index: Tensor, experts: int) -> Tensor:

@@ -25,7 +25,7 @@ def towards_rows(keys: Tensor, experts: Tensor, kind: Literal["centroid", "simil
         experts: neurons, [E, m].
         kind: see above.
     """
-    labels = torch.arange(experts.shape[0]).repeat_interleave(experts.shape[1])
+    labels = torch.arange(experts.shape[0], device=keys.device).repeat_interleave(experts.shape[1])
     centres = centroid_router(keys[experts.flatten()].float(), labels, experts.shape[0])
     if kind == "centroid":
         return Router({"weight": centres.to(keys.dtype)})

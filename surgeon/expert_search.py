@@ -123,9 +123,9 @@ class Loss:
         return cls(stack.activation, pre, w_out, b_out, wanted, factor)
 
     def __call__(self, shares: Tensor) -> Tensor:
-        """Losses [P] of shares [P, n]."""
+        """Losses [P] of shares [P, n], both on the CPU."""
         largest = max(self.pre[0].numel(), self.w_out[0].numel(), self.wanted.numel())
-        return torch.cat([self._some(some.to(self.pre.dtype)) for some in torch.split(shares, max(1, _CHUNK // largest))])
+        return torch.cat([self._some(some.to(self.pre)) for some in torch.split(shares, max(1, _CHUNK // largest))]).cpu()
 
     def _some(self, shares: Tensor) -> Tensor:
         pre = torch.einsum("pn,nto->pto", shares, self.pre)

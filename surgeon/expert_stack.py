@@ -145,7 +145,7 @@ class ExpertStack:
             x: [T, H].
             directions: the mean of the cosines instead; an output of zero has cosine 0 with every other.
         """
-        gram = torch.zeros(self.experts, self.experts, dtype=torch.float64)
+        gram = torch.zeros(self.experts, self.experts, dtype=torch.float64, device=self.w_in.device)
         step = max(32, _CHUNK // (self.experts * self.w_out.shape[1]))
         for start in range(0, x.shape[0], step):
             rows = x[start : start + step]
@@ -165,7 +165,7 @@ class ExpertStack:
 
     def weight_gram(self, order: Tensor | None = None) -> Tensor:
         """``<w_i, w_j>`` of all weights of every two experts, their neurons in the given orders [E, I]; [E, E] float64."""
-        gram = torch.zeros(self.experts, self.experts, dtype=torch.float64)
+        gram = torch.zeros(self.experts, self.experts, dtype=torch.float64, device=self.w_in.device)
         step = max(1, _CHUNK // (self.experts * max(self.w_in.shape[2], self.w_out.shape[1])))
         numbers = torch.arange(self.experts)[:, None]
         every = torch.arange(self.width).expand(self.experts, -1) if order is None else order

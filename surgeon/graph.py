@@ -177,6 +177,13 @@ class Graph:
         wanted = caches.asked(self.inputs, self.outputs, inputs)
         return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
 
+    def placed(self, values: Any) -> Any:
+        """The values, tensors within them where the graph is run: for work on weights and statistics that is heavy.
+
+        What an editor is given goes back to the host by itself.
+        """
+        return values if self.placement is None else self.placement.place(values)
+
     # -- weights ------------------------------------------------------------------------------------------------
 
     def require_weights(self, purpose: str) -> None:

@@ -74,7 +74,7 @@ class Execution:
         self.values: dict[fx.Node, Any] = {}
         self.rebind()
         mask = batch.get("attention_mask")
-        self.mask = self._placed(mask.bool().flatten()) if mask is not None and mask.dim() == 2 else None
+        self.mask = graph.placed(mask.bool().flatten()) if mask is not None and mask.dim() == 2 else None
         self._masked, self._unmasked = _sizes(graph, graph.module.graph.find_nodes(op="placeholder"))
 
     def fork(self) -> Execution:
@@ -87,10 +87,7 @@ class Execution:
     def rebind(self) -> None:
         """Hand the inputs in anew, after an edit changed their sizes: caches that were left out are made as they are now."""
         placeholders = self.graph.module.graph.find_nodes(op="placeholder")
-        self.values.update(zip(placeholders, self._placed(self.graph.bind(self._batch)), strict=True))
-
-    def _placed(self, values: Any) -> Any:
-        return values if self.graph.placement is None else self.graph.placement.place(values)
+        self.values.update(zip(placeholders, self.graph.placed(self.graph.bind(self._batch)), strict=True))
 
     @torch.no_grad()
     def run(self, stretch: Stretch) -> None:
@@ -278,7 +275,7 @@ class Extremes(Observer):
         value, rows = values
         if value.numel():
             half = self._batches % 2
-            low, high = value.flatten(0, -2).aminmax(dim=0)
+            low, high = (end.cpu() for end in value.flatten(0, -2).aminmax(dim=0))
             self.low, self.high = (kept.expand(2, low.numel()).clone() for kept in (self.low, self.high))
             self.low[half] = torch.minimum(self.low[half], low.double())
             self.high[half] = torch.maximum(self.high[half], high.double())

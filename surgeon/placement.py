@@ -7,18 +7,18 @@ and outputs on the host, as without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgeon.errors import RecipeError
 
-P = ParamSpec("P")
-R = TypeVar("R")
+V = TypeVar("V")
 
 _SHARE_OF_FREE = 0.5
 """How much of the device's free memory weights may keep; the rest is for activations, statistics and factorisations."""
@@ -93,24 +93,26 @@ class Placement:
                 return
             held -= self._copies.pop(key).nbytes
 
-    def place(self, values: Any) -> Any:
-        """The values, tensors within them on the device."""
-        return tree_map_only(Tensor, lambda value: value.to(self.device), values)
-
-    def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What ``function`` gives for these arguments, computed on the device: tensors go there and come back."""
-        given, named = self.place(args), self.place(kwargs)
-        return to_host(function(*given, **named))
+    def place(self, values: V) -> V:
+        """The values, tensors within them (and within dataclasses) on the device."""
+        return _moved(values, self.device)
 
 
-def compute(placement: Placement | None, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """``function`` of the arguments, on the device of a placement where there is one."""
-    return function(*args, **kwargs) if placement is None else placement.call(function, *args, **kwargs)
+def to_host(values: V) -> V:
+    """The values, tensors within them (and within dataclasses) on the CPU."""
+    return _moved(values, torch.device("cpu"))
 
 
-def to_host(values: Any) -> Any:
-    """The values, tensors within them on the CPU."""
-    return tree_map_only(Tensor, Tensor.cpu, values)
+def _moved(values: Any, device: torch.device) -> Any:
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            held = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+            return dataclasses.replace(leaf, **_moved(held, device))
+        return leaf
+
+    return tree_map(moved, values)
 
 
 def relocated(node: fx.Node, device: torch.device) -> Mapping[str, Any]:

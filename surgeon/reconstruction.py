@@ -54,7 +54,7 @@ class Reconstruction:
     losses: dict[frozenset[int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        everyone = torch.ones(1, self.moe.experts, dtype=torch.bool)
+        everyone = torch.ones(1, self.moe.experts, dtype=torch.bool, device=self.logits.device)
         self._index, self._weight = (part[0] for part in reroute(self.moe, self.logits, self.bias, everyone))
         self._norm = float(_form(self._index[None], self._weight[None], self.products)[0])
 
@@ -85,7 +85,7 @@ class Reconstruction:
             present = torch.zeros(len(part), self.moe.experts, dtype=torch.bool)
             rows = torch.tensor([row for row, kept in enumerate(part) for _ in kept])
             present[rows, torch.tensor([expert for kept in part for expert in kept])] = True
-            index, weight = reroute(self.moe, self.logits, self.bias, present)
+            index, weight = reroute(self.moe, self.logits, self.bias, present.to(self.logits.device))
             before = (len(part), -1, -1)
             index = torch.cat([index, self._index.expand(before)], dim=2)
             weight = torch.cat([weight, -self._weight.expand(before)], dim=2)
@@ -104,7 +104,7 @@ def output_products(x: Tensor, operands: Operands, activation: str) -> Tensor:
     parts = []
     for start in range(0, x.shape[0], step):
         rows = x[start : start + step].to(operands[0].dtype)
-        chosen = torch.arange(experts).repeat(rows.shape[0])[:, None]
+        chosen = torch.arange(experts, device=rows.device).repeat(rows.shape[0])[:, None]
         pairs = rows.repeat_interleave(experts, dim=0)
         out = run_experts(pairs, chosen, pairs.new_ones(chosen.shape), *operands, activation)
         each = out.float().reshape(-1, experts, width)
@@ -125,10 +125,10 @@ def _form(index: Tensor, weight: Tensor, products: Tensor) -> Tensor:
     """
     tokens, experts = products.shape[:2]
     if 2 * index.shape[2] >= experts:  # few experts: as dense vectors
-        dense = torch.zeros(*index.shape[:2], experts, dtype=weight.dtype).scatter_add(2, index, weight)
+        dense = torch.zeros(*index.shape[:2], experts, dtype=weight.dtype, device=index.device).scatter_add(2, index, weight)
         by_token = dense.transpose(0, 1).to(products.dtype)  # [T, S, E]
         return (torch.bmm(by_token, products) * by_token).sum((0, 2), dtype=torch.float64).clamp_min(0)
-    first = index + experts * torch.arange(tokens)[:, None]
+    first = index + experts * torch.arange(tokens, device=index.device)[:, None]
     pairs = products.flatten()[first[..., :, None] * experts + index[..., None, :]]  # [S, T, m, m]
     part = weight.to(products.dtype)
     return (pairs * part[..., :, None] * part[..., None, :]).sum((1, 2, 3), dtype=torch.float64).clamp_min(0)

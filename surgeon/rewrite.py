@@ -46,7 +46,7 @@ class Editor:
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace the tensor read under ``name`` everywhere it is read (a Parameter stays one); shapes may change."""
-        old = self.graph.tensor(name)
+        tensor, old = tensor.cpu(), self.graph.tensor(name)
         keep_parameter = isinstance(old, torch.nn.Parameter) and tensor.is_floating_point()
         assign_tensor(self.graph.module, name, _as_parameter(tensor) if keep_parameter else tensor.detach())
         for node in self._nodes.nodes:
@@ -66,6 +66,7 @@ class Editor:
         Returns:
             The ``get_attr`` node at the current insertion point.
         """
+        tensor = tensor.cpu()
         unique, number = name, 1
         while self._taken(unique):
             unique, number = f"{name}_{number}", number + 1

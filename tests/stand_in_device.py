@@ -49,6 +49,15 @@ class Away(Tensor):
         """As torch has it for every tensor but those of subclasses."""
         return self._here.tolist()
 
+    def __matmul__(self, other: Tensor) -> Any:
+        """A row times a matrix as torch does it, but for dropping the dimension in place."""
+        return (self[None] @ other)[0] if self.dim() == 1 and other.dim() == 2 else super().__matmul__(other)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Lists as indices by way of the CPU: making them here fails within torch."""
+        parts = key if isinstance(key, tuple) else (key,)
+        return super().__getitem__(tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts))
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "surgeon":  # the operator's own Python, on tensors that are away
@@ -73,8 +82,9 @@ def _compute(function: Any, args: Any, kwargs: Any) -> Any:
         away = False
     found = function(*tree_map_only(Away, lambda x: x._here, args), **tree_map_only(Away, lambda x: x._here, kwargs))
     written = function._schema.arguments[0].alias_info if args else None
-    if written is not None and written.is_write and isinstance(args[0], Away):  # the same tensor, not another of its numbers
-        return args[0]
+    if written is not None and written.is_write and isinstance(args[0], Away):
+        assert args[0].shape == found.shape, f"{function} changes a shape in place, which the stand-in cannot"
+        return args[0]  # the same tensor, not another of its numbers
     return tree_map_only(Tensor, Away, found) if away else found
 
 

@@ -126,7 +126,7 @@ def kmeans(
 
 def _lloyd(points: Tensor, mass: Tensor, centroids: Tensor, iterations: int) -> Clustering:
     clusters = centroids.shape[0]
-    labels = torch.full((points.shape[0],), -1)
+    labels = torch.full((points.shape[0],), -1, device=points.device)
     for _ in range(iterations):
         distances = torch.cdist(points, centroids)
         assigned = distances.argmin(1)

@@ -63,7 +63,7 @@ def quantize_compensated(
         raise NumericsError(f"{where}: damp = {damp}, needed above 0")
     require_finite(second_moment=moments)
     work = weight.detach().to(working_type(weight.dtype)).reshape(-1, *weight.shape[-2:])
-    codes = QuantizedTensor.empty(weight.shape, weight.dtype, levels, group)
+    codes = QuantizedTensor.empty(weight, levels, group)
 
     importance = moments.diagonal(dim1=-2, dim2=-1)
     scale, zero = _scales(work, importance.to(work.dtype), levels, group, weight.dtype, shrink)

@@ -17,7 +17,7 @@ from surgeon.numerics.lowrank import truncated_svd
 def weighted_sum(stack: Tensor, weights: Tensor) -> Tensor:
     """``sum_e a_e W_e``, stack [E, ...] and a [E] -> [...], accumulated in float64."""
     flat = stack.detach().reshape(stack.shape[0], -1)
-    return (weights.double() @ flat.double()).reshape(stack.shape[1:]).to(stack.dtype)
+    return (weights.to(flat.device, torch.float64) @ flat.double()).reshape(stack.shape[1:]).to(stack.dtype)
 
 
 def sum_of_truncations(stack: Tensor, weights: Tensor, rank: int) -> Tensor:

@@ -36,14 +36,14 @@ def joint_svd(stack: Tensor, weights: Tensor, rank: int) -> Tensor:
         raise NumericsError(f"joint_svd: rank {rank}, needed at least 1")
     require_finite(stack=stack)
     count, rows, columns = stack.shape
-    mean = torch.zeros(rows, columns, dtype=torch.float64)
+    mean = torch.zeros(rows, columns, dtype=torch.float64, device=stack.device)
     for share, matrix in zip(weights.tolist(), stack.detach(), strict=True):
         mean.add_(matrix, alpha=share)
     if rank >= min(rows, count * columns):
         return mean
     try:
         if rows <= count * columns:
-            gram = torch.zeros(rows, rows, dtype=torch.float64)
+            gram = torch.zeros(rows, rows, dtype=torch.float64, device=stack.device)
             for matrix in stack.detach():
                 gram.addmm_(matrix.double(), matrix.double().T)
             basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:]

@@ -158,13 +158,13 @@ class QuantizedTensor:
     in_features: int
 
     @classmethod
-    def empty(cls, shape: Sequence[int], dtype: torch.dtype, levels: Levels, group: int) -> QuantizedTensor:
-        """Codes to be filled, for a weight of this shape [..., out, in] and dtype."""
-        groups = -(-shape[-1] // group)
-        inner = (*shape[:-1], groups)
-        packed = torch.empty(*inner, group * levels.bits // 8, dtype=FLOAT8 if levels.float8 else torch.uint8)
-        zero = torch.empty(inner, dtype=torch.uint8) if levels.has_zero_point else None
-        return cls(packed, torch.empty(inner, dtype=dtype), zero, levels.bits, group, shape[-1])
+    def empty(cls, weight: Tensor, levels: Levels, group: int) -> QuantizedTensor:
+        """Codes to be filled, for a weight [..., out, in], where it is."""
+        columns = weight.shape[-1]
+        inner = (*weight.shape[:-1], -(-columns // group))
+        packed = weight.new_empty(*inner, group * levels.bits // 8, dtype=FLOAT8 if levels.float8 else torch.uint8)
+        zero = weight.new_empty(inner, dtype=torch.uint8) if levels.has_zero_point else None
+        return cls(packed, weight.new_empty(inner), zero, levels.bits, group, columns)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -238,7 +238,7 @@ def _round_to_nearest(
     group = levels.group(where, group, in_features)
     rows = weight.detach().reshape(-1, in_features)
     groups = -(-in_features // group)
-    codes = QuantizedTensor.empty(weight.shape, weight.dtype, levels, group)
+    codes = QuantizedTensor.empty(weight, levels, group)
     packed, scale, zero = (None if t is None else t.flatten(0, weight.ndim - 2) for t in codes.tensors)
     assert packed is not None
     assert scale is not None
