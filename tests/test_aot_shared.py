@@ -15,8 +15,8 @@ from torch import Tensor
 import surgeon
 from surgeon.backends import _aot_shared as shared
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
-from surgeon.bench import ArtifactCandidate, Case, inputs_for
 from surgeon.caches import PAST, PRESENT, complete, continued, room
+from surgeon.candidates import ArtifactCandidate, Case, inputs_for
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.registry import make_backend
