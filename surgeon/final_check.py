@@ -77,6 +77,10 @@ def _time(section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artif
                 )
             )  # fmt: skip
             continue
-        problems = [f"{row.candidate}: {row.problem}" for row in rows if row.problem is not None]
-        reason = "; ".join(problems) or "eager torch keeps no caches"
+        problems: dict[str, list[str]] = {}
+        for row in rows:
+            if row.problem is not None:
+                problems.setdefault(row.problem, []).append(row.candidate)
+        reasons = [f"{' and '.join(names)}: {problem}" for problem, names in problems.items()]
+        reason = "; ".join(reasons) or f"{eager.name} decodes without caches"
         report.warnings.append(f"not timed: {case_title(rows[0].phase, rows[0].batch, rows[0].sequence)}: {reason}")

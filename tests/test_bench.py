@@ -195,6 +195,18 @@ def test_inputs_repeat_an_example_and_positions_go_on() -> None:
     assert all(value.is_contiguous() for value in (*found.values(), *step.values()))
 
 
+def test_a_device_without_room_is_a_row_without_figures() -> None:
+    class Full(Sleeper):
+        def stepping(self, inputs: Mapping[str, Tensor]) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    candidates = [ArtifactCandidate("full", Full(0.0), {}), ArtifactCandidate("small", Sleeper(0.0), {})]
+    full, small = bench(candidates, sequences=(8,), threads=1, seconds=0.0, warmup=0).rows
+    assert full.problem == "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert small.median_ms is not None
+    assert small.ratio is None
+
+
 def test_a_failing_model_says_so_in_its_row() -> None:
     class Short(torch.nn.Module):
         def __init__(self) -> None:

@@ -171,7 +171,7 @@ def test_a_build_times_prefill_and_decode_apart_and_warns_of_what_it_cannot_time
     final_check.evaluate_section(longer, source, short, Away(short), report, None)
     assert [row.phase for row in report.latency] == ["prefill"]
     problem = "this case needs 10 positions, and the model's table of positions holds 9: give a shorter sequence"
-    assert report.warnings == [f"not timed: decode, batch 2, behind 9: eager torch: {problem}; the artefact: {problem}"]
+    assert report.warnings == [f"not timed: decode, batch 2, behind 9: eager torch and the artefact: {problem}"]
 
 
 @pytest.mark.parametrize("ends", [(), (7,)])
