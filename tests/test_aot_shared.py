@@ -261,4 +261,4 @@ def test_bench_times_a_step_as_a_generation_takes_it(llama: Path) -> None:
         first, second = step(), step()
     assert given[0] == given[1]  # the same ones, written in place
     assert torch.equal(first, second)
-    assert torch.equal(first, candidate.artifact.run(inputs_for(candidate.artifact.inputs, case, candidate.ranges))["logits"])
+    assert torch.equal(first, candidate.artifact.run(inputs_for(candidate.artifact.inputs, case, candidate.values))["logits"])
