@@ -22,7 +22,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from surgeon.caches import is_plain_call
-from surgeon.causal import cached_call
+from surgeon.causal import CachedCall, cached_call
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -116,6 +116,8 @@ class HuggingFaceArtifact(Artifact):
     """A checkpoint directory, loaded on first use."""
 
     _model: Any = field(default=None, repr=False, compare=False)
+    _cached: CachedCall | None = field(default=None, repr=False, compare=False)
+    """How the model is called on caches; finding that out takes a run of it."""
 
     def model(self) -> Any:
         """The model as transformers loads it, in evaluation mode.
@@ -160,9 +162,10 @@ class HuggingFaceArtifact(Artifact):
         complete = check_inputs(self.folder, self.inputs, inputs)
         module = self.model()
         if not is_plain_call(self.inputs, inputs):
-            call = cached_call(module, complete["input_ids"])
             with torch.no_grad():
-                return call(module, complete)
+                if self._cached is None:
+                    self._cached = cached_call(module, complete["input_ids"])
+                return self._cached(module, complete)
         taken = inspect.signature(module.forward).parameters
         settings = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in taken}
         with torch.no_grad():

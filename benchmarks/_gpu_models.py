@@ -83,7 +83,7 @@ def prepared(shape: Shape, variant: str) -> Any:
 
 def probes(ports: Any, shape: Shape) -> list[dict[str, torch.Tensor]]:
     """Inputs that go through every branch of an artefact: one new token of each row behind a past, and many without one."""
-    from surgeon.bench import Case, inputs_for
+    from surgeon.candidates import Case, inputs_for
 
     cases = (Case("decode", 16, shape.group + 1), Case("prefill", 1, 80))
     made = [inputs_for(ports, case, {"input_ids": [0, shape.vocabulary - 1]}) for case in cases]
@@ -132,7 +132,7 @@ def _port(port: Any) -> dict[str, Any]:
 
 
 def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, Any], int, Any]:
-    from surgeon.bench import Case, inputs_for
+    from surgeon.candidates import Case, inputs_for
     from surgeon.registry import backend_class
 
     manifest = json.loads((folder / "manifest.json").read_text())

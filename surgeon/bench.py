@@ -9,58 +9,22 @@ whole sequence with empty caches, and ``decode`` one run of one new token behind
 
 from __future__ import annotations
 
-import abc
-import inspect
-import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-from surgeon.contract import Artifact
+from surgeon.candidates import ArtifactCandidate, Candidate, Case, EagerCandidate, Phase
 from surgeon.environment import processor, version_of, versions_of
-from surgeon.errors import LowerError, RecipeError, SurgeonError
-from surgeon.graph import Port
-from surgeon.halves import has_halves
+from surgeon.errors import RecipeError, SurgeonError
 from surgeon.latency import Timing, paired_ratio, pinned_threads, rounds
-from surgeon.sampling import Settings
 
-if TYPE_CHECKING:
-    from surgeon.source import LoadedSource
-
-Phase = Literal["forward", "prefill", "decode"]
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What transformers calls the argument and the output that hold the caches, newest first."""
 _LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
-PAST = "past"
-"""Name of the dimension that counts the positions in the caches."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is run.
-
-    Attributes:
-        phase: see the module.
-        batch: rows.
-        sequence: positions of the text: computed in ``forward`` and ``prefill``, held in the caches in ``decode``.
-    """
-
-    phase: Phase
-    batch: int
-    sequence: int
-
-    @property
-    def tokens(self) -> int:
-        """Positions that one run computes."""
-        return self.batch * (1 if self.phase == "decode" else self.sequence)
 
 
 class Row(BaseModel):
@@ -107,123 +71,6 @@ class BenchResult(BaseModel):
         for row in self.rows:
             found.setdefault((row.phase, row.batch, row.sequence), []).append(row)
         return list(found.values())
-
-
-class Candidate(abc.ABC):
-    """Something that can be timed.
-
-    Attributes:
-        name: shown in the table.
-        nbytes: bytes of its files or weights.
-        has_caches: it decodes behind key/value caches, without running an encoder again.
-    """
-
-    name: str
-    nbytes: int
-    has_caches: bool
-
-    @abc.abstractmethod
-    def prepare(self, case: Case) -> Callable[[], object]:
-        """A function that runs the case once and returns when it is done.
-
-        Raises:
-            SurgeonError: it cannot run the case.
-        """
-
-    @abc.abstractmethod
-    def threads(self, count: int) -> AbstractContextManager[None]:
-        """Run on ``count`` threads within the context."""
-
-
-class ArtifactCandidate(Candidate):
-    """An artefact in its directory."""
-
-    def __init__(
-        self, name: str, artifact: Artifact, ranges: Mapping[str, Sequence[int]], settings: Settings | None = None
-    ) -> None:
-        self.name, self.artifact, self.nbytes, self.settings = name, artifact, artifact.nbytes, settings or Settings()
-        self.ranges = dict(ranges)
-        self.has_caches = any(PAST in port.shape for port in artifact.inputs) and not has_halves(artifact.inputs)
-
-    @classmethod
-    def open(cls, folder: Path, name: str) -> ArtifactCandidate:
-        """Open what a build wrote.
-
-        Raises:
-            LowerError: the directory is not an artefact.
-        """
-        from surgeon.compiled import MANIFEST, load
-
-        loaded = load(folder)
-        artifact = loaded.artifact
-        assert artifact is not None
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return cls(name, artifact, manifest.get("ranges", {}), Settings.of(loaded.generation))
-
-    def prepare(self, case: Case) -> Callable[[], object]:
-        """See :class:`Candidate`."""
-        if self.artifact.unavailable:
-            raise LowerError(self.artifact.unavailable)
-        _check_length(self.settings, case)
-        step = self.artifact.stepping(inputs_for(self.artifact.inputs, case, self.ranges))
-        return lambda: _finished(step())
-
-    def threads(self, count: int) -> AbstractContextManager[None]:
-        """See :class:`Candidate`."""
-        return nullcontext() if self.artifact.unavailable else self.artifact.threads(count)
-
-
-class EagerCandidate(Candidate):
-    """The source model in eager torch, on the inputs of an artefact and where that runs."""
-
-    def __init__(
-        self, source: LoadedSource, ports: Sequence[Port], ranges: Mapping[str, Sequence[int]],
-        settings: Settings | None = None, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
-        self.name, self.settings = "eager torch", settings or Settings()
-        self.device = device
-        self.module: Any = source.module.to(device)
-        self.nbytes = sum({t.data_ptr(): t.nbytes for t in source.module.parameters()}.values())
-        self.ports = [port for port in ports if PAST not in port.shape]
-        self.ranges = dict(ranges)
-        # what the model can be given besides; a graph may have been traced with fewer inputs or more (positions)
-        self.taken = inspect.signature(self.module.forward).parameters
-        self.cache = next((name for name in CACHE_ARGUMENTS if name in self.taken), "")
-        self.has_caches = bool(self.cache) and "use_cache" in self.taken
-
-    def prepare(self, case: Case) -> Callable[[], object]:
-        """See :class:`Candidate`; a cache is cut back to its length after every step of decoding."""
-        _check_length(self.settings, case)
-        inputs = self._inputs(case)
-        plain = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in self.taken}
-        if case.phase == "prefill" and self.has_caches:
-            return lambda: _finished(self.module(**inputs, **{**plain, "use_cache": True}))
-        if case.phase != "decode":
-            return lambda: _finished(self.module(**inputs, **plain))
-        start = self._inputs(Case("prefill", case.batch, case.sequence))
-        cache = self.module(**start, **{**plain, "use_cache": True})[self.cache]
-        if not hasattr(cache, "crop"):
-            raise LowerError(f"its cache, a {type(cache).__name__}, cannot be cut back to one length")
-
-        def step() -> None:
-            _finished(self.module(**inputs, **{**plain, "use_cache": True, self.cache: cache}))
-            cache.crop(-1)
-
-        return step
-
-    def _inputs(self, case: Case) -> dict[str, Tensor]:
-        found = inputs_for(self.ports, case, self.ranges)
-        return {name: value.to(self.device) for name, value in found.items() if name in self.taken}
-
-    def threads(self, count: int) -> AbstractContextManager[None]:
-        """See :class:`Candidate`."""
-        return _pinned(count)
-
-
-@contextmanager
-def _pinned(count: int) -> Iterator[None]:
-    with pinned_threads(count):
-        yield
 
 
 def bench(
@@ -308,9 +155,7 @@ def bench_artifacts(
             with step("loading the model"):
                 source = load_source(against)
             stack.enter_context(calling(source.module))
-            first = opened[0]
-            device = "cpu" if first.artifact.unavailable else first.artifact.device
-            candidates.insert(0, EagerCandidate(source, first.artifact.inputs, first.ranges, first.settings, device))
+            candidates.insert(0, EagerCandidate.beside(source, opened[0]))
         return bench(
             candidates, batches=batches, sequences=sequences, threads=threads, seconds=seconds,
             progress=lambda case: step(f"{case.phase}, batch {case.batch}, length {case.sequence}"),
@@ -331,7 +176,7 @@ def _measured(candidates: Sequence[Candidate], case: Case, seconds: float, warmu
         try:
             function = candidate.prepare(case)
             function()
-        except SurgeonError as error:
+        except (SurgeonError, torch.OutOfMemoryError) as error:
             problems[candidate.name] = str(error)
         else:
             functions[candidate.name] = function
@@ -353,36 +198,6 @@ def _measured(candidates: Sequence[Candidate], case: Case, seconds: float, warmu
     return rows
 
 
-def inputs_for(ports: Sequence[Port], case: Case, ranges: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Random inputs of a case.
-
-    Args:
-        ports: what is taken; a dimension ``past`` counts cached positions, ``past + ...`` those and the new ones, the first
-            dimension of every port is the batch, any other that varies is the sequence.
-        case: the sizes.
-        ranges: smallest and largest value by name of the integer inputs; masks are ones, others zeros where it is silent.
-    """
-    generator = torch.Generator().manual_seed(0)
-    past, new = (case.sequence, 1) if case.phase == "decode" else (0, case.sequence)
-
-    def size(axis: int, name: int | str) -> int:
-        if isinstance(name, int):
-            return name
-        if name == PAST:
-            return past
-        return case.batch if axis == 0 else past + new if PAST in name.split(" + ") else new
-
-    found = {}
-    for port in ports:
-        shape = [size(axis, name) for axis, name in enumerate(port.shape)]
-        if port.dtype.is_floating_point:
-            found[port.name] = torch.randn(shape, generator=generator).to(port.dtype)
-        else:
-            low, high = ranges.get(port.name, (1, 1) if "mask" in port.name else (0, 0))
-            found[port.name] = torch.randint(low, high + 1, shape, generator=generator).to(port.dtype)
-    return found
-
-
 def sizes(text: str, option: str) -> tuple[int, ...]:
     """Numbers of an option such as ``1,32``.
 
@@ -393,17 +208,3 @@ def sizes(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise RecipeError(f"--{option}: found {text!r}, needed positive whole numbers such as 1,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def _check_length(settings: Settings, case: Case) -> None:
-    """Refuse a case for which the table of positions is too short; any time is right where positions are computed."""
-    behind = 1 if case.phase == "decode" else 0
-    settings = replace(settings, trained_length=None)
-    settings.check_length(case.sequence + behind, what="this case", advice="give a shorter sequence")
-
-
-def _finished(result: Any) -> Any:
-    """Wait for the device, so that the time is that of the work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from surgeon.bench import BenchResult, Row
 from surgeon.errors import RecipeError
-from surgeon.formatting import milliseconds, number, ratio, size
+from surgeon.formatting import case_title, milliseconds, number, ratio, size
 from surgeon.picture import Bar, bars
 
 FORMATS = (".html",)
@@ -41,9 +41,8 @@ def render_bench(result: BenchResult, console: Console) -> None:
 
 
 def title(row: Row) -> str:
-    """A case in words: ``decode, batch 4, behind 128``."""
-    length = f"behind {row.sequence}" if row.phase == "decode" else f"length {row.sequence}"
-    return f"{row.phase}, batch {row.batch}, {length}"
+    """The row's case in words."""
+    return case_title(row.phase, row.batch, row.sequence)
 
 
 def check_plot(path: Path) -> None:

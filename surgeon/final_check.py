@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.caches import OPTIONAL
+from surgeon.bench import bench
+from surgeon.candidates import ArtifactCandidate, EagerCandidate
 from surgeon.contract import Artifact
 from surgeon.data import collate, tokenize_file, tokenizer_for
 from surgeon.evaluate import Reading, compare
+from surgeon.formatting import case_title
 from surgeon.graph import Graph
-from surgeon.latency import compare as compare_latency
-from surgeon.latency import pinned_threads
-from surgeon.observe import Batch
 from surgeon.report import Latency, Report
+from surgeon.sampling import Settings
+from surgeon.source import calling
 
 if TYPE_CHECKING:
     from surgeon.recipe import Evaluate
@@ -35,7 +35,8 @@ def evaluate_section(
         source: the source model, in eager torch.
         graph: the rewritten graph (names and dims of the inputs).
         artifact: what was built.
-        report: filled in: ``quality`` gets ``artifact_*`` figures, ``latency`` one row per batch size.
+        report: filled in: ``quality`` gets ``artifact_*`` figures, ``latency`` one row per batch size and phase, and
+            ``warnings`` the cases that could not be timed.
         tokenizer: see ``surgeon.data.tokenizer_for``.
 
     Raises:
@@ -54,36 +55,32 @@ def evaluate_section(
             reading=Reading.of(graph), real=True,
         )  # fmt: skip
         report.quality |= {f"artifact_{name}": value for name, value in figures.items()}
-    for size in section.latency:
-        batch = latency_inputs(graph, size, section.length)
-        threads = section.threads or torch.get_num_threads()
-        with pinned_threads(threads), artifact.threads(threads), torch.no_grad():
-            timings = compare_latency(
-                {"eager": partial(source.outputs, **batch), "artifact": partial(artifact.run, batch)}
-            )
-        report.latency.append(
-            Latency(
-                batch=size,
-                length=section.length,
-                eager_ms=timings["eager"].median_ms,
-                artifact_ms=timings["artifact"].median_ms,
-                threads=threads,
-            )
-        )
+    if section.latency:
+        _time(section, source, graph, artifact, report)
 
 
-def latency_inputs(graph: Graph, batch: int, length: int) -> Batch:
-    """Inputs of one batch size and length, by tiling the example's values (dynamic dimensions only)."""
-    inputs = {}
-    for port in graph.inputs:
-        if port.role in OPTIONAL:
+def _time(section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report) -> None:
+    """Time the artefact beside the source model, as ``surgeon bench`` does, on the example's values."""
+    built = ArtifactCandidate("the artefact", artifact, graph.example, Settings.of(graph.source.generation))
+    eager = EagerCandidate.beside(source, built)
+    with calling(source.module):
+        result = bench([eager, built], batches=section.latency, sequences=(section.length,), threads=section.threads)
+    for rows in result.cases():
+        found = {row.candidate: row.median_ms for row in rows}
+        before, after = found.get(eager.name), found.get(built.name)
+        if before is not None and after is not None:
+            first = rows[0]
+            report.latency.append(
+                Latency(
+                    phase=first.phase, batch=first.batch, length=first.sequence, eager_ms=before, artifact_ms=after,
+                    threads=result.threads, device=str(artifact.device),
+                )
+            )  # fmt: skip
             continue
-        value = graph.example[port.name]
-        for axis, size in enumerate(port.shape):
-            if isinstance(size, str):
-                wanted = batch if axis == 0 else length
-                repeats = [1] * value.dim()
-                repeats[axis] = -(-wanted // value.shape[axis])
-                value = value.repeat(repeats).narrow(axis, 0, wanted)
-        inputs[port.name] = value.contiguous()
-    return inputs
+        problems: dict[str, list[str]] = {}
+        for row in rows:
+            if row.problem is not None:
+                problems.setdefault(row.problem, []).append(row.candidate)
+        reasons = [f"{' and '.join(names)}: {problem}" for problem, names in problems.items()]
+        reason = "; ".join(reasons) or f"{eager.name} decodes without caches"
+        report.warnings.append(f"not timed: {case_title(rows[0].phase, rows[0].batch, rows[0].sequence)}: {reason}")

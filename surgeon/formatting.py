@@ -66,6 +66,11 @@ def heading(description: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() or description.startswith(".") else description
 
 
+def case_title(phase: str, batch: int, length: int) -> str:
+    """What is timed, in words: ``prefill, batch 4, length 128``, ``decode, batch 4, behind 128``."""
+    return f"{phase}, batch {batch}, {'behind' if phase == 'decode' else 'length'} {length}"
+
+
 def label(name: str) -> str:
     """An identifier as words: ``relative_error`` -> ``relative error``."""
     return " ".join("KL" if word == "kl" else word for word in name.split("_"))

@@ -185,7 +185,7 @@ def generate(
         moved = {name: value.to(decoder.device) for name, value in inputs.items() if isinstance(value, Tensor)}
         inputs = {**inputs, **moved}
     if has_halves(ports):
-        tokens, step, padding = _conditional(decoder, ports, inputs, settings)
+        tokens, step, padding = _conditional(decoder, ports, inputs, settings, max_new_tokens)
     else:
         tokens, step, padding = _causal(decoder, ports, inputs, settings, max_new_tokens)
     rows, length = tokens.shape
@@ -255,13 +255,9 @@ def _causal(
     mask = _mask(ids, given, settings)
     if "attention_mask" not in names and not bool(mask.all()):
         raise GenerateError("the model takes no attention_mask, so rows cannot be padded: give one at a time")
-    # The last token is not read any more.  Padding has no position of its own.
+    # Padding has no position of its own.
     length = int((mask != 0).sum(1).max()) if "attention_mask" in names else ids.shape[1]
-    known = settings.table_length
-    advice = f"shorten the prompt of {length} tokens"
-    if known is not None and length <= known:
-        advice = f"add at most {known - length + 1} (max_new_tokens), or {advice}"
-    settings.check_length(length + more - 1, what=f"a text of {length} tokens and {more} new ones", advice=advice)
+    _check_length(settings, length, more, f"shorten the prompt of {length} tokens")
     # Mask and positions of all steps are made at once, and read as far as there are tokens.
     whole = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
     held, positions = (_own(value, decoder.on_host) for value in (whole, masked_positions(whole)))
@@ -282,7 +278,18 @@ def _causal(
     return ids, step, (mask != 0).int().argmax(1)
 
 
-def _conditional(decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor], settings: Settings) -> _Start:
+def _check_length(settings: Settings, length: int, more: int, shorter: str) -> None:
+    """Refuse a text that the table of positions does not hold; the last of its tokens is not read any more."""
+    known = settings.table_length
+    fits = 0 if known is None else known - length + 1
+    advice = ", or ".join(filter(None, [f"add at most {fits} (max_new_tokens)" if fits > 0 else "", shorter]))
+    what = f"a text of {length} token{'' if length == 1 else 's'} and {more} new ones"
+    settings.check_length(length + more - 1, what=what, advice=advice)
+
+
+def _conditional(
+    decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, Tensor], settings: Settings, more: int
+) -> _Start:
     """What a decoder behind an encoder starts from, and steps over the encoder's inputs."""
     names = [port.name for port in ports if port.role == "" and port.name != DECODER_TOKENS]
     given = {name: value for name, value in inputs.items() if name != DECODER_TOKENS}
@@ -307,6 +314,8 @@ def _conditional(decoder: Decoder, ports: Sequence[Port], inputs: Mapping[str, T
     tokens = _token_ids(DECODER_TOKENS, start)
     if len(tokens) != rows.shape[0]:
         raise GenerateError(f"decoder_input_ids must have {rows.shape[0]} rows as {names[0]} has, found {len(tokens)}")
+    begun = tokens.shape[1]
+    _check_length(settings, begun, more, f"shorten decoder_input_ids of {begun} tokens" if begun > 1 else "")
     return tokens, lambda new: decoder({**given, DECODER_TOKENS: new}), None
 
 

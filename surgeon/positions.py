@@ -1,7 +1,7 @@
-"""How long a text a causal model can hold: the length of the tables that it looks its positions up in.
+"""How long a text a model can hold that generates token by token: the length of the tables that it looks its positions up in.
 
 A table of positions is told from other tables by what its index does: it depends on no token, and grows by one with every
-token.  Behind the table's last row there is nothing to read.
+token.  Behind the table's last row there is nothing to read.  Of an encoder-decoder it is the decoder's text that grows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.caches import PAST, SUM, TOKENS, ancestors, complete, has_caches
+from surgeon.caches import DECODER_TOKENS, PAST, SUM, TOKENS, ancestors, complete, has_caches
 from surgeon.errors import SurgeonError
 from surgeon.graph import Graph
 
@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 
 def table_length(graph: Graph) -> int | None:
-    """Tokens, cached and new ones, for which every table of positions of a causal graph has a row.
+    """Tokens, cached and new ones, for which every table of positions that is read behind caches has a row.
 
     Args:
         graph: with caches and real weights.
@@ -28,7 +28,7 @@ def table_length(graph: Graph) -> int | None:
     Returns:
         Their largest number, or None where no such table is read: rotary angles that are computed, distances.
     """
-    if not has_caches(graph.inputs) or not any(port.name == TOKENS for port in graph.inputs):
+    if not has_caches(graph.inputs) or not any(port.name in (TOKENS, DECODER_TOKENS) for port in graph.inputs):
         return None
     found = [_held(graph, index, rows) for index, rows in _tables(graph)]
     return min((length for length in found if length is not None), default=None)
@@ -74,7 +74,7 @@ def _largest(graph: Graph, index: fx.Node, tokens: int) -> int:
     given = {
         port.name: torch.ones((), dtype=port.dtype).expand([made(name) for name in port.shape])  # of any size in no memory
         for port in graph.inputs
-        if port.name in (TOKENS, "attention_mask") or port.role == PAST
+        if port.role in ("", PAST)
     }
     if any(port.name == "position_ids" for port in graph.inputs):
         given["position_ids"] = torch.full((1, 1), tokens - 1)

@@ -149,7 +149,7 @@ class Evaluate(_Settings):
     unit: Unit = "line"
     """What one sequence is: a window of the whole text, or one line of it."""
     latency: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Batch sizes at which the original in torch and the artefact are timed."""
+    """Batch sizes at which the original in torch and the artefact are timed, where the artefact runs."""
     length: int = Field(128, ge=1)
     """Tokens per sequence; longer lines are cut."""
     threads: int | None = Field(None, ge=1)

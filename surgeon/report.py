@@ -6,7 +6,7 @@ The data is complete: the terminal's and the HTML page's views are made of it an
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,7 @@ from surgeon.terminal import render_terminal
 
 __all__ = ["Comparison", "Latency", "PassReport", "Report", "render_terminal"]
 
+Phase = Literal["forward", "prefill", "decode"]
 Pair = tuple[int, int]
 """A count before and after."""
 
@@ -75,6 +76,8 @@ class Comparison(_Data):
 class Latency(_Data):
     """Median wall time of the source model in eager torch and of the artefact, measured in turn."""
 
+    phase: Phase = "forward"
+    """One forward without caches; ``prefill``, one into empty caches; ``decode``, one token behind caches of ``length``."""
     batch: int
     """Batch size."""
     length: int
@@ -85,11 +88,18 @@ class Latency(_Data):
     """Artefact, milliseconds."""
     threads: int
     """Threads that either could use."""
+    device: str = "cpu"
+    """Where both ran, and where their inputs lay."""
 
     @property
     def ratio(self) -> float:
         """How many times faster the artefact is."""
         return self.eager_ms / self.artifact_ms
+
+    @property
+    def title(self) -> str:
+        """The case in words; what has but one phase does not name it."""
+        return formatting.case_title(self.phase, self.batch, self.length).removeprefix("forward, ")
 
 
 class Report(_Data):

@@ -70,7 +70,7 @@ def _totals(report: Report) -> list[dict[str, str]]:
     for row in report.latency:
         tiles.append(
             {
-                "name": f"batch {row.batch} x {row.length}",
+                "name": row.title,
                 "value": milliseconds(row.artifact_ms),
                 "note": f"{formatting.ratio(row.ratio)} {'faster' if row.ratio >= 1 else 'as fast'}",
             }
@@ -111,7 +111,7 @@ def _latency_chart(report: Report) -> Any:
         [
             [
                 Bar(
-                    f"batch {row.batch}",
+                    row.title.rpartition(", ")[0],  # the heading names the lengths
                     row.eager_ms / row.eager_ms,
                     milliseconds(row.eager_ms),
                     "before",

@@ -182,15 +182,16 @@ def _totals(report: Report) -> Table:
 
 def _latency(report: Report) -> Table:
     threads = sorted({row.threads for row in report.latency})
-    suffix = f"{'/'.join(map(str, threads))} thread{'' if threads == [1] else 's'}"
-    table = _table(f"latency (median, {suffix})")
+    used = f"{'/'.join(map(str, threads))} thread{'' if threads == [1] else 's'}"
+    devices = sorted({row.device for row in report.latency} - {"cpu"})
+    table = _table(f"latency ({', '.join(['median', *devices, used])})")
     table.add_column("", ratio=1)
     for name in ("eager torch", "artefact", "faster"):
         table.add_column(name, justify="right", no_wrap=True, min_width=12)
     for row in report.latency:
         times = milliseconds(row.eager_ms), f"[bold]{milliseconds(row.artifact_ms)}[/]"
         style = "green" if row.ratio > 1 else "red"
-        table.add_row(f"batch {row.batch}, length {row.length}", *times, f"[bold {style}]{ratio(row.ratio)}[/]")
+        table.add_row(row.title, *times, f"[bold {style}]{ratio(row.ratio)}[/]")
     return table
 
 

@@ -88,9 +88,10 @@ def continue_text(
     if not text or ids.numel() == 0:
         raise GenerateError("the prompt is empty; give at least one token to continue")
     settings = Settings.of(model.generation)
+    begun = 1 if has_halves(model.ports) else ids.shape[1]  # behind an encoder, a start token
     if max_new_tokens is None:
         known = settings.table_length
-        max_new_tokens = 128 if known is None else max(1, min(128, known - ids.shape[1] + 1))  # the last one is not read
+        max_new_tokens = 128 if known is None else max(1, min(128, known - begun + 1))  # the last one is not read
     ends = [*settings.eos_token_id, *(_single_token(tokenizer, word) for word in stop)]
     start = time.perf_counter()
     tokens = model.generate(
@@ -104,8 +105,7 @@ def continue_text(
         eos_token_id=ends,
         streamer=_writer(tokenizer, write),
     )
-    behind_encoder = has_halves(model.ports)
-    return tokens.shape[1] - (1 if behind_encoder else ids.shape[1]), time.perf_counter() - start
+    return tokens.shape[1] - begun, time.perf_counter() - start
 
 
 def read_text(stream: TextIO) -> str:

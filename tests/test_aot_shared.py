@@ -15,8 +15,8 @@ from torch import Tensor
 import surgeon
 from surgeon.backends import _aot_shared as shared
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels
-from surgeon.bench import ArtifactCandidate, Case, inputs_for
 from surgeon.caches import PAST, PRESENT, complete, continued, room
+from surgeon.candidates import ArtifactCandidate, Case, inputs_for
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.registry import make_backend
@@ -261,4 +261,4 @@ def test_bench_times_a_step_as_a_generation_takes_it(llama: Path) -> None:
         first, second = step(), step()
     assert given[0] == given[1]  # the same ones, written in place
     assert torch.equal(first, second)
-    assert torch.equal(first, candidate.artifact.run(inputs_for(candidate.artifact.inputs, case, candidate.ranges))["logits"])
+    assert torch.equal(first, candidate.artifact.run(inputs_for(candidate.artifact.inputs, case, candidate.values))["logits"])

@@ -270,6 +270,19 @@ def test_a_build_writes_tokenizer_and_settings_and_loads_again(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.minilm
+def test_a_call_on_caches_runs_the_model_once(tmp_path: Path) -> None:
+    graph = surgeon.trace(tiny("llama")[0], task="text-generation")
+    artifact: Any = HuggingFace().lower(graph, tmp_path)
+    runs: list[int] = []
+    artifact.model().register_forward_hook(lambda *_: runs.append(1))
+    first = artifact.run(graph.example)  # finds out how the model is called
+    runs.clear()
+    again = artifact.run(graph.example)
+    assert runs == [1]
+    assert len(again) == len(graph.outputs)
+    assert all(torch.equal(value, first[name]) for name, value in again.items())
+
+
 def test_a_sentence_encoder_keeps_its_pooling(tmp_path: Path) -> None:
     graph = surgeon.trace(str(minilm_path()))
     artifact = HuggingFace().lower(graph, tmp_path)

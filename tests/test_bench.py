@@ -16,8 +16,10 @@ from torch import Tensor
 
 import surgeon
 from surgeon import cli
-from surgeon.bench import ArtifactCandidate, BenchResult, Case, EagerCandidate, bench, inputs_for, sizes
+from surgeon.bench import BenchResult, bench, sizes
 from surgeon.bench_views import bench_html, check_plot, render_bench
+from surgeon.caches import PAST, POSITIONS
+from surgeon.candidates import ArtifactCandidate, Case, EagerCandidate, inputs_for
 from surgeon.compiled import MANIFEST
 from surgeon.contract import Artifact
 from surgeon.errors import LowerError, RecipeError
@@ -144,7 +146,7 @@ def test_cases_behind_the_table_of_positions_are_left_out_with_the_reason(tmp_pa
     module = causal("gpt2", layers=1)
     surgeon.compile(module, [], task="text-generation", output=tmp_path / "out", progress=False)
     artefact = ArtifactCandidate.open(tmp_path / "out", "artefact")
-    eager = EagerCandidate(load_source(module), artefact.artifact.inputs, artefact.ranges, artefact.settings)
+    eager = EagerCandidate.beside(load_source(module), artefact)
     result = bench([eager, artefact], sequences=(255, 256, 257), threads=1, seconds=0.0, warmup=0)
     left = {(row.phase, row.sequence): row.problem for row in result.rows if row.problem is not None}
     assert list(left) == [("prefill", 257), ("decode", 256), ("decode", 257)]
@@ -161,6 +163,70 @@ def test_inputs_stay_in_the_range_of_the_example() -> None:
     assert found["input_ids"].unique().tolist() == [5, 6, 7, 8, 9]
     assert found["token_type_ids"].unique().tolist() == [0, 1]
     assert found["attention_mask"].eq(1).all()
+
+
+def test_inputs_repeat_an_example_and_positions_go_on() -> None:
+    """Boxes must stay boxes: numbers drawn one by one would have their left edge right of their right one."""
+    ports = (
+        Port("input_ids", torch.int64, ("batch", "sequence")),
+        Port("bbox", torch.int64, ("batch", "sequence", 4)),
+        Port("mask", torch.bool, ("batch", "past + sequence")),
+        Port("position_ids", torch.int64, ("batch", "sequence"), POSITIONS),
+        Port("past_key_values.0.key", torch.float32, ("batch", 2, "past", 16), PAST),
+    )
+    ids = torch.arange(6).reshape(2, 3)
+    example = {
+        "input_ids": ids,
+        "bbox": torch.stack([ids, ids, ids + 1, ids + 1], -1),
+        "mask": torch.ones(2, 5, dtype=torch.bool),
+        "position_ids": ids,
+        "past_key_values.0.key": torch.zeros(2, 2, 2, 16),
+    }
+    found = inputs_for(ports, Case("prefill", 3, 7), example)
+    rows = [[0, 1, 2, 0, 1, 2, 0], [3, 4, 5, 3, 4, 5, 3]]
+    assert found["input_ids"].tolist() == [rows[0], rows[1], rows[0]]
+    assert torch.equal(found["bbox"], torch.stack([found["input_ids"] + more for more in (0, 0, 1, 1)], -1))
+    assert found["position_ids"].tolist() == [list(range(7))] * 3
+    step = inputs_for(ports, Case("decode", 1, 7), example)
+    assert step["position_ids"].tolist() == [[7]]
+    assert {name: tuple(value.shape) for name, value in step.items()} == {
+        "input_ids": (1, 1), "bbox": (1, 1, 4), "mask": (1, 8), "position_ids": (1, 1), "past_key_values.0.key": (1, 2, 7, 16),
+    }  # fmt: skip
+    assert all(value.is_contiguous() for value in (*found.values(), *step.values()))
+
+
+def test_a_device_without_room_is_a_row_without_figures() -> None:
+    class Full(Sleeper):
+        def stepping(self, inputs: Mapping[str, Tensor]) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    candidates = [ArtifactCandidate("full", Full(0.0), {}), ArtifactCandidate("small", Sleeper(0.0), {})]
+    full, small = bench(candidates, sequences=(8,), threads=1, seconds=0.0, warmup=0).rows
+    assert full.problem == "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert small.median_ms is not None
+    assert small.ratio is None
+
+
+def test_a_failing_model_says_so_in_its_row() -> None:
+    class Short(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = torch.nn.Embedding(8, 4)
+
+        def forward(self, input_ids: Tensor, **options: Any) -> Tensor:
+            assert "attention_mask" in options  # which its example names, and its signature does not
+            return input_ids[..., None] + self.positions(torch.arange(input_ids.shape[1]))
+
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    source = load_source(Short(), {"input_ids": ids, "attention_mask": ids})
+    other = ArtifactCandidate("other", Sleeper(0.0), {})
+    result = bench([EagerCandidate.beside(source, other), other], sequences=(8, 9), threads=1, seconds=0.0, warmup=0)
+    (fits, _), (fails, also) = result.cases()
+    assert fits.problem is None
+    assert fails.problem == (
+        "the model fails on inputs input_ids [1, 9], attention_mask [1, 9]: IndexError: index out of range in self"
+    )
+    assert also.median_ms is not None
 
 
 def test_eager_decoding_computes_one_token_behind_the_cache() -> None:

@@ -94,6 +94,29 @@ def test_a_graph_generates_the_same_tokens(name: str) -> None:
     assert_same(model, module, name)
 
 
+@pytest.mark.parametrize(("name", "table"), [("bart", 128), ("whisper", 64), ("t5", None)])
+def test_a_text_is_as_long_as_the_table_of_the_decoder(name: str, table: int | None) -> None:
+    """The first has two rows more, in front, than positions; the encoder's tables are other ones, buckets of distances none."""
+    module = conditional(name)
+    model = surgeon.compile(module, [], task="text-generation", backend=None, progress=False)
+    assert model.generation.get("table_length") == table
+    if table is None:
+        return
+    inputs = encoder_inputs(name, 1)
+    begun = torch.randint(3, 60, (1, table - 4), generator=torch.Generator().manual_seed(5))
+    begun[:, 0] = module.config.decoder_start_token_id  # type: ignore[union-attr]  # the library would put it in front
+    found = model.generate(**inputs, decoder_input_ids=begun, max_new_tokens=5, eos_token_id=())
+    assert torch.equal(found, library(module, inputs, 5, decoder_input_ids=begun))  # the last token is not read any more
+    needs = rf"needs {table + 1} positions, and .* holds {table}"
+    with pytest.raises(GenerateError, match=rf"{needs}: add at most 5 \(max_new_tokens\), or shorten decoder_input_ids of"):
+        model.generate(**inputs, decoder_input_ids=begun, max_new_tokens=6)
+    with pytest.raises(GenerateError, match=rf"a text of 1 token and .* {needs}: add at most {table} \(max_new_tokens\)$"):
+        model.generate(**inputs, max_new_tokens=table + 1)
+    behind = torch.zeros((1, table + 1), dtype=torch.int64)
+    with pytest.raises(GenerateError, match=rf"holds {table}: shorten decoder_input_ids of {table + 1} tokens$"):
+        model.generate(**inputs, decoder_input_ids=behind, max_new_tokens=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "whisper"])
 def test_an_artefact_generates_the_same_tokens(name: str, tmp_path: Path) -> None:

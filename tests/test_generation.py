@@ -17,6 +17,7 @@ from surgeon.caches import PAST, PRESENT, continued, masked_positions
 from surgeon.cli import app
 from surgeon.errors import GenerateError, LowerError, SurgeonWarning, TraceError, VerifyError
 from surgeon.generation import AHEAD, decoder_of, generate
+from surgeon.graph import Port
 from surgeon.registry import make_backend, make_pass
 from surgeon.rewrite import Editor
 from surgeon.sampling import Sampling, Settings
@@ -458,8 +459,13 @@ def test_genai_is_refused_where_its_caches_do_not_fit() -> None:
     assert "(2 heads of 16, 2 heads of 8)" in refusals(graph)[0].reason
 
 
-@pytest.mark.parametrize(("known", "prompt", "added"), [(16, 4, 13), (16, 30, 1), (500, 4, 128), (None, 4, 128)])
-def test_the_command_adds_as_many_tokens_as_there_are_positions(known: int | None, prompt: int, added: int) -> None:
+@pytest.mark.parametrize(
+    ("known", "prompt", "behind_encoder", "added"),
+    [(16, 4, False, 13), (16, 30, False, 1), (500, 4, False, 128), (None, 4, False, 128), (16, 30, True, 16)],
+)
+def test_the_command_adds_as_many_tokens_as_there_are_positions(
+    known: int | None, prompt: int, behind_encoder: bool, added: int
+) -> None:
     """Unless it is told how many; a prompt that is too long is for generation to refuse."""
     from types import SimpleNamespace
 
@@ -475,7 +481,9 @@ def test_the_command_adds_as_many_tokens_as_there_are_positions(known: int | Non
         return ids
 
     tokenizer.decode = lambda *_, **__: ""  # type: ignore[attr-defined]  # functions take attributes
-    model: Any = SimpleNamespace(ports=(), tokenizer=tokenizer, generation={"table_length": known}, generate=generated)
+    ports = [Port("decoder_input_ids", torch.int64, ("batch", "target")), Port("past", torch.float32, (), PAST)]
+    ports = ports if behind_encoder else []
+    model: Any = SimpleNamespace(ports=ports, tokenizer=tokenizer, generation={"table_length": known}, generate=generated)
     for told in (None, 7):
         continue_text(
             model, "x" * prompt, max_new_tokens=told, temperature=None, top_k=None, top_p=None, seed=None, stop=(), write=print

@@ -122,6 +122,31 @@ def test_the_page_spells_names_and_numbers(report: Report) -> None:
     assert "1 thread</h3>" in render_html(report, None)
 
 
+def test_phases_and_devices_are_named_where_they_are_not_the_usual_ones(report: Report) -> None:
+    first, second = report.latency
+    for text in (printed(report), render_html(report, None)):
+        assert "batch 1, length 128" in text
+        assert "forward, batch" not in text
+        assert "median, cpu" not in text
+        assert "threads, cpu" not in text
+    older = report.to_json().replace('"phase": "forward",', "").replace(',\n      "device": "cpu"', "")
+    assert "phase" not in older
+    assert "device" not in older
+    assert Report.from_json(older).latency == report.latency  # as reports were before there were such fields
+    report.latency = [
+        first.model_copy(update={"phase": "prefill", "device": "cuda:0"}),
+        second.model_copy(update={"phase": "decode", "device": "cuda:0"}),
+    ]
+    table, page = printed(report), render_html(report, None)
+    assert "latency (median, cuda:0, 2 threads)" in table
+    assert "2 threads, cuda:0</h3>" in page
+    for title in ("prefill, batch 1, length 128", "decode, batch 32, behind 128"):
+        assert title in table
+        assert title in page
+    for label in ("prefill, batch 1<", "decode, batch 32<"):  # of the chart
+        assert label in page
+
+
 def test_derived_figures(report: Report) -> None:
     assert [row.ratio for row in report.latency] == [3.0, 0.75]
     assert report.worst_errors() == {"out": (5e-3, 0.99991)}
