@@ -313,7 +313,7 @@ class _Network:
         else:
             neurons = Neurons.of(graph, site.part)
             down, bias = neurons.down[None], None if neurons.down_bias is None else neurons.down_bias[None]
-        return cls(*graph.placed((down, bias)), None if observer is None else observer.placed(graph))
+        return cls(graph.placed(down), graph.placed(bias), None if observer is None else observer.placed(graph))
 
     @property
     def fixed(self) -> int:

@@ -222,19 +222,19 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
             return parts[self.shared :], parts[: self.shared].flatten().sort().values
         if self.split == "importance":
             importance = self._importance(neurons, site, statistics)
-            shared = splits.widely_important(importance, size, self.shared * size)
+            shared = splits.widely_important(importance, size, self.shared * size).cpu()
             left = splits.without(width, shared)
-            return left[splits.split_importance(importance[:, left], size, overlap=self.overlap)], shared
+            return left[splits.split_importance(importance[:, left], size, overlap=self.overlap).cpu()], shared
         shared = torch.empty(0, dtype=torch.int64)
         hidden = None
         if f"{site.name}.sample" in statistics:
             hidden = neurons.hidden(_sampled(statistics, site.name)[0])
-            shared = splits.widely_active(hidden, size, self.shared * size)
+            shared = splits.widely_active(hidden, size, self.shared * size).cpu()
         left = splits.without(width, shared)
         if self.split == "kmeans":
-            return left[splits.split_kmeans(neurons.keys[left], routed, self.seed)], shared
+            return left[splits.split_kmeans(neurons.keys[left], routed, self.seed).cpu()], shared
         assert hidden is not None
-        return left[splits.split_coactivation(hidden[:, left], routed, self.seed)], shared
+        return left[splits.split_coactivation(hidden[:, left], routed, self.seed).cpu()], shared
 
     def _importance(self, neurons: Neurons, site: Site[FFN], statistics: Statistics) -> Tensor:
         """[R, I]."""

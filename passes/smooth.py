@@ -133,13 +133,13 @@ class Smooth(Pass[SmoothPlan]):
         peaks, largest = graph.placed((_extremes(statistics, source).peaks, _largest(graph, sites)))
         x = graph.placed(sample.values()[0]).float()
         weights = [graph.placed(rows(graph, site.part)).float() for site in sites]
-        wanted = [x @ weight.T for weight in weights]
+        wanted, halves = [x @ weight.T for weight in weights], _in_halves(graph, sites)
 
         def lost(alpha: float) -> float:
             """Squared error where the scales are those of one half of the data and the range that of the other."""
             total = 0.0
             for mine, other in ((0, 1), (1, 0)):
-                scale = _scale(alpha, peaks[mine], largest, _in_halves(graph, sites)) if alpha else torch.ones(x.shape[1], device=x.device)
+                scale = _scale(alpha, peaks[mine], largest, halves) if alpha else torch.ones_like(largest, dtype=x.dtype)
                 # two rows at the end give the rounding the range that it will have, which padding widens too
                 reach = peaks[other].float() / scale
                 rounded = fake_quantize_dynamic(torch.cat([x / scale, reach[None], -reach[None]]))[:-2]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,8 @@ from torch import Tensor, fx
 from surgeon import caches
 from surgeon.errors import RewriteError, TraceError
 from surgeon.placement import Placement
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Graph:
         wanted = caches.asked(self.inputs, self.outputs, inputs)
         return {port.name: value for port, value in zip(self.outputs, results, strict=True) if port in wanted}
 
-    def placed(self, values: Any) -> Any:
+    def placed(self, values: V) -> V:
         """The values, tensors within them where the graph is run: for work on weights and statistics that is heavy.
 
         What an editor is given goes back to the host by itself.

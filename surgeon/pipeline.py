@@ -29,7 +29,7 @@ from surgeon.inspection import inspection
 from surgeon.lowering import lower as lower_and_compare
 from surgeon.observe import Batch
 from surgeon.output import check_free, staged
-from surgeon.placement import Placement
+from surgeon.placement import Placement, accelerator
 from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
@@ -48,6 +48,9 @@ from surgeon.verify import (
     check_structure,
     check_thresholds,
 )
+
+_LARGE = 100_000_000
+"""Weights from which on running a model on the CPU takes so long that an idle accelerator is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             data = load_data(request.calibration, graph, request.tokenizer)
             reading = Reading.of(graph)
             reference = _reference(graph, data)
-            report = _new_report(request, graph, structure, data, source.notes)
+            report = _new_report(request, graph, structure, data, (*source.notes, *_idle_accelerator(request, graph, data)))
 
         # the passes
         applied: list[Plan[Any]] = []
@@ -274,6 +277,14 @@ def _require_installed(backend: Backend) -> None:
     missing = [library for library, version in versions(type(backend)).items() if version is None]
     if missing:
         raise LowerError(f"backend {backend.name} needs {', '.join(missing)}, not installed: {backend.install()}")
+
+
+def _idle_accelerator(request: Request, graph: Graph, data: Data) -> list[str]:
+    """What there is to say where a large model is observed on the CPU beside an accelerator."""
+    found = accelerator()
+    if found is None or request.device != "cpu" or not data.calibration or parameter_count(graph) < _LARGE:
+        return []
+    return [f"the model was run on calibration data on the CPU; device: {found} does that on the accelerator that is here"]
 
 
 def _require_host(module: nn.Module) -> None:

@@ -78,11 +78,11 @@ class Placement:
 
     def weight(self, tensor: Tensor) -> Tensor:
         """The copy of a weight on the device; changing it changes nothing but the copy."""
-        copy = self._copies.pop(tensor, None)
+        copy: Tensor | None = self._copies.pop(tensor, None)
         if copy is None:
             copy = tensor.detach().to(self.device)
-            self._make_way(copy.nbytes)
         if copy.nbytes <= self.room:
+            self._make_way(copy.nbytes)
             self._copies[tensor] = copy
         return copy
 
@@ -95,12 +95,14 @@ class Placement:
 
     def place(self, values: V) -> V:
         """The values, tensors within them (and within dataclasses) on the device."""
-        return _moved(values, self.device)
+        moved: V = _moved(values, self.device)
+        return moved
 
 
 def to_host(values: V) -> V:
     """The values, tensors within them (and within dataclasses) on the CPU."""
-    return _moved(values, torch.device("cpu"))
+    moved: V = _moved(values, torch.device("cpu"))
+    return moved
 
 
 def _moved(values: Any, device: torch.device) -> Any:

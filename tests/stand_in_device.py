@@ -69,7 +69,9 @@ def _compute(function: Any, args: Any, kwargs: Any) -> Any:
     name = function._schema.name.partition("::")[2]
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if name not in _ACROSS:
-        met = tensors[:1] if name in _INDEXED else tensors
+        met = tensors
+        if name in _INDEXED:  # indices may be of the CPU
+            met = [tensor for place, tensor in enumerate(tensors) if place == 0 or isinstance(tensor, Away)]
         met = [tensor for tensor in met if tensor.dim() > 0]
         if len({tensor.device for tensor in met}) > 1:
             places = ", ".join(f"{tensor.device} {list(tensor.shape)}" for tensor in tensors)
@@ -121,7 +123,10 @@ def install() -> None:
     _setup_privateuseone_for_python_backend(NAME, _Runtime())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda function, *args, **kwargs: _compute(function, args, kwargs), "PrivateUse1")
-    install.library = library  # type: ignore[attr-defined]  # what it registered lives as long as it
+    ranges = torch.library.Library("aten", "IMPL")  # torch's own resizes its result in place
+    for overload in ("arange", "arange.start", "arange.start_step"):
+        ranges.impl(overload, lambda *args, device=None, **kwargs: Away(torch.arange(*args, **kwargs)), "PrivateUse1")
+    install.libraries = (library, ranges)  # type: ignore[attr-defined]  # what they registered lives as long as they
 
 
 def available() -> bool:
