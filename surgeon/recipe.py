@@ -161,9 +161,6 @@ class Recipe(_Settings):
 
     model: Annotated[ModelSpec, BeforeValidator(_as_model)]
     """The source model: a path, hub id or "package.module:callable", or a mapping with more options."""
-    device: str = "cpu"
-    """Where the model runs on calibration data and what is fitted to them is computed: cpu, or an accelerator such as cuda or
-    cuda:1, where weights visit block by block.  What the artefact runs on is its backend's to say."""
     calibration: Calibration | None = None
     """Data for passes that measure."""
     passes: tuple[PassEntry, ...] = ()
@@ -172,6 +169,9 @@ class Recipe(_Settings):
     """Limits that the result must keep."""
     evaluate: Evaluate | None = None
     """What the report measures."""
+    device: str = "cpu"
+    """Where the model runs on calibration data and what is fitted to them is computed: cpu, or an accelerator such as cuda or
+    cuda:1, where weights visit block by block.  What the artefact runs on is its backend's to say."""
     backend: BackendEntry = Field(default=DEFAULT_BACKEND, validate_default=True)
     """What to lower to: a name, or a one-key mapping of a name to its options; null for no artefact."""
     output: Path | None = None
