@@ -194,7 +194,7 @@ def append_in_place(k: Buffered, v: Buffered) -> list[Tensor]:
         return [k.whole(), v.whole()]
     for buffer in (k.buffer, v.buffer):
         torch._check(k.total <= buffer.shape[2])  # type: ignore[no-untyped-call]
-    _cuda_attention.append_in_place(k.buffer, v.buffer, _dense_last(k.new), _dense_last(v.new), k.past, k.total)
+    _cuda_attention.append_in_place(k.buffer, v.buffer, dense_last(k.new), dense_last(v.new), k.past, k.total)
     return [each.buffer.narrow(2, 0, each.total) for each in (k, v)]
 
 
@@ -215,7 +215,7 @@ def attention(
     if not has_kernel(q, k, v):
         return attend(q, k, v, mask, is_causal, scale)
     mask = _four_axes(with_causal(mask, q, k.shape[2]) if is_causal else mask)
-    q, k, v = (_dense_last(tensor) for tensor in (q, k, v))
+    q, k, v = (dense_last(tensor) for tensor in (q, k, v))
 
     def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: Tensor | None) -> Tensor:
         found: Tensor = attend_in_parts(q, k, v, mask, start, scale)
@@ -237,7 +237,7 @@ def attention_appending(
     # sizes of two inputs are one symbol from here on, so that both branches give the same sizes
     torch._check(k.past.shape[2] == v.past.shape[2])  # type: ignore[no-untyped-call]
     mask = _four_axes(with_causal(mask, q, k.past.shape[2] + k.new.shape[2]) if is_causal else mask)
-    tensors = [_dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
+    tensors = [dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
 
     def few(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         found: tuple[Tensor, Tensor, Tensor] = attend_appending(q, *rest, scale)
@@ -260,7 +260,7 @@ def _four_axes(mask: Tensor | None) -> Tensor | None:
     return mask[None, None] if mask is not None and mask.dim() == 2 else mask
 
 
-def _dense_last(tensor: Tensor) -> Tensor:
+def dense_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

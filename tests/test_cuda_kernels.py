@@ -16,6 +16,7 @@ from torch import Tensor
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.backends._aot_joined import joined_linears
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+from surgeon.backends._aot_rotary import turned_where_written
 from surgeon.backends._aot_routing import routed
 from surgeon.backends._aot_shared import grown, refusals, write_in_place
 from surgeon.backends._aot_tiles import TiledTensor, tile_codes
@@ -286,6 +287,7 @@ def test_the_spelling_for_cuda_writes_in_place(
     joined = joined_linears(graph)
     write_in_place(joined, started=True)
     assert routed(joined) == 2
+    assert turned_where_written(joined.clone()) == (2 if dtype == torch.float16 else 0)
     assert sum(on_cuda.Buffered.of(node) is not None for node in joined.module.graph.nodes) == 4
     inputs, total = inputs_of(graph, *sizes), sizes[1] + sizes[2]
     given = [
@@ -319,6 +321,7 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     joined = joined_linears(mixture)
     if caches == "shared":
         write_in_place(joined, started=True)
+        assert turned_where_written(joined) == 2
     assert routed(joined) == 2
     spelt = Decomposed(joined, "auto", device="cuda").eval()
     shapes = tuple(
@@ -334,9 +337,10 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
         grown = (torch.cat([old, new], 2) for old, new in ((k, k_new), (v, v_new)))
         return whole(q, k, v), *grown
 
-    def append(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, start: Tensor, room: int) -> None:
-        for buffer, new in ((k, k_new), (v, v_new)):
-            buffer.index_copy_(2, start + torch.arange(new.shape[2]), new)
+    def append(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        for buffer, new in ((keys, k), (values, v)):
+            buffer.index_copy_(2, rest[0] + torch.arange(new.shape[2]), new)
+        return torch.empty_like(q)
 
     def turned(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x)
@@ -354,7 +358,7 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     monkeypatch.setattr(routing_of, "route_logits", routes)
     monkeypatch.setattr(attention_of, "attend_appending", appending)
     monkeypatch.setattr(attention_of, "attend_in_parts", whole)
-    monkeypatch.setattr(attention_of, "append_in_place", append)
+    monkeypatch.setattr(rotary_of, "turn_and_append", append)
     monkeypatch.setattr(attention_of, "attend_whole", whole)
     monkeypatch.setattr(rotary_of, "cos_sin", turned)
     with torch.no_grad():
