@@ -111,22 +111,28 @@ def experts(
     activation: str = "identity",
 ) -> Tensor:
     """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
-    from surgeon.backends._cuda_rows import PAIRS, few_rows
+    from surgeon.backends._cuda_rows import PAIRS, few_rows, few_rows_gated, gate_of, parts_of
 
     (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
     inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]
     rows_in, rows_out = _rows(w_in), _rows(w_out)
     k = int(index.shape[1])
     grouped = has_grouped_kernel(x, x.shape[1], inner, rows_in, rows_out)
+    stack: Any = first[0]
+    whole = parts_of(rows_in, int(x.shape[1]), int(stack.shape[0]), k, *form_in, x.element_size()) == 1
+    gate = gate_of(activation) if whole and rows_in == 2 * inner else None  # what comes in parts is gated behind their sum
     used["experts few rows"] += 1
     used["experts grouped" if grouped else "experts dense"] += 1
 
     def few(rows: Tensor, chosen: Tensor, share: Tensor, bias_in: Any, bias_out: Any, *parts: Tensor | None) -> Tensor:
         flat = chosen.reshape(-1)
-        pre = few_rows(rows, flat, *parts[:3], *form_in, k, k).sum(0)
-        if bias_in is not None:
-            pre = pre + bias_in[flat]
-        hidden = inner_activation(pre, inner, activation).to(rows.dtype)
+        if gate is not None:
+            hidden = few_rows_gated(rows, flat, *parts[:3], bias_in, *form_in, k, *gate)
+        else:
+            pre = few_rows(rows, flat, *parts[:3], *form_in, k, k).sum(0)
+            if bias_in is not None:
+                pre = pre + bias_in[flat]
+            hidden = inner_activation(pre, inner, activation).to(rows.dtype)
         each: Tensor = few_rows(hidden, flat, *parts[3:], *form_out, 1, k).sum(0)
         if bias_out is not None:
             each = each + bias_out[flat]

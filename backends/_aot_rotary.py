@@ -76,8 +76,7 @@ def turned_attention(
     q, k, v = (dense_last(tensor) for tensor in (q, k, v))
     cos, sin = (dense_last(table).expand(q.shape[0], 1, q.shape[2], table.shape[3]) for table in (cos, sin))
     turned = _cuda_rotary.turn_and_append(q, k, v, cos, sin, keys, values, start, total)
-    used = [buffer.narrow(2, 0, total) for buffer in (keys, values)]
-    return attention(turned, *used, mask, False, scale, start)
+    return attention(turned, keys.narrow(2, 0, total), values.narrow(2, 0, total), mask, False, scale, start)
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
@@ -88,14 +87,13 @@ def _arguments(node: fx.Node) -> tuple[Any, ...] | None:
     if keys is None or values is None or is_causal or node.kwargs or not has_kernel(*(each.meta["val"] for each in (q, k, v))):
         return None
     (key_buffer, new_key, start, total), (value_buffer, new_value, *_) = keys, values
-    parts = _turned(q), _turned(new_key)
-    if parts[0] is None or parts[1] is None or parts[0][1:] != parts[1][1:] or not isinstance(start, fx.Node):
+    queries, new = _turned(q), _turned(new_key)
+    if queries is None or new is None or queries[1:] != new[1:] or not isinstance(start, fx.Node):
         return None
     held = (q, new_key, new_value, key_buffer, value_buffer)
     if len({each.meta["val"].dtype for each in held}) > 1:
         return None
-    (queries, cos, sin), (new, *_) = parts
-    return queries, new, new_value, cos, sin, key_buffer, value_buffer, start, total, mask, scale
+    return queries[0], new[0], new_value, *queries[1:], key_buffer, value_buffer, start, total, mask, scale
 
 
 def _turned(node: fx.Node) -> _Turned | None:

@@ -333,6 +333,9 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     def rows(x: Tensor, index: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((1, x.shape[0] * rest[4], weight.shape[1]), dtype=torch.float32)
 
+    def gated(x: Tensor, index: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty((x.shape[0] * rest[5], weight.shape[1] // 2))
+
     def appending(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         grown = (torch.cat([old, new], 2) for old, new in ((k, k_new), (v, v_new)))
         return whole(q, k, v), *grown
@@ -354,6 +357,7 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
 
     # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
     monkeypatch.setattr(rows_of, "few_rows", rows)
+    monkeypatch.setattr(rows_of, "few_rows_gated", gated)
     monkeypatch.setattr(routing_of, "route_rows", routes)
     monkeypatch.setattr(routing_of, "route_logits", routes)
     monkeypatch.setattr(attention_of, "attend_appending", appending)
