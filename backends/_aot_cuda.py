@@ -111,7 +111,8 @@ def experts(
     activation: str = "identity",
 ) -> Tensor:
     """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
-    from surgeon.backends._cuda_rows import PAIRS, few_rows, few_rows_gated, gate_of, parts_of
+    from surgeon.backends._cuda_gates import gate_of
+    from surgeon.backends._cuda_rows import PAIRS, few_rows, few_rows_gated, parts_of
 
     (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
     inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from surgeon.gates import gate as lookup
+from surgeon.backends._cuda_gates import UNLIMITED, gated
 
 PAIRS = 128
 """Largest number of row-expert pairs of :func:`few_rows`, which every program of its kernel reads."""
@@ -82,48 +82,6 @@ def _four_codes(packed, middle, ZERO: tl.constexpr, dtype: tl.constexpr):
         further = (middle - 8.0).to(dtype)[:, None]
         a, b, c, d = a - further, b - further, c - further, d - further
     return a, b, c, d
-
-
-UNLIMITED = 3.0e38
-"""Stands for no limit where a kernel takes one; compiled programs write infinity in a way that they cannot read."""
-
-_BASES = {"identity": 0, "relu": 1, "relu2": 2, "swish": 3, "sigmoid": 4, "gelu": 5, "gelu_tanh": 6}
-"""Numbers of activations; ``swish`` with a factor of 1 is ``silu``, with one of 1.702 ``quick_gelu``."""
-
-
-@triton.jit
-def _active(g, BASE: tl.constexpr, ALPHA: tl.constexpr):
-    """An activation of :data:`_BASES`, element by element in float32."""
-    if BASE == 1:
-        g = tl.maximum(g, 0.0)
-    if BASE == 2:
-        g = tl.maximum(g, 0.0) * tl.maximum(g, 0.0)
-    if BASE == 3:
-        g = g / (1.0 + tl.exp(-ALPHA * g))
-    if BASE == 4:
-        g = 1.0 / (1.0 + tl.exp(-g))
-    if BASE == 5:
-        g = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    if BASE == 6:  # tanh u = 1 - 2 / (exp(2 u) + 1)
-        twice = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        g = g * (1.0 - 1.0 / (tl.exp(tl.minimum(twice, 80.0)) + 1.0))  # from 17 on nothing of the quotient is left
-    return g
-
-
-@triton.jit
-def _gate(
-    g, u, BASE: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr,
-    SHIFT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr, NONE: tl.constexpr,
-):  # fmt: skip
-    """h(g, u) of :class:`surgeon.gates.Gate`; NONE stands for no limit."""
-    if GATE_MAX < NONE:
-        g = tl.minimum(g, GATE_MAX)
-    value = _active(g, BASE, ALPHA)
-    if CAP < NONE:
-        value = tl.minimum(value, CAP)
-    if UP_LIMIT < NONE:
-        u = tl.minimum(tl.maximum(u, -UP_LIMIT), UP_LIMIT)
-    return (value * SCALE + SHIFT) * (u + OFFSET)
 
 
 @triton.jit
@@ -219,7 +177,7 @@ def _few_rows_kernel(
                 added = tl.load(bias + expert * rows_out + lines, mask=inside, other=0.0)
                 total += added.to(tl.float32)[:, None]
             g, u = tl.split(tl.permute(tl.reshape(total, (2, half, BLOCK_M)), (1, 2, 0)))
-            hidden = _gate(g, u, BASE, ALPHA, GATE_MAX, CAP, SCALE, SHIFT, UP_LIMIT, OFFSET, NONE)
+            hidden = gated(g, u, BASE, ALPHA, GATE_MAX, CAP, SCALE, SHIFT, UP_LIMIT, OFFSET, NONE)
             column = tl.program_id(0) * half + tl.arange(0, half)
             target = out + pair.to(tl.int64)[None, :] * (rows_out // 2) + column[:, None]
             tl.store(target, hidden.to(out.dtype.element_ty), mask=valid[None, :] & (column < rows_out // 2)[:, None])
@@ -292,7 +250,7 @@ def few_rows_gated(
         bits: as there.
         group: as there.
         divisor: as there.
-        base: from :func:`gate_of`.
+        base: from ``_cuda_gates.gate_of``.
         constants: likewise.
 
     Returns:
@@ -301,18 +259,6 @@ def few_rows_gated(
     out = x.new_empty((x.shape[0] * divisor, _rows_of(weight) // 2))
     _launch(x, index, weight, scale, zero, bias, bits, group, divisor, 1, out, (int(base), *(float(c) for c in constants)))
     return out
-
-
-def gate_of(activation: str) -> tuple[int, list[float]] | None:
-    """What :func:`few_rows_gated` takes for a gate by its name; None for one that it does not know."""
-    gate = lookup(activation)
-    swishes = {"silu": 1.0, "quick_gelu": 1.702, "swish": gate.alpha or 1.0}
-    base = _BASES.get("swish" if gate.base in swishes else gate.base)
-    if base is None:
-        return None
-    limits = [UNLIMITED if limit is None else limit for limit in (gate.gate_max, gate.cap, gate.up_limit)]
-    scale = 1.0 if gate.scale is None else gate.scale
-    return base, [swishes.get(gate.base, 1.0), limits[0], limits[1], scale, gate.shift, limits[2], gate.offset]
 
 
 def parts_of(rows_out: int, width: int, experts: int, active: int, bits: int, group: int, bytes_of: int) -> int:

@@ -218,7 +218,8 @@ def turning(batch: int, positions: int = 2048, heads: int = 8, members: int = 4,
 def gated(bits: int, batch: int, experts: int = 8, inner: int = 14336, width: int = 4096) -> Iterator[Measured]:
     """The first product of experts and their gate, two experts a token."""
     from surgeon.backends._aot_tiles import TiledTensor
-    from surgeon.backends._cuda_rows import few_rows, few_rows_gated, gate_of
+    from surgeon.backends._cuda_gates import gate_of
+    from surgeon.backends._cuda_rows import few_rows, few_rows_gated
     from surgeon.ops.mixture import inner_activation
 
     index = torch.stack([torch.randperm(experts, device="cuda")[:2] for _ in range(batch)]).flatten()

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from surgeon.backends import _cuda_rotary, _cuda_routing, _cuda_rows
+from surgeon.backends import _cuda_gates, _cuda_rotary, _cuda_routing, _cuda_rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -96,7 +96,7 @@ def products() -> None:
         out = empty(1, 2, 28672, dtype=torch.float32)
         _cuda_rows._launch(x, index, weight, scale, None, None, bits, group, 2, 1, out, None)
         for activation in ("silu", "gelu", "gelu_tanh", "quick_gelu(gate_max=7,up_limit=7,offset=1)"):
-            form = _cuda_rows.gate_of(activation)
+            form = _cuda_gates.gate_of(activation)
             assert form is not None
             gate = (form[0], *form[1])
             _cuda_rows._launch(x, index, weight, scale, None, empty(8, 28672), bits, group, 2, 1, empty(2, 14336), gate)

@@ -15,6 +15,7 @@ from surgeon.numerics.quantization import QuantizedTensor, quantize_groupwise
 from surgeon.ops import moe_dense
 from tests.test_cuda_kernels import BOUND, randn, relative
 
+gates = pytest.importorskip("surgeon.backends._cuda_gates", reason="Triton is for Linux")
 kernels = pytest.importorskip("surgeon.backends._cuda_rows", reason="Triton is for Linux")
 
 GATES = (
@@ -34,15 +35,15 @@ def hidden_of(x: Tensor, w: Tensor, bias: Tensor | None, index: Tensor, k: int, 
 def test_gates_are_computed_as_they_are_defined(activation: str) -> None:
     x, w, bias = randn(5, 64), 0.5 * randn(4, 2 * 40, 64, seed=1), randn(4, 80, seed=2)
     index = torch.randint(0, 4, (10,), generator=torch.Generator().manual_seed(3))
-    form = kernels.gate_of(activation)
+    form = gates.gate_of(activation)
     assert form is not None
     found = kernels.few_rows_gated(x, index, w, None, None, bias, 0, 1, 2, *form)
     torch.testing.assert_close(found.double(), hidden_of(x, w, bias, index, 2, activation), rtol=1e-5, atol=1e-5)
 
 
 def test_gates_that_it_does_not_know() -> None:
-    assert kernels.gate_of("mish") is None
-    assert kernels.gate_of("xielu(rise=0.8,fall=0.8,lift=0.5)") is None
+    assert gates.gate_of("mish") is None
+    assert gates.gate_of("xielu(rise=0.8,fall=0.8,lift=0.5)") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -52,7 +53,7 @@ def test_realistic_numbers_of_experts(dtype: torch.dtype, rows: int, experts: in
     x, w = randn(rows, 192, dtype=dtype), 0.1 * randn(experts, 2 * inner, 192, dtype=dtype, seed=1)
     scores = torch.rand(rows, experts, generator=torch.Generator().manual_seed(2))
     index = scores.topk(k).indices.flatten()
-    form = kernels.gate_of("silu")
+    form = gates.gate_of("silu")
     found = kernels.few_rows_gated(x, index, w, None, None, None, 0, 1, k, *form)
     assert found.shape == (rows * k, inner)
     assert found.dtype == dtype
@@ -68,7 +69,7 @@ def test_codes_and_tiles_of_them(dtype: torch.dtype, tiled: bool, symmetric: boo
     codes = quantize_groupwise(w, bits=bits, group=group, symmetric=symmetric)
     exact = QuantizedTensor(codes.packed, codes.scale.double(), codes.zero_point, bits, group, 256).dequantize()
     held = TiledTensor.of(codes) if tiled else codes
-    index, form = torch.tensor([3, 0, 3, 1, 3, 3]), kernels.gate_of("silu")
+    index, form = torch.tensor([3, 0, 3, 1, 3, 3]), gates.gate_of("silu")
     operands = (held.packed, held.scale, held.zero_point, None, bits, group)
     found = kernels.few_rows_gated(x, index, *operands, 2, *form)
     assert relative(found, hidden_of(x, exact, None, index, 2, "silu")) < BOUND[dtype]
