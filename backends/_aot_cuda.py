@@ -111,22 +111,29 @@ def experts(
     activation: str = "identity",
 ) -> Tensor:
     """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
-    from surgeon.backends._cuda_rows import PAIRS, few_rows
+    from surgeon.backends._cuda_gates import gate_of
+    from surgeon.backends._cuda_rows import PAIRS, few_rows, few_rows_gated, parts_of
 
     (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
     inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]
     rows_in, rows_out = _rows(w_in), _rows(w_out)
     k = int(index.shape[1])
     grouped = has_grouped_kernel(x, x.shape[1], inner, rows_in, rows_out)
+    stack: Any = first[0]
+    whole = parts_of(rows_in, int(x.shape[1]), int(stack.shape[0]), k, *form_in, x.element_size()) == 1
+    gate = gate_of(activation) if whole and rows_in == 2 * inner else None  # what comes in parts is gated behind their sum
     used["experts few rows"] += 1
     used["experts grouped" if grouped else "experts dense"] += 1
 
     def few(rows: Tensor, chosen: Tensor, share: Tensor, bias_in: Any, bias_out: Any, *parts: Tensor | None) -> Tensor:
         flat = chosen.reshape(-1)
-        pre = few_rows(rows, flat, *parts[:3], *form_in, k, k).sum(0)
-        if bias_in is not None:
-            pre = pre + bias_in[flat]
-        hidden = inner_activation(pre, inner, activation).to(rows.dtype)
+        if gate is not None:
+            hidden = few_rows_gated(rows, flat, *parts[:3], bias_in, *form_in, k, *gate)
+        else:
+            pre = few_rows(rows, flat, *parts[:3], *form_in, k, k).sum(0)
+            if bias_in is not None:
+                pre = pre + bias_in[flat]
+            hidden = inner_activation(pre, inner, activation).to(rows.dtype)
         each: Tensor = few_rows(hidden, flat, *parts[3:], *form_out, 1, k).sum(0)
         if bias_out is not None:
             each = each + bias_out[flat]
@@ -194,7 +201,7 @@ def append_in_place(k: Buffered, v: Buffered) -> list[Tensor]:
         return [k.whole(), v.whole()]
     for buffer in (k.buffer, v.buffer):
         torch._check(k.total <= buffer.shape[2])  # type: ignore[no-untyped-call]
-    _cuda_attention.append_in_place(k.buffer, v.buffer, _dense_last(k.new), _dense_last(v.new), k.past, k.total)
+    _cuda_attention.append_in_place(k.buffer, v.buffer, dense_last(k.new), dense_last(v.new), k.past, k.total)
     return [each.buffer.narrow(2, 0, each.total) for each in (k, v)]
 
 
@@ -215,7 +222,7 @@ def attention(
     if not has_kernel(q, k, v):
         return attend(q, k, v, mask, is_causal, scale)
     mask = _four_axes(with_causal(mask, q, k.shape[2]) if is_causal else mask)
-    q, k, v = (_dense_last(tensor) for tensor in (q, k, v))
+    q, k, v = (dense_last(tensor) for tensor in (q, k, v))
 
     def few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, start: Tensor | None) -> Tensor:
         found: Tensor = attend_in_parts(q, k, v, mask, start, scale)
@@ -237,7 +244,7 @@ def attention_appending(
     # sizes of two inputs are one symbol from here on, so that both branches give the same sizes
     torch._check(k.past.shape[2] == v.past.shape[2])  # type: ignore[no-untyped-call]
     mask = _four_axes(with_causal(mask, q, k.past.shape[2] + k.new.shape[2]) if is_causal else mask)
-    tensors = [_dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
+    tensors = [dense_last(tensor) for tensor in (q, k.past, v.past, k.new, v.new)]
 
     def few(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         found: tuple[Tensor, Tensor, Tensor] = attend_appending(q, *rest, scale)
@@ -260,7 +267,7 @@ def _four_axes(mask: Tensor | None) -> Tensor | None:
     return mask[None, None] if mask is not None and mask.dim() == 2 else mask
 
 
-def _dense_last(tensor: Tensor) -> Tensor:
+def dense_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -6,7 +6,7 @@ Decoding one or a few tokens is bound by reading weights once.  torch's grouped 
 and torch has no low-bit form of it.
 
 Letters in shapes: R rows, S = R times ``divisor`` row-expert pairs, E experts, N output width, K input width, P parts of a
-sum.
+sum, I = N / 2 inner width of a gated network.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+
+from surgeon.backends._cuda_gates import UNLIMITED, gated
 
 PAIRS = 128
 """Largest number of row-expert pairs of :func:`few_rows`, which every program of its kernel reads."""
@@ -84,17 +86,28 @@ def _four_codes(packed, middle, ZERO: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _few_rows_kernel(
-    x, index, weight, scale, zero, out, pairs, rows_out, width, row_units, row_step, group_step, groups, scale_row, scale_group,
+    x, index, weight, scale, zero, bias, out, pairs, rows_out, width, row_units, row_step, group_step, groups, scale_row,
+    scale_group,
     DIVISOR: tl.constexpr, PAIRED: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FOURS: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FOURS: tl.constexpr, GATED: tl.constexpr,
+    BIASED: tl.constexpr, BASE: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, CAP: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr, NONE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of the matrix of one expert times the rows of x that it has, over one part of the columns.
 
-    The matrix is the left factor, as tensor cores want the larger one: its codes go from memory to their registers.
+    The matrix is the left factor, as tensor cores want the larger one: its codes go from memory to their registers.  With
+    GATED half of the rows are of its first half and the others as far into its second one, and their gate is written.
     """
     within = tl.arange(0, BLOCK_N)
-    columns = tl.program_id(0) * BLOCK_N + within
+    if GATED:
+        half: tl.constexpr = BLOCK_N // 2
+        columns = tl.program_id(0) * half + within % half
+        inside = columns < rows_out // 2
+        lines = tl.where(inside, within // half * (rows_out // 2) + columns, 0)
+    else:
+        columns = tl.program_id(0) * BLOCK_N + within
+        inside = columns < rows_out
     expert = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -105,14 +118,19 @@ def _few_rows_kernel(
         mine = every < pairs
     count = tl.sum(mine.to(tl.int32))
     place = tl.cumsum(mine.to(tl.int32), 0) - 1
-    inside = columns < rows_out
     steps = tl.cdiv(tl.cdiv(width, BLOCK_K), PARTS)
     start = part * steps
     stop = tl.minimum(tl.cdiv(width, BLOCK_K), start + steps)
-    line = expert * rows_out + tl.program_id(0) * BLOCK_N
     unit = tl.arange(0, BLOCK_K // UNIT)
-    matrix = weight + line * row_units + within[:, None] * row_step + unit[None, :]
-    scales, zeros = scale + line * groups + within * scale_row, zero + line * groups + within * scale_row
+    if GATED:  # a tile of codes holds BLOCK_N rows
+        line = expert * rows_out + lines // BLOCK_N * BLOCK_N
+        matrix = weight + (line * row_units + lines % BLOCK_N * row_step)[:, None] + unit[None, :]
+        place_of_scale = line * groups + lines % BLOCK_N * scale_row
+    else:
+        line = expert * rows_out + tl.program_id(0) * BLOCK_N
+        matrix = weight + line * row_units + within[:, None] * row_step + unit[None, :]
+        place_of_scale = line * groups + within * scale_row
+    scales, zeros = scale + place_of_scale, zero + place_of_scale
     for first in range(0, count, BLOCK_M):
         slot = first + tl.arange(0, BLOCK_M)
         pair = tl.sum(tl.where(mine[None, :] & (place[None, :] == slot[:, None]), every[None, :], 0), 1)
@@ -154,8 +172,18 @@ def _few_rows_kernel(
                     right = tl.load(at + j * row_units, mask=valid[None, :], other=0.0)
                     product = tl.dot(left, right, product, input_precision=PRECISION)
                 total += product * size[:, None]
-        target = out + (part.to(tl.int64) * pairs + pair.to(tl.int64)[None, :]) * rows_out + columns[:, None]
-        tl.store(target, total, mask=valid[None, :] & inside[:, None])
+        if GATED:
+            if BIASED:
+                added = tl.load(bias + expert * rows_out + lines, mask=inside, other=0.0)
+                total += added.to(tl.float32)[:, None]
+            g, u = tl.split(tl.permute(tl.reshape(total, (2, half, BLOCK_M)), (1, 2, 0)))
+            hidden = gated(g, u, BASE, ALPHA, GATE_MAX, CAP, SCALE, SHIFT, UP_LIMIT, OFFSET, NONE)
+            column = tl.program_id(0) * half + tl.arange(0, half)
+            target = out + pair.to(tl.int64)[None, :] * (rows_out // 2) + column[:, None]
+            tl.store(target, hidden.to(out.dtype.element_ty), mask=valid[None, :] & (column < rows_out // 2)[:, None])
+        else:
+            target = out + (part.to(tl.int64) * pairs + pair.to(tl.int64)[None, :]) * rows_out + columns[:, None]
+            tl.store(target, total, mask=valid[None, :] & inside[:, None])
 
 
 @triton_op("surgeon::few_rows", mutates_args={})
@@ -189,18 +217,87 @@ def few_rows(
     Returns:
         [P, S, N] float32; rows of experts outside 0 .. E-1 are undefined.
     """
-    tiled = weight.dim() == 5
-    experts = int(weight.shape[0])
-    rows_out = int(weight.shape[1]) * (TILE if tiled else 1)
-    width = int(x.shape[1])
-    pairs = x.shape[0] * divisor
-    unit = 1 if bits == 0 else 8 * weight.element_size() // bits
-    block_k = 256 // x.element_size() if bits == 0 else min(group, 128)
+    rows_out = _rows_of(weight)
+    parts = parts_of(rows_out, int(x.shape[1]), int(weight.shape[0]), active, bits, group, x.element_size())
+    out = x.new_empty((parts, x.shape[0] * divisor, rows_out), dtype=torch.float32)
+    _launch(x, index, weight, scale, zero, None, bits, group, divisor, parts, out, None)
+    return out
+
+
+@triton_op("surgeon::few_rows_gated", mutates_args={})
+def few_rows_gated(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    divisor: int,
+    base: int,
+    constants: list[float],
+) -> Tensor:
+    """The hidden state of gated networks: what :func:`few_rows` gives, in one part, and what the gate makes of its halves.
+
+    Args:
+        x: as there.
+        index: as there.
+        weight: as there, rows [gate | up].
+        scale: as there.
+        zero: as there.
+        bias: [E, N] or None.
+        bits: as there.
+        group: as there.
+        divisor: as there.
+        base: from ``_cuda_gates.gate_of``.
+        constants: likewise.
+
+    Returns:
+        [S, I] of the type of x, rounded once; rows of experts outside 0 .. E-1 are undefined.
+    """
+    out = x.new_empty((x.shape[0] * divisor, _rows_of(weight) // 2))
+    _launch(x, index, weight, scale, zero, bias, bits, group, divisor, 1, out, (int(base), *(float(c) for c in constants)))
+    return out
+
+
+def parts_of(rows_out: int, width: int, experts: int, active: int, bits: int, group: int, bytes_of: int) -> int:
+    """Parts of the columns that :func:`few_rows` takes at a time: as few as keep the memory busy.
+
+    Args:
+        rows_out: N.
+        width: K.
+        experts: E.
+        active: how many experts are expected to have rows.
+        bits: as there.
+        group: as there.
+        bytes_of: bytes of a number of x.
+    """
     wanted = _PROGRAMS if bits == 0 else 3 * _PROGRAMS // 2
     blocks, parts = -(-rows_out // TILE) * min(active, experts), 1
-    while parts < 8 and blocks * parts < wanted and width >= 4 * parts * block_k:
+    while parts < 8 and blocks * parts < wanted and width >= 4 * parts * _block_k(bits, group, bytes_of):
         parts *= 2
-    out = x.new_empty((parts, pairs, rows_out), dtype=torch.float32)
+    return parts
+
+
+def _block_k(bits: int, group: int, bytes_of: int) -> int:
+    return 256 // bytes_of if bits == 0 else min(group, 128)
+
+
+def _rows_of(weight: Tensor) -> int:
+    """N of matrices or tiles of codes."""
+    return int(weight.shape[1]) * (TILE if weight.dim() == 5 else 1)
+
+
+def _launch(
+    x: Tensor, index: Tensor | None, weight: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, bits: int,
+    group: int, divisor: int, parts: int, out: Tensor, gate: tuple[Any, ...] | None,
+) -> None:  # fmt: skip
+    tiled, rows_out = weight.dim() == 5, _rows_of(weight)
+    experts, width = int(weight.shape[0]), int(x.shape[1])
+    pairs = x.shape[0] * divisor
+    unit = 1 if bits == 0 else 8 * weight.element_size() // bits
+    block_k = _block_k(bits, group, x.element_size())
     if unit > 1:  # columns in the order in which a unit holds them: all first ones, all second ones, ...
         x = x.reshape(-1, width // unit, unit).transpose(1, 2).contiguous()
     groups, units = (1, width) if bits == 0 else (width // group, width // unit)
@@ -208,15 +305,19 @@ def few_rows(
     if tiled:
         row_step, group_step, scale_row, scale_group = group // unit, TILE * (group // unit), 1, TILE
     halves = x.element_size() == 2
-    wrapped(_few_rows_kernel)[(-(-rows_out // TILE), experts, parts)](
+    base, alpha, gate_max, cap, factor, shift, up_limit, offset = gate or (0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    columns, block_n = (rows_out, TILE) if gate is None else (rows_out // 2, TILE // 2)
+    wrapped(_few_rows_kernel)[(-(-columns // block_n), experts, parts)](
         x, weight if index is None else index, weight, weight if scale is None else scale, weight if zero is None else zero,
-        out, pairs, rows_out, width, units, row_step, group_step, groups, scale_row, scale_group,
+        weight if bias is None else bias, out, pairs, rows_out, width, units, row_step, group_step, groups, scale_row,
+        scale_group,
         DIVISOR=divisor, PAIRED=index is not None, BITS=bits, UNIT=unit, GROUP=max(group, 1), ZERO=zero is not None,
         PARTS=parts, ALL=PAIRS, BLOCK_M=8 if bits and index is not None and halves else 16, BLOCK_N=TILE, BLOCK_K=block_k,
-        EVEN=rows_out % TILE == 0 and width % block_k == 0, PRECISION="ieee",
-        FOURS=unit == 4 and bits == 4 and halves and compiles(), num_warps=4, num_stages=4,
+        EVEN=columns % block_n == 0 and width % block_k == 0, PRECISION="ieee",
+        FOURS=unit == 4 and bits == 4 and halves and compiles(), GATED=gate is not None, BIASED=bias is not None, BASE=base,
+        ALPHA=alpha, GATE_MAX=gate_max, CAP=cap, SCALE=factor, SHIFT=shift, UP_LIMIT=up_limit, OFFSET=offset, NONE=UNLIMITED,
+        num_warps=4, num_stages=4,
     )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from surgeon.backends import _onnx_attention_ops as emit
+from surgeon.backends._rotation import rotation
 
 aten = torch.ops.aten
 _ELEMENTWISE = frozenset(
@@ -142,49 +143,13 @@ def _same_rows(flat: fx.Node, divided: fx.Node) -> bool:
 
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(y, cos, sin) of ``y cos + concat(-y[D/2:], y[:D/2]) sin``, y divided into heads, cos and sin [B or 1, S, D]."""
-    if node.target != aten.add.Tensor or node.kwargs or len(node.args) != 2:
+    """(y, cos, sin) of y that is turned, y divided into heads, cos and sin [B or 1, S, D]."""
+    found = rotation(node)
+    if found is None or not _is_divided(found[0]):
         return None
-    for first, second in (node.args, node.args[::-1]):
-        plain, turned = _product(first), _product(second)
-        if plain is None or turned is None:
-            continue
-        for y, cos in (plain, plain[::-1]):
-            for half, sin in (turned, turned[::-1]):
-                tables = (_table(cos), _table(sin))
-                if None not in tables and _is_divided(y) and _turns(half, y):
-                    return (y, *tables)  # type: ignore[return-value]  # both are nodes
-    return None
-
-
-def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    if not isinstance(node, fx.Node) or node.target != aten.mul.Tensor:
-        return None
-    a, b = node.args
-    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
-
-
-def _turns(half: fx.Node, y: fx.Node) -> bool:
-    """Whether ``half`` is ``concat(-y[D/2:], y[:D/2])`` along the last dimension."""
-    if half.target != aten.cat.default or half.args[1:] not in ((3,), (-1,)):
-        return False
-    parts: Any = half.args[0]
-    middle, odd = divmod(y.meta["val"].shape[3], 2)
-    if odd or len(parts) != 2 or parts[0].target != aten.neg.default:
-        return False
-    return _slice_of(parts[0].args[0], y) == (middle, 2 * middle) and _slice_of(parts[1], y) == (0, middle)
-
-
-def _slice_of(node: Any, y: fx.Node) -> tuple[int, int] | None:
-    """Start and stop of a slice of the last dimension of y."""
-    if not isinstance(node, fx.Node) or node.target != aten.slice.Tensor or node.args[0] is not y:
-        return None
-    defaults: tuple[Any, ...] = (None, 0, 0, None, 1)
-    _, axis, start, stop, step = node.args + defaults[len(node.args) :]
-    size = y.meta["val"].shape[3]
-    if axis not in (3, -1) or step not in (None, 1):
-        return None
-    return start or 0, size if stop is None else min(stop, size)
+    y, *factors = found
+    cos, sin = (_table(factor) for factor in factors)
+    return None if cos is None or sin is None else (y, cos, sin)
 
 
 def _table(node: fx.Node) -> fx.Node | None:

@@ -109,6 +109,8 @@ class AotInductor(Backend):
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
+        from surgeon.backends._aot_rotary import turned_where_written
+        from surgeon.backends._aot_routing import routed
         from surgeon.backends._aot_tiles import tile_codes
 
         lowered = low_bit_kernels(graph, self.device, convert=self.low_bit != "dequantize")
@@ -116,6 +118,8 @@ class AotInductor(Backend):
         if self.caches == "shared":
             shared.write_in_place(here, self.device == "cuda")
         module = Decomposed(here, self.experts, device=self.device, packed=self.low_bit != "dequantize").eval()
+        routers = routed(here) if module.kernels and self.experts == "auto" else 0
+        turned = turned_where_written(here) if module.kernels and self.caches == "shared" else 0
         if module.packed:
             tile_codes(here)
         free, needed = shutil.disk_usage(folder).free, here.nbytes()
@@ -147,6 +151,8 @@ class AotInductor(Backend):
             "device": self.device,
             "fused": dict(lowered.kernels) if used else {},
             "experts": dict(module.used),
+            "routers_in_one_kernel": routers,
+            "attentions_that_turn_and_write": turned,
             "dequantized_at_run_time": lowered.left,
         }
         files = (ArtifactFile.of(folder, FILE),)

@@ -5,13 +5,18 @@ Mixtral-8x7B layer at batch 1 and 16: experts in bfloat16 and 4 bits, the linear
 positions that it copies to one of 2049, and matrices unpacked for many rows.  Every result is compared with float32.  Launches
 are in a CUDA graph, so that Python is not timed, over as many copies as fill more than the card's cache.
 
+What one kernel does in place of several is timed beside them, as torch compiles them: a router, turning queries and keys where
+keys and values are written, and the gate of experts in their first product.  ``--fused`` times these alone.
+
     python benchmarks/gpu_kernels.py
+    python benchmarks/gpu_kernels.py --fused
 
 Without a GPU it says so and exits with 3.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -137,6 +142,127 @@ def unpacked(experts: int = 8, out: int = 28672, width: int = 4096) -> Measured:
     return Measured("matrices unpacked, 4 bits", timed([unpack]), moved, error)
 
 
+def beside(
+    name: str, fused: list[Callable[[], object]], apart: list[Callable[[], object]], read: float, errors: tuple[float, float]
+) -> Iterator[Measured]:
+    """One kernel, and what it replaces."""
+    yield Measured(f"{name}, one kernel", timed(fused), read, errors[0])
+    yield Measured(f"{name}, apart", timed(apart), read, errors[1])
+
+
+def router(batch: int, experts: int, width: int, k: int) -> Iterator[Measured]:
+    """Product, softmax, choice and normalised weights of a router in bfloat16."""
+    from surgeon.backends._aot_cuda import top_k
+    from surgeon.backends._cuda_routing import route_rows
+
+    def spelt(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        values, index = top_k(F.linear(x, weight).softmax(-1, dtype=torch.float32), k)
+        return values / values.sum(-1, keepdim=True), index
+
+    def table(found: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.zeros(batch, experts, device="cuda").scatter(1, found[1], found[0])
+
+    compiled = torch.compile(spelt, dynamic=False)
+    read = 2.0 * experts * width
+    x = torch.randn(batch, width, device="cuda").to(torch.bfloat16)
+    copies = min(2048, -(-CACHE // int(read)))
+    weights = [(torch.randn(experts, width, device="cuda") / width**0.5).to(torch.bfloat16) for _ in range(copies)]
+    fused = [
+        lambda w=w: route_rows(x, w, None, None, k, 1, 0, 2, True, 0.0, 1.0, [2, 0, 0, 0, 0, 0], torch.float32) for w in weights
+    ]
+    apart = [lambda w=w: compiled(x, w) for w in weights]
+    wanted = table(spelt(x.float(), weights[0].float()))
+    errors = (relative(table(fused[0]()), wanted), relative(table(apart[0]()), wanted))
+    yield from beside(f"router of {experts} experts, batch {batch}", fused, apart, read, errors)
+
+
+def turning(batch: int, positions: int = 2048, heads: int = 8, members: int = 4, size: int = 128) -> Iterator[Measured]:
+    """Queries and keys of one new token turned, keys and values written into buffers."""
+    from surgeon.backends._cuda_attention import append_in_place
+    from surgeon.backends._cuda_rotary import turn_and_append
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return turned(q, cos, sin), turned(k, cos, sin)
+
+    compiled = torch.compile(both, dynamic=False)
+    ends = (0, heads * members * size, heads * (members + 1) * size, heads * (members + 2) * size)
+    joined = torch.randn(batch, 1, ends[-1], device="cuda").to(torch.bfloat16)
+    q, k, v = (joined[..., a:b].unflatten(2, (-1, size)).transpose(1, 2) for a, b in zip(ends, ends[1:], strict=False))
+    angles = torch.randn(batch, 1, 1, size, device="cuda")
+    cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    start = torch.tensor([positions], device="cuda")
+    buffers = [torch.zeros(batch, heads, positions + 8, size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+
+    def fused() -> Tensor:
+        return turn_and_append(q, k, v, cos, sin, *buffers, start, positions + 1)
+
+    def apart() -> Tensor:
+        queries, keys = compiled(q, k, cos, sin)
+        append_in_place(*buffers, keys, v, start, positions + 1)
+        return queries
+
+    errors: list[float] = []
+    for function in (fused, apart):
+        found = torch.cat([function(), buffers[0][:, :, positions : positions + 1]], 1)
+        wanted = torch.cat([turned(x.float(), cos.float(), sin.float()) for x in (q, k)], 1)
+        assert torch.equal(buffers[1][:, :, positions : positions + 1], v)
+        errors.append(relative(found, wanted))
+    name, moved = f"turning and writing, batch {batch}", 2 * joined.nbytes
+    yield from beside(name, [fused] * 64, [apart] * 64, moved, (errors[0], errors[1]))
+
+
+def gated(bits: int, batch: int, experts: int = 8, inner: int = 14336, width: int = 4096) -> Iterator[Measured]:
+    """The first product of experts and their gate, two experts a token."""
+    from surgeon.backends._aot_tiles import TiledTensor
+    from surgeon.backends._cuda_gates import gate_of
+    from surgeon.backends._cuda_rows import few_rows, few_rows_gated
+    from surgeon.ops.mixture import inner_activation
+
+    index = torch.stack([torch.randperm(experts, device="cuda")[:2] for _ in range(batch)]).flatten()
+    x = torch.randn(batch, width, device="cuda").to(torch.bfloat16)
+    if bits == 0:
+        dense = weight = 0.02 * torch.randn(experts, 2 * inner, width, device="cuda", dtype=torch.bfloat16)
+        scale = None
+    else:
+        codes = random_codes(bits, experts, 2 * inner, width)
+        dense, tiles = codes.dequantize(), TiledTensor.of(codes)
+        weight, scale = tiles.packed, tiles.scale
+    form = gate_of("silu")
+    assert form is not None
+    compiled = torch.compile(lambda pre: inner_activation(pre.sum(0), inner, "silu").to(torch.bfloat16), dynamic=False)
+    group = GROUP if bits else 1
+
+    def fused() -> Tensor:
+        return few_rows_gated(x, index, weight, scale, None, None, bits, group, 2, *form)
+
+    def apart() -> Tensor:
+        found: Tensor = compiled(few_rows(x, index, weight, scale, None, bits, group, 2, 2))
+        return found
+
+    wanted = torch.stack([
+        inner_activation(x[pair // 2].float() @ dense[expert].float().T, inner, "silu")
+        for pair, expert in enumerate(index.tolist())
+    ])  # fmt: skip
+    read = int(index.unique().numel()) * 2 * inner * width * (2 if bits == 0 else bits / 8 + 2 / GROUP)
+    errors = (relative(fused(), wanted), relative(apart(), wanted))
+    name = f"gate and up with their gate, {f'{bits} bits' if bits else 'bfloat16'}, batch {batch}"
+    yield from beside(name, [fused] * 8, [apart] * 8, read, errors)
+
+
+def fusions() -> Iterator[Measured]:
+    """Kernels that do what several did, beside those."""
+    for batch in (1, 16):
+        yield from router(batch, 8, 4096, 2)
+        yield from router(batch, 128, 2048, 8)
+        yield from turning(batch)
+        for bits in (0, 4):
+            yield from gated(bits, batch)
+
+
 def measured() -> Iterator[Measured]:
     for batch in (1, 16):
         for bits in (0, 4):
@@ -146,9 +272,13 @@ def measured() -> Iterator[Measured]:
         yield rows("head", 4, 1, 32000, 4096, batch, 1)
         yield attention(batch)
     yield unpacked()
+    yield from fusions()
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fused", action="store_true", help="only what one kernel does in place of several")
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/gpu_kernels.py: no CUDA device is here; nothing was measured")
         return NO_GPU
@@ -156,10 +286,10 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {rate / 1e12:.2f} TB/s ({known})")
     torch.manual_seed(0)
     with torch.no_grad():
-        for row in measured():
+        for row in fusions() if arguments.fused else measured():
             speed = row.read / row.microseconds * 1e6
             share = f"{speed / 1e12:.2f} TB/s, {speed / rate:.0%}"
-            print(f"{row.name:44}{row.microseconds:9.1f} us  {share:18} relative error {row.error:.1e}", flush=True)
+            print(f"{row.name:60}{row.microseconds:9.1f} us  {share:18} relative error {row.error:.1e}", flush=True)
             torch.cuda.empty_cache()
     return 0
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from surgeon.backends import _aot_cuda as on_cuda
 from surgeon.backends._aot_joined import joined_linears
 from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
+from surgeon.backends._aot_rotary import turned_where_written
+from surgeon.backends._aot_routing import routed
 from surgeon.backends._aot_shared import grown, refusals, write_in_place
 from surgeon.backends._aot_tiles import TiledTensor, tile_codes
 from surgeon.data import load_data
@@ -29,6 +31,7 @@ from surgeon.registry import make_pass
 from tests.causal import causal
 
 rows_of = pytest.importorskip("surgeon.backends._cuda_rows", reason="Triton is for Linux")
+routing_of = pytest.importorskip("surgeon.backends._cuda_routing", reason="Triton is for Linux")
 rotary_of = pytest.importorskip("surgeon.backends._cuda_rotary", reason="Triton is for Linux")
 attention_of = pytest.importorskip("surgeon.backends._cuda_attention", reason="Triton is for Linux")
 
@@ -263,6 +266,7 @@ def test_the_spelling_for_cuda_equals_the_graph(mixture: Graph, bits: int, sizes
     joined = joined_linears(lowered.graph)
     assert sum(on_cuda.Appended.of(node) is not None for node in joined.module.graph.nodes) == 4  # keys, values of two layers
     laid = placed(joined, "cpu")
+    assert routed(laid) == 2
     tile_codes(laid)
     spelt = Decomposed(laid, "auto", device="cuda").eval()
     tiles = [tensor for tensor in laid.module.state_dict().values() if tensor.dim() >= 4 and tensor.shape[-2] == 64]
@@ -282,6 +286,8 @@ def test_the_spelling_for_cuda_writes_in_place(
     graph = mixture if dtype == torch.float16 else traced(dtype)
     joined = joined_linears(graph)
     write_in_place(joined, started=True)
+    assert routed(joined) == 2
+    assert turned_where_written(joined.clone()) == (2 if dtype == torch.float16 else 0)
     assert sum(on_cuda.Buffered.of(node) is not None for node in joined.module.graph.nodes) == 4
     inputs, total = inputs_of(graph, *sizes), sizes[1] + sizes[2]
     given = [
@@ -315,6 +321,8 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     joined = joined_linears(mixture)
     if caches == "shared":
         write_in_place(joined, started=True)
+        assert turned_where_written(joined) == 2
+    assert routed(joined) == 2
     spelt = Decomposed(joined, "auto", device="cuda").eval()
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
@@ -325,13 +333,17 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     def rows(x: Tensor, index: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((1, x.shape[0] * rest[4], weight.shape[1]), dtype=torch.float32)
 
+    def gated(x: Tensor, index: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty((x.shape[0] * rest[5], weight.shape[1] // 2))
+
     def appending(q: Tensor, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         grown = (torch.cat([old, new], 2) for old, new in ((k, k_new), (v, v_new)))
         return whole(q, k, v), *grown
 
-    def append(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, start: Tensor, room: int) -> None:
-        for buffer, new in ((k, k_new), (v, v_new)):
-            buffer.index_copy_(2, start + torch.arange(new.shape[2]), new)
+    def append(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        for buffer, new in ((keys, k), (values, v)):
+            buffer.index_copy_(2, rest[0] + torch.arange(new.shape[2]), new)
+        return torch.empty_like(q)
 
     def turned(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x)
@@ -339,17 +351,24 @@ def test_a_package_holds_both_forms_and_nothing_of_ours(
     def whole(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
+    def routes(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        k, dtype = next(value for value in rest if isinstance(value, int)), rest[-1]
+        return x.new_empty((x.shape[0], k), dtype=dtype), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
     # interpreted kernels cannot be traced; compiled ones are traced by their shapes, like these
     monkeypatch.setattr(rows_of, "few_rows", rows)
+    monkeypatch.setattr(rows_of, "few_rows_gated", gated)
+    monkeypatch.setattr(routing_of, "route_rows", routes)
+    monkeypatch.setattr(routing_of, "route_logits", routes)
     monkeypatch.setattr(attention_of, "attend_appending", appending)
     monkeypatch.setattr(attention_of, "attend_in_parts", whole)
-    monkeypatch.setattr(attention_of, "append_in_place", append)
+    monkeypatch.setattr(rotary_of, "turn_and_append", append)
     monkeypatch.setattr(attention_of, "attend_whole", whole)
     monkeypatch.setattr(rotary_of, "cos_sin", turned)
     with torch.no_grad():
         program = torch.export.export(spelt, example, dynamic_shapes=(shapes,), strict=False)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("cond") == 4  # attention and experts of two layers
+    assert targets.count("cond") == 6  # attention, router and experts of two layers
     assert not any("surgeon" in target for target in targets)
     written = [spec for spec in program.run_decompositions({}).graph_signature.output_specs if "MUTATION" in str(spec.kind)]
     assert len(written) == (4 if caches == "shared" else 0)  # keys and values of two layers
@@ -377,6 +396,7 @@ def test_families_are_spelt_for_cuda(name: str) -> None:
     assert shared == (name != "mpt")
     if shared:
         write_in_place(lowered, started=True)
+    routed(lowered)
     spelt = Decomposed(lowered, "auto", device="cuda").eval()
     for rows, new, past in ((2, 1, 9), (1, 24, 5)):
         inputs = inputs_of(graph, rows, new, past)
