@@ -43,7 +43,7 @@ def report() -> Any:
     return module("_gpu_report")
 
 
-@pytest.mark.parametrize("script", [SCRIPT, SCRIPT.with_name("gpu_kernels.py")], ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", [SCRIPT, SCRIPT.with_name("gpu_kernels.py"), SCRIPT.with_name("device.py")], ids=lambda script: script.stem)
 def test_without_a_gpu_it_says_so_and_exits_with_3(script: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
