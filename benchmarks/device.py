@@ -71,9 +71,8 @@ def main(arguments: list[str]) -> int:
         with torch.no_grad():
             tokens = [one.graph(**data[-1])["logits"].argmax(-1) for one in built]
         same = float((tokens[0] == tokens[1]).double().mean())
-        print(
-            f"{name:14}{here:9.1f}{there:10.1f}{here / there:8.2f}x{divergence[0]:11.4f}{divergence[1]:11.4f}{same:7.1%}", flush=True
-        )
+        times = f"{here:9.1f}{there:10.1f}{here / there:8.2f}x"
+        print(f"{name:14}{times}{divergence[0]:11.4f}{divergence[1]:11.4f}{same:7.1%}", flush=True)
     return 0
 
 
