@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgeon.compiled import Compiled
 from surgeon.contract import Backend, Pass
 from surgeon.errors import PlanError, RecipeError
+from surgeon.graph import Graph
 from surgeon.observe import Batch
 from surgeon.pipeline import Request, run
 from surgeon.plans import SavedPlan
@@ -22,7 +23,7 @@ from surgeon.validation import InvalidFields, validate
 
 
 def compile(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Graph | Compiled,
     passes: Sequence[Pass[Any] | Mapping[str, Any] | str] | str | Path,
     *,
     inputs: Mapping[str, Tensor] | None = None,
@@ -43,7 +44,8 @@ def compile(
     """Operate on a model and lower it.
 
     Args:
-        model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
+        model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module; or the result of an earlier call
+            with its graph, fine-tuned meanwhile, say, which is then what the result is compared with.
         passes: pass objects or one-key dicts in order, or the path of a recipe, whose passes are taken and whose
             calibration, verify, evaluate and device stand in where those arguments are None.
         inputs: example keyword inputs; needed for a module that is not a transformers model.

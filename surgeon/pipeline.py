@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.compiled import Compiled, write_outputs
+from surgeon.continued import graph_of, source_of
 from surgeon.contract import Backend, Pass, Plan, Refusal
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
@@ -58,7 +59,7 @@ class Request:
     """Everything a build needs, whatever door it came through.
 
     Attributes:
-        model: directory, hub id, ``"package.module:callable"`` or a module.
+        model: directory, hub id, ``"package.module:callable"``, a module, or a graph that was made before.
         steps: the passes in order.
         inputs: example inputs for a module.
         calibration: the recipe's mapping, batches, or None.
@@ -77,7 +78,7 @@ class Request:
         recipe: the recipe this came from, for the report.
     """
 
-    model: str | Path | nn.Module
+    model: str | Path | nn.Module | Graph | Compiled
     steps: tuple[Pass[Any], ...]
     inputs: Mapping[str, Tensor] | None = None
     calibration: Calibration | tuple[Batch, ...] | None = None
@@ -116,13 +117,17 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
     with Progress(progress) as bars, _enough_memory(request.device):
         # source -> canonical graph -> structure
         with bars.step("loading the model"), clock.phase("load"):
-            source = load_source(
-                request.model,
+            given = graph_of(
+                request.model, inputs=request.inputs, task=request.task, dtype=request.dtype, dynamic=request.dynamic,
+                trust_remote_code=request.trust_remote_code,
+            )  # fmt: skip
+            source = source_of(given) if given is not None else load_source(
+                request.model,  # type: ignore[arg-type]  # no graph
                 request.inputs,
                 task=request.task,
                 dtype=request.dtype,
                 trust_remote_code=request.trust_remote_code,
-            )
+            )  # fmt: skip
         if source.source.weights == "fake":
             raise TraceError(
                 f"{source.source.description} has fake weights: a pass reads weights, and its result is compared with the "
@@ -130,7 +135,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             )
         _require_host(source.module)
         with bars.step("tracing"), clock.phase("trace"):
-            graph = trace_source(source, dynamic=request.dynamic)
+            graph = trace_source(source, dynamic=request.dynamic) if given is None else given.clone()
         graph.placement = placement
         if request.backend is not None and lower:
             _refuse(request.backend, request.backend.refuses_source(graph))
