@@ -10,9 +10,12 @@ Formula:
     What writes to the stream (embeddings, positions, output projections, biases) becomes ``s U^T W``, what reads it becomes
     ``W diag(g) U sqrt(e) / s``, with g the gain of the norm in front, whose gain becomes 1, and e the share of the energy of
     that norm's n that U keeps.  The stream is then ``x' = s U^T x``, and s keeps its root mean square, which is now one
-    over K channels, so that norms and their eps mean what they did.  An offset b of a norm becomes a bias ``W b`` behind it.
-    At K = H nothing is lost: the outputs are as before.  Norms that subtract the mean: U has K - 1 directions, of those
-    orthogonal to the ones, and maps them to channels that sum to 0, so that a layer norm stays one and is exact too.
+    over K channels, so that norms and their eps mean what they did.  With ``refit`` readers have in place of U
+    ``U + (1 - U U^T) C_l U (U^T C_l U + lambda)^-1``, C_l that of the norm in front: least squares of n on ``U^T n``, lambda as
+    if K / 2 further tokens of mean energy had shown that nothing is to change.
+    An offset b of a norm becomes a bias ``W b`` behind it.  At K = H nothing is lost: the outputs are as before.  Norms that
+    subtract the mean: U has K - 1 directions, of those orthogonal to the ones, and maps them to channels that sum to 0, so that
+    a layer norm stays one and is exact too.
     ``activation``: no rotation; the K channels of largest ``sum |g n_t + b|`` over tokens and norms stay, everywhere.  The
     norms' gains are multiplied by ``sqrt(sum_K n_tk^2 / (K T))``, since they now divide by the root mean square of K channels.
     ``random``: K channels by lot, a baseline.
@@ -39,7 +42,8 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
@@ -64,7 +68,7 @@ from surgeon.channels import (
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
-from surgeon.numerics import NumericsError, kept_energy, principal_basis
+from surgeon.numerics import NumericsError, kept_energy, principal_basis, read_columns
 from surgeon.rewrite import Editor
 from surgeon.samples import lot
 from surgeon.structure import Selection, Structure
@@ -113,6 +117,8 @@ class DropChannels(Pass[DropChannelsPlan]):
     criterion: Criterion = "principal"
     """What stays: the directions of largest variance, the channels that are most active (which needs no rotation, and so
     fits more models), or channels by lot."""
+    refit: bool = True
+    """For principal: what reads the stream guesses what was cut from what stays, by least squares on calibration data."""
     seed: Seed = 0
     """Seed of random."""
 
@@ -261,12 +267,12 @@ class DropChannels(Pass[DropChannelsPlan]):
                 }
                 keep_channels(editor, channels, keep, factors)
                 continue
+            change = rotation(editor.graph, channels)
             try:
                 basis = _basis(channels, seen, decision.left)
+                rotate(editor, channels, change, basis, _reading(editor.graph, channels, change, seen, basis, self.refit))
             except NumericsError as error:
                 raise PlanError(f"{decision.site}: {error}") from error
-            change = rotation(editor.graph, channels)
-            rotate(editor, channels, change, basis, _factors(editor.graph, channels, change, seen, basis))
 
     def exact(self, plan: DropChannelsPlan) -> bool:
         """A rotation alone changes nothing."""
@@ -325,12 +331,20 @@ def _basis(channels: Channels, seen: Mapping[fx.Node, ChannelMoments], left: int
     return principal_basis(_pooled(seen), left, centred=centred)
 
 
-def _factors(
-    graph: Graph, channels: Channels, change: Rotation, seen: Mapping[fx.Node, ChannelMoments], basis: Tensor
-) -> dict[fx.Node, float]:
-    """By norm the root of the share of energy that stays; of norms whose readers share weights, that of all together."""
-    found: dict[fx.Node, float] = {}
-    for norms in joined_norms(graph, channels, change):
-        share = kept_energy(_pooled({node: seen[node] for node in norms}), basis)
-        found.update(dict.fromkeys(norms, math.sqrt(share)))
-    return found
+def _reading(
+    graph: Graph,
+    channels: Channels,
+    change: Rotation,
+    seen: Mapping[fx.Node, ChannelMoments],
+    basis: Tensor,
+    refit: bool,
+) -> Callable[[fx.Node], Tensor]:
+    """By norm, what its readers make of the narrow stream; the same for norms whose readers share weights."""
+    groups = {node: norms for norms in joined_norms(graph, channels, change) for node in norms}
+
+    @lru_cache(maxsize=1)  # readers of one norm follow each other; all norms' would take as much memory as the moments
+    def columns(norms: frozenset[fx.Node]) -> Tensor:
+        tokens = sum(seen[node].tokens for node in norms)
+        return read_columns(_pooled({node: seen[node] for node in norms}), basis, tokens, refit=refit)
+
+    return lambda node: columns(groups[node])

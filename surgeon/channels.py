@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ def joined_norms(graph: Graph, channels: Channels, rotation: Rotation) -> list[f
 
 
 def rotate(
-    editor: Editor, channels: Channels, rotation: Rotation, basis: Tensor, factors: Mapping[fx.Node, float]
+    editor: Editor, channels: Channels, rotation: Rotation, basis: Tensor, columns: Callable[[fx.Node], Tensor]
 ) -> None:
     """Rotate a stream and keep the first directions.
 
@@ -100,7 +100,7 @@ def rotate(
         channels: the stream's channels.
         rotation: what a rotation changes.
         basis: U [H, K], float64.
-        factors: by norm, the share of rms(x) that stays, sqrt(e).
+        columns: by norm, R [H, K] float64 with n ~ R n' for its result n' on the narrow stream, s = 1.
     """
     width, left = basis.shape
     scale = (left / width) ** 0.5
@@ -108,7 +108,7 @@ def rotate(
     for group in alike(editor.graph, rotation):
         use = group.uses[0]
         tensor = original[str(use.leaf.target)]
-        fresh = _rotated(tensor, use, basis, scale, factors, rotation)
+        fresh = _rotated(tensor, use, basis, scale, _columns(use, rotation, basis, columns))
         if group.copy:
             with editor.after(use.leaf):
                 node = editor.add_tensor(f"{use.leaf.target}_untied", fresh)
@@ -122,21 +122,22 @@ def rotate(
     _resize(editor, channels, left)
 
 
-def _rotated(
-    tensor: Tensor, use: Use, basis: Tensor, scale: float, factors: Mapping[fx.Node, float], rotation: Rotation
-) -> Tensor:
+def _columns(use: Use, rotation: Rotation, basis: Tensor, columns: Callable[[fx.Node], Tensor]) -> Tensor:
+    """What a reader's features are of those of the narrow stream, but for s; U itself for what is of the stream."""
+    normed = use.normed
+    if normed is None:
+        return basis
+    found = basis if normed.norm.node in rotation.unscaled else columns(normed.norm.node)
+    return found if normed.gain is None else normed.gain.to(found)[:, None] * found
+
+
+def _rotated(tensor: Tensor, use: Use, basis: Tensor, scale: float, columns: Tensor) -> Tensor:
     basis = basis.to(tensor.device)
     rows = tensor.double().movedim(use.axis, -1)
     if use.role == "write":
         rows = rows @ basis * scale  # of a centred stream U^T 1 = 0: the mean goes with it
     elif use.role == "read":
-        columns = basis / scale
-        if use.normed is not None:
-            if use.normed.gain is not None:
-                columns = use.normed.gain.to(basis)[:, None] * columns
-            norm = use.normed.norm.node
-            columns = columns * (1.0 if norm in rotation.unscaled else factors.get(norm, 1.0))
-        rows = rows @ columns
+        rows = rows @ columns.to(tensor.device) / scale
     else:
         value = 1.0 - use.plus if use.role == "gain" else 0.0
         rows = rows.new_full((*rows.shape[:-1], basis.shape[1]), value)

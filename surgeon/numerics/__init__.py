@@ -44,6 +44,7 @@ from surgeon.numerics.partition import inside_weight as inside_weight
 from surgeon.numerics.partition import partition_graph as partition_graph
 from surgeon.numerics.principal import kept_energy as kept_energy
 from surgeon.numerics.principal import principal_basis as principal_basis
+from surgeon.numerics.principal import read_columns as read_columns
 from surgeon.numerics.principal import zero_sum_basis as zero_sum_basis
 from surgeon.numerics.pruning import eliminate as eliminate
 from surgeon.numerics.pruning import eliminate_unfitted as eliminate_unfitted

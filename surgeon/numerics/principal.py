@@ -52,6 +52,39 @@ def zero_sum_basis(size: int) -> Tensor:
     return basis / (number * (number + 1)).sqrt()
 
 
+def read_columns(moment: Tensor, basis: Tensor, tokens: int, *, refit: bool) -> Tensor:
+    """What a reader of normalised x makes of the normalised ``z = U^T x``: R with ``x ~ R z``.
+
+    ``R = sqrt(e) U``: of the energy of x only the share e is left in z, whose norm is made that of x again.  With ``refit``
+    ``R = sqrt(e) (U + (1 - U U^T) C U (U^T C U + lambda)^-1)``, the least squares of x on ``U^T x`` with a penalty on the
+    change, as if K / 2 further tokens of mean energy had shown that nothing is to change: what goes is guessed from what
+    stays.  It is nothing where U are eigenvectors of C; but C is that of one reader, and U are those of all together.
+
+    Args:
+        moment: C = ``sum_t x_t x_t^T`` of one reader's x, [H, H].
+        basis: U, [H, K].
+        tokens: their number.
+        refit: see above.
+
+    Returns:
+        R [H, K] in float64.
+
+    Raises:
+        NumericsError: the moments hold NaN or infinity.
+    """
+    require_finite(moment=moment)
+    moment = moment.double()
+    root = kept_energy(moment, basis) ** 0.5
+    if not refit or tokens == 0:
+        return basis * root
+    across = moment @ basis
+    inner = basis.T @ across
+    ridge = basis.shape[1] / 2 * float(moment.trace()) / (len(moment) * tokens)
+    damped = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    change: Tensor = torch.linalg.solve(damped, (across - basis @ inner).T).T
+    return (basis + change) * root
+
+
 def kept_energy(moment: Tensor, basis: Tensor) -> float:
     """Share of the energy that stays, ``tr(U^T C U) / tr(C)``; 1 where there is none."""
     whole = float(moment.double().trace())
