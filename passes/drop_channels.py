@@ -147,6 +147,7 @@ class DropChannels(Pass[DropChannelsPlan]):
         """Choose how many channels of every stream stay, and which."""
         if self.blocks is not None:
             raise PlanError(f"{self.name}: blocks: all blocks share the stream and its width; leave blocks out")
+        _refuse_packed(graph, structure)
         decisions, notes = [], []
         for label, channels in find_channels(structure):
             if not structure.selection.admits(label, None):
@@ -295,6 +296,19 @@ class DropChannels(Pass[DropChannelsPlan]):
         """The widths of the streams."""
         widths = ", ".join(f"{decision.site} {decision.width} to {decision.left}" for decision in plan.decisions)
         return f"{len(plan.decisions)} streams made narrower{': ' if widths else ''}{widths} channels ({self.criterion})"
+
+
+def _refuse_packed(graph: Graph, structure: Structure) -> None:
+    """Refuse a model with packed weights.
+
+    Raises:
+        PlanError: names the first one's site.
+    """
+    weights = [(site.name, site.part.weight) for site in (*structure.linears, *structure.embeddings)]
+    weights += [(site.name, name) for site in structure.select(Selection()).moes() for name in (site.part.w_in, site.part.w_out)]
+    for site, name in weights:
+        if not graph.tensor(name).is_floating_point():
+            raise PlanError(f"{site}: its weight {name} is quantized already; put drop_channels before quantize")
 
 
 def _key(label: str, node: fx.Node) -> str:

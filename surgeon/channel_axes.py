@@ -162,7 +162,7 @@ class _Walk:
         named = {
             operators.MOE: self._moe, "aten::embedding": self._embedding, operators.CONCATENATE: self._concatenate,
             operators.INDEX: self._index, operators.PUT: self._put, "aten::index_select": self._select,
-            "aten::sym_size": self._size, "aten::cumsum": None,
+            "aten::sym_size": self._size, "aten::mean": self._mean,
         }  # fmt: skip
         if kind in named:
             return named[kind]
@@ -279,6 +279,16 @@ class _Walk:
             raise self._unknown(node)
         self.mark(source, axis)
         self.mark(node, axis)
+
+    def _mean(self, node: fx.Node) -> None:
+        """Over positions, which leaves the channels apart."""
+        source, dims = node.args[:2] if len(node.args) > 1 else (node.args[0], None)
+        assert isinstance(source, fx.Node)
+        rank = len(operators.shape(source))
+        if not isinstance(dims, list | tuple) or any(int(dim) % rank == rank - 1 for dim in dims):  # type: ignore[arg-type]
+            raise self._unknown(node)
+        self._last(source, node)
+        self._last(node, node)
 
     def _size(self, node: fx.Node) -> None:
         source, dim = node.args[:2]

@@ -108,6 +108,9 @@ def rotation(graph: Graph, channels: Channels) -> Rotation:
     return _Bases(graph, channels, kinds == {True}).run()
 
 
+_LINEAR = frozenset({operators.INDEX, "aten::index_select", "aten::mean"})
+"""Linear in values with channels, and giving a constant where all of them are the same."""
+
 Meaning = Normed | None
 """Of a value with channels that is not stored: a norm's result, or None for the stream."""
 
@@ -201,7 +204,7 @@ class _Bases:
             for value in values:
                 self._into_stream(value, node)
             self.meaning[node] = None
-        elif operators.is_movement(node) or kind in (operators.INDEX, "aten::index_select", "aten::neg"):
+        elif operators.is_movement(node) or kind in _LINEAR:
             self.meaning[node] = self._moved(node)
         elif kind in FILLED and not self._fills_with_other_than_zero(node):
             self.meaning[node] = None

@@ -24,6 +24,8 @@ from surgeon.head_labels import FILLED
 from surgeon.rewrite import Editor
 
 aten = torch.ops.aten
+UNTIED = "_untied"
+"""Behind the name of a tensor that two parts read: that of the copy which the second of them has."""
 _SHAPED = FILLED | {f"aten::{name}" for name in "reshape view _unsafe_view expand broadcast_to".split()}
 
 
@@ -111,7 +113,7 @@ def rotate(
         fresh = _rotated(tensor, use, basis, scale, _columns(use, rotation, basis, columns))
         if group.copy:
             with editor.after(use.leaf):
-                node = editor.add_tensor(f"{use.leaf.target}_untied", fresh)
+                node = editor.add_tensor(f"{use.leaf.target}{UNTIED}", fresh)
             for each in group.uses:
                 editor.redirect(each.reader, each.leaf, node)
         else:

@@ -6,6 +6,8 @@ keeps what is centred centred, so that the layer norm stays one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def read_columns(moment: Tensor, basis: Tensor, tokens: int, *, refit: bool) -> 
     """
     require_finite(moment=moment)
     moment = moment.double()
-    root = kept_energy(moment, basis) ** 0.5
+    root = math.sqrt(kept_energy(moment, basis))
     if not refit or tokens == 0:
         return basis * root
     across = moment @ basis
