@@ -305,7 +305,8 @@ def _refuse_packed(graph: Graph, structure: Structure) -> None:
         PlanError: names the first one's site.
     """
     weights = [(site.name, site.part.weight) for site in (*structure.linears, *structure.embeddings)]
-    weights += [(site.name, name) for site in structure.select(Selection()).moes() for name in (site.part.w_in, site.part.w_out)]
+    for moe in structure.select(Selection()).moes():
+        weights += [(moe.name, moe.part.w_in), (moe.name, moe.part.w_out)]
     for site, name in weights:
         if not graph.tensor(name).is_floating_point():
             raise PlanError(f"{site}: its weight {name} is quantized already; put drop_channels before quantize")

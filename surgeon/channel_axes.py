@@ -112,7 +112,10 @@ class _Walk:
         if known is not None:
             raise Unfit(f"{named(node)} has the stream's channels along two dimensions")
         if len(shape) < -axis or shape[axis] != self.found.width:
-            raise Unfit(f"{named(node)} of shape {list(shape)} should have {self.found.width} channels in dimension {axis}")
+            raise Unfit(
+                f"{named(node)} of shape {list(shape)} is of the stream, which has {self.found.width} channels elsewhere, in "
+                f"its dimension {axis}"
+            )
         self.found.axes[node] = axis
         self.waiting.append(node)
         for other in self.names.get(str(node.target), ()) if node.op == "get_attr" else ():

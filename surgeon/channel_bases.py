@@ -47,7 +47,7 @@ class Use:
         reader: the node that reads it.
         axis: its dimension of channels, from the end.
         role: ``write`` (P W), ``read`` (W diag(g) U / s), ``gain`` (becomes 1) or ``offset`` (becomes 0).
-        normed: what is read, of role ``read``; None for the stream itself.
+        normed: what is read, of role ``read``; None for the others.
         plus: of role ``gain``, the number that the graph adds to the stored one.
     """
 
@@ -254,8 +254,8 @@ class _Bases:
             if self._leaf(x) is not None:
                 raise Unfit(f"{named(node)} reads {named(x)}, a stored tensor")
             normed = self._of(x)
-            if normed is None and self.found.centred:
-                raise Unfit(f"{named(node)} reads the stream without a norm in front, the mean included")
+            if normed is None:
+                raise Unfit(f"{named(node)} reads the stream without a norm in front")
             self._use(weight, node, "read", normed)
             if normed is not None and normed.offset is not None and bool(normed.offset.any()):
                 matrix = constant_value(self.graph, weight)

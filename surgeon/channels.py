@@ -79,7 +79,7 @@ def alike(graph: Graph, rotation: Rotation) -> list[Alike]:
 
 def untied(groups: Sequence[Alike]) -> list[str]:
     """Names of stored tensors that are written with and read, so that each use has a tensor of its own afterwards."""
-    return sorted({str(group.uses[0].leaf.target) for group in groups if group.copy})
+    return sorted({str(group.uses[0].leaf.target) for group in groups if not group.first})
 
 
 def joined_norms(graph: Graph, channels: Channels, rotation: Rotation) -> list[frozenset[fx.Node]]:
@@ -125,7 +125,7 @@ def rotate(
 
 
 def _columns(use: Use, rotation: Rotation, basis: Tensor, columns: Callable[[fx.Node], Tensor]) -> Tensor:
-    """What a reader's features are of those of the narrow stream, but for s; U itself for what is of the stream."""
+    """What a reader's features are of those of the narrow stream, but for s; U itself for what is no reader."""
     normed = use.normed
     if normed is None:
         return basis
