@@ -304,7 +304,8 @@ def _refuse_packed(graph: Graph, structure: Structure) -> None:
     Raises:
         PlanError: names the first one's site.
     """
-    weights = [(site.name, site.part.weight) for site in (*structure.linears, *structure.embeddings)]
+    weights = [(site.name, site.part.weight) for site in structure.linears]
+    weights += [(table.name, table.part.weight) for table in structure.embeddings]
     for moe in structure.select(Selection()).moes():
         weights += [(moe.name, moe.part.w_in), (moe.name, moe.part.w_out)]
     for site, name in weights:
