@@ -17,7 +17,8 @@ Formula:
     subtract the mean: U has K - 1 directions, of those orthogonal to the ones, and maps them to channels that sum to 0, so that
     a layer norm stays one and is exact too.
     ``activation``: no rotation; the K channels of largest ``sum |g n_t + b|`` over tokens and norms stay, everywhere.  The
-    norms' gains are multiplied by ``sqrt(sum_K n_tk^2 / (K T))``, since they now divide by the root mean square of K channels.
+    norms' gains are multiplied by ``sqrt(sum_K n_tk^2 / (K T))``, since they now divide by the root mean square of K channels
+    (a norm without gain has nothing to take the factor, and a note says so).
     ``random``: K channels by lot, a baseline.
 Shapes:
     x [tokens, H] -> [tokens, K]; C [H, H] in float64; every weight [.., H] or [H, ..] -> K.
@@ -177,7 +178,9 @@ class DropChannels(Pass[DropChannelsPlan]):
         """
         if self.criterion != "principal":
             cuttable(graph, channels)
-            return []
+            bare = [node.name for node, norm in channels.norms.items() if affine(channels, norm)[1] is None]
+            note = f"{label}: no gain stands behind {', '.join(bare)} to take the factor of fewer channels"
+            return [note] if bare and self.criterion == "activation" else []
         change = rotation(graph, channels)
         check_shifts(graph, change)
         names = untied(alike(graph, change))

@@ -285,6 +285,13 @@ def test_silent_channels_go_without_loss() -> None:
     assert relative_error(outputs(result, inputs)["logits"], outputs(subject, inputs)["logits"]) < 2e-5
 
 
+def test_norms_without_a_gain_are_named() -> None:
+    subject, _ = family("olmo", torch.float32)
+    (note,) = drop(subject, keep=16, criterion="activation").plan.notes
+    assert note.startswith("stream: no gain stands behind layer_norm_default, ")
+    assert not drop(subject, keep=16).plan.notes
+
+
 def test_random_is_by_lot_and_needs_no_data(patient: MakePatient) -> None:
     subject = patient("llama")
     assert not make_pass({"drop_channels": {"keep": 8, "criterion": "random"}}).observers(subject.structure)
