@@ -2,9 +2,9 @@
 
     python benchmarks/channels.py
 
-The models are the trained ones of ``examples/models``, calibrated on 32 windows of 128 tokens and judged by their next-token cross
-entropy in nats on 32 held-out ones; nothing is trained afterwards.  Of ``random`` the mean over three lots is given.  Writes
-``benchmarks/results/channels.json`` and ``channels.md``.
+The models are the trained ones of ``examples/models``, calibrated on 32 windows of 128 tokens and judged by their next-token
+cross entropy in nats on 32 held-out ones; nothing is trained afterwards.  Of ``random`` the mean over three lots is given.
+Writes ``benchmarks/results/channels.json`` and ``channels.md``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def page(found: dict[str, Any], versions: dict[str, str]) -> str:
     lines = ["# Dropping channels", ""]
     lines += [f"Made by `python benchmarks/channels.py`; {', '.join(f'{key} {value}' for key, value in versions.items())}.", ""]
     lines += ["Loss on held-out text in nats per token, nothing trained afterwards. The streams have 128 channels, of which a"]
-    lines += ["multiple of 8 stays: 120, 96 and 64. Of `random` the mean of three lots. tiny-mixtral has one table as embedding"]
-    lines += ["and head, of which `principal` makes two."]
+    lines += ["multiple of 8 stays: 120, 96 and 64. Of `random` the mean of three lots."]
+    lines += ["tiny-mixtral has one table as embedding and head, of which `principal` makes two."]
     for name, model in found.items():
         lines += ["", f"## {name}", "", f"{model['parameters']:,} parameters; whole: {model['source']:.4f}.", ""]
         lines += ["| | " + " | ".join(f"{ratio:.0%} | parameters" for ratio in RATIOS) + " |"]

@@ -297,6 +297,8 @@ class DropChannels(Pass[DropChannelsPlan]):
 
     def summary(self, plan: DropChannelsPlan) -> str:
         """The widths of the streams."""
+        if self.exact(plan) and plan.decisions:
+            return f"{', '.join(decision.site for decision in plan.decisions)} rotated, and as wide as before"
         widths = ", ".join(f"{decision.site} {decision.width} to {decision.left}" for decision in plan.decisions)
         return f"{len(plan.decisions)} streams made narrower{': ' if widths else ''}{widths} channels ({self.criterion})"
 

@@ -202,7 +202,8 @@ class _Walk:
         makes = -3 - reads
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
-        if not is_stored(weight) or len(operators.shape(weight)) != 2 or node.kwargs.get("alpha", 1) != 1:
+        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+        if not is_stored(weight) or len(operators.shape(weight)) != 2 or scaled:
             raise self._unknown(node)
         along = self._axis(weight)
         if self.has(x) or along == reads:

@@ -133,7 +133,9 @@ def test_a_rotation_alone_is_exact(name: str) -> None:
     """In float64, to its rounding: RMS and layer norms, with 1 + w, without gain, with offsets, tied tables, fused weights."""
     subject, inputs = family(name)
     result = drop(subject, ratio=0)
-    assert make_pass({"drop_channels": {"ratio": 0}}).exact(result.plan)
+    made = make_pass({"drop_channels": {"ratio": 0}})
+    assert made.exact(result.plan)
+    assert made.summary(result.plan) == "stream rotated, and as wide as before"
     wanted, found = outputs(subject, inputs), outputs(result, inputs)
     assert relative_error(found["logits"], wanted["logits"]) < 1e-12
     assert found["logits"].dtype == torch.float64
