@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.backends._hf_contents import ENGINES, Contents, Held, read
+from surgeon.backends._hf_contents import ENGINES, Contents, Held, as_is, read
 from surgeon.backends._hf_fit import Fitted, fit
 from surgeon.backends._hf_low_bit import low_bit_refusals, quantization_config, stored
 from surgeon.backends._hf_mixture import reshaped
 from surgeon.backends._hf_skeleton import Skeleton, known
+from surgeon.channels import UNTIED
 from surgeon.contract import Refusal
 from surgeon.discovery import discover
 from surgeon.graph import Graph, Source
@@ -79,6 +80,7 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
             contents.held[name] = _as_kernel(contents.held[name], len(shape))
         elif name not in contents.held and f"{name}_0" in contents.extra:
             _join(graph, contents, name, shape)
+    _name_untied(graph, contents, skeleton)
     whole = reshaped(graph, structure, skeleton, contents, architecture)
     if isinstance(whole, list):
         return whole
@@ -131,6 +133,16 @@ def _join(graph: Graph, contents: Contents, name: str, shape: tuple[int, ...]) -
     if sum(tensor.numel() for tensor in tensors) == prod(shape):
         contents.extra.difference_update(names)
         contents.held[name] = Held(shape, lambda: torch.cat([t.reshape(-1, *shape[1:]) for t in tensors]))
+
+
+def _name_untied(graph: Graph, contents: Contents, skeleton: Skeleton) -> None:
+    """A tensor that a pass has made of one that two parts read goes under the name that the class has for the second."""
+    for first in set(skeleton.twins.values()):
+        twins = [name for name, other in skeleton.twins.items() if other == first and name not in contents.held]
+        own = f"{first}{UNTIED}"
+        if len(twins) == 1 and own in contents.extra:
+            contents.extra.remove(own)
+            contents.held[twins[0]] = as_is(graph.tensor(own))
 
 
 def _as_kernel(held: Held, rank: int) -> Held:

@@ -104,23 +104,23 @@ def expert_operands(graph: Graph, moe: MoE) -> tuple[Tensor, Tensor, Tensor | No
         w_in [E, O, H], w_out [E, G, I], b_in [E, O] or None, b_out [E, G] or None.
     """
     w_in, w_out, b_in, b_out = (operators.argument(moe.node, i + 3, key) for i, key in enumerate(_OPERANDS))
-    first, second = _constant(graph, w_in), _constant(graph, w_out)
+    first, second = constant_value(graph, w_in), constant_value(graph, w_out)
     assert first is not None
     assert second is not None
-    return first, second, _constant(graph, b_in), _constant(graph, b_out)
+    return first, second, constant_value(graph, b_in), constant_value(graph, b_out)
 
 
 _OPERANDS = ("w_in", "w_out", "b_in", "b_out")
 
 
-def _constant(graph: Graph, node: fx.Node | None) -> Tensor | None:
+def constant_value(graph: Graph, node: fx.Node | None) -> Tensor | None:
     """The value of a node that is computed from stored tensors only."""
     if node is None:
         return None
     if node.op == "get_attr":
         return graph.tensor(str(node.target)).detach()
     with torch.no_grad():
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _constant(graph, source))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: constant_value(graph, source))
         value: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function target
     return value
 

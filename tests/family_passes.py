@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.channel_axes import Channels, Unfit, find_channels
+from surgeon.channel_bases import rotation
 from surgeon.contract import Observer, Plan
 from surgeon.data import Data
 from surgeon.discovery import discover
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
+from surgeon.numerics import principal_basis
 from surgeon.observe import observe
 from surgeon.passes.drop_neurons import networks
 from surgeon.pipeline import operate
@@ -209,6 +212,39 @@ def drop_silent_heads(case: Case) -> str:
     return "exact" if apart == len(attentions) else f"exact ({apart} of {len(attentions)} attentions)"
 
 
+def narrow_stream(case: Case) -> str:
+    """A rotation alone changes nothing, and the pass finds the half of all directions that a stream is confined to."""
+    case.operate({"drop_channels": {"ratio": 0}})
+    flat = replace(case, graph=flattened(case))
+    flat = replace(flat, structure=discover(flat.graph))
+    graph, plan = flat.operate({"drop_channels": {"ratio": 0.5, "multiple": 1}})
+    assert all(decision.energy is not None and decision.energy > 1 - 1e-6 for decision in plan.decisions)
+    same(outputs(graph, case.inputs), outputs(flat.graph, case.inputs))
+    count = len(list(find_channels(case.structure)))
+    return "exact" if len(plan.decisions) == count else f"exact ({len(plan.decisions)} of {count} streams)"
+
+
+def flattened(case: Case) -> Graph:
+    """The graph with all that writes to a stream projected on half of its directions, drawn at random."""
+    editor = Editor(case.graph.clone())
+    generator = torch.Generator().manual_seed(2)
+    for _, channels in find_channels(discover(editor.graph)):
+        try:
+            change = rotation(editor.graph, channels) if isinstance(channels, Channels) else None
+        except Unfit:
+            change = None
+        if change is None or not isinstance(channels, Channels):
+            continue
+        sample = torch.randn(channels.width, channels.width, generator=generator, dtype=torch.float64)
+        half = principal_basis(sample @ sample.T, -(-channels.width // 2), centred=change.centred)
+        writers = {str(use.leaf.target): use.axis for use in change.uses if use.role == "write"}
+        for name, axis in writers.items():
+            tensor = editor.tensor(name).detach()
+            flat = (tensor.double().movedim(axis, -1) @ half @ half.T).movedim(-1, axis).to(tensor.dtype)
+            editor.set_tensor(name, flat)
+    return editor.finish()
+
+
 def silence(case: Case, plan: Plan[Any]) -> Graph:
     """The graph whose output projections multiply by 0 what the heads give that a plan of drop_heads removes."""
     editor = Editor(case.graph.clone())
@@ -390,6 +426,7 @@ PASSES: dict[str, Entry] = {
     "moefy_ffn": Entry(split_with_all_experts, {"experts": 2, "top_k": 1}, Structure.ffns, "no dense FFN"),
     "upcycle_ffn": Entry(upcycle, {"experts": 2, "top_k": 1}, Structure.ffns, "no dense FFN"),
     "moefy_attention": Entry(route_to_all_groups, {"top_k": 1}, Structure.attentions, "no attention"),
+    "drop_channels": Entry(narrow_stream, {}),
     "drop_neurons": Entry(drop_silent_neurons, {"ratio": 0.5}, networks, "no feed-forward network"),
     "drop_heads": Entry(drop_silent_heads, {"keep": 1}, Structure.attentions, "no attention"),
     "drop_experts": Entry(drop_idle_experts, {"keep": 1}, Structure.moes, "no experts"),

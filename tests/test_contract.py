@@ -27,6 +27,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "densify_moe": ("mixtral", {}),
     "drop_blocks": ("llama", {"count": 1}),
     "drop_experts": ("mixtral", {"keep": 4}),
+    "drop_channels": ("llama", {"ratio": 0.25}),
     "drop_neurons": ("llama", {"ratio": 0.25}),
     "drop_heads": ("llama", {"ratio": 0.5}),
     "expose_routing": ("mixtral", {"replay": True}),
@@ -41,6 +42,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHAPELESS = {"drop_blocks", "expose_routing", "skip_experts"}
 """Passes that read no weight, and so may follow quantization."""
+WHOLE = {"drop_channels"}
+"""Passes that act on what all blocks share."""
 
 
 @pytest.fixture(params=registry.passes())
@@ -77,12 +80,18 @@ def test_blocks_and_names_select_the_sites(patient: MakePatient, name: str) -> N
     everywhere = {d.site for d in subject.operate({name: fields}).plan.decisions}
     assert everywhere
     for blocks in (1, [1], "1:2", "-2:-1"):
+        if name in WHOLE:
+            with pytest.raises(PlanError, match="all blocks share"):
+                subject.operate({name: {**fields, "blocks": blocks}})
+            continue
         sites = {d.site for d in subject.operate({name: {**fields, "blocks": blocks}}).plan.decisions}
         assert sites
         assert all(f"{site}.".startswith("blocks.1.") for site in sites)
     chosen = sorted(everywhere)[0]
     result = subject.operate({name: {**fields, "names": [chosen]}})
     assert [d.site for d in result.plan.decisions] == [chosen]
+    if name in WHOLE:
+        return
     # what was not selected is what it was
     touched = {block.index for block in subject.structure.blocks if f"{chosen}.".startswith(f"{block.name}.")}
     for block in subject.structure.blocks:

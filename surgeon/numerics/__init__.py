@@ -42,6 +42,10 @@ from surgeon.numerics.mlp_router import train_mlp_router as train_mlp_router
 from surgeon.numerics.partition import coactivation_graph as coactivation_graph
 from surgeon.numerics.partition import inside_weight as inside_weight
 from surgeon.numerics.partition import partition_graph as partition_graph
+from surgeon.numerics.principal import kept_energy as kept_energy
+from surgeon.numerics.principal import principal_basis as principal_basis
+from surgeon.numerics.principal import read_columns as read_columns
+from surgeon.numerics.principal import zero_sum_basis as zero_sum_basis
 from surgeon.numerics.pruning import eliminate as eliminate
 from surgeon.numerics.pruning import eliminate_unfitted as eliminate_unfitted
 from surgeon.numerics.pruning import leverage_scores as leverage_scores
