@@ -1,4 +1,4 @@
-"""Prune a model, fine-tune what is left, then store it in 4 bits and lower it: three steps, each on the result of the one before.
+"""Prune a model, fine-tune what is left, then store it in 4 bits and lower it: each step on the result of the one before.
 
     python examples/recover.py
 
@@ -36,7 +36,8 @@ def main(output: Path = OUTPUT, steps: int = 60) -> list[float]:
 
     calibration = {"text": str(TEXT), "samples": 64, "length": 128}
     source = surgeon.trace(MODEL)
-    tokens = AutoTokenizer.from_pretrained(MODEL)(TEXT.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+    tokenizer, text = AutoTokenizer.from_pretrained(MODEL), TEXT.read_text(encoding="utf-8")
+    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     windows = tokens[: len(tokens) // 128 * 128].reshape(-1, 128)
     training, held_back = windows[:-16], windows[-16:]
 

@@ -165,7 +165,7 @@ class DropChannels(Pass[DropChannelsPlan]):
                 notes.append(f"{label}: all {left} channels stay")
                 continue
             try:
-                decisions.append(self._decision(label, channels, left, statistics))
+                decisions.append(self._decision(graph, label, channels, left, statistics))
             except NumericsError as error:
                 raise PlanError(f"{label}: {error}") from error
         return DropChannelsPlan(decisions=tuple(decisions), notes=tuple(notes))
@@ -205,7 +205,9 @@ class DropChannels(Pass[DropChannelsPlan]):
         wanted = max(2, math.ceil((1 - (self.ratio or 0.0)) * channels.width - 1e-9))
         return min(channels.width, -(-wanted // self.multiple) * self.multiple)
 
-    def _decision(self, label: str, channels: Channels, left: int, statistics: Statistics) -> KeepChannels:
+    def _decision(
+        self, graph: Graph, label: str, channels: Channels, left: int, statistics: Statistics
+    ) -> KeepChannels:
         if self.criterion == "random":
             drawn = torch.rand(channels.width, generator=lot(self.seed, label))
             keep = tuple(drawn.topk(left).indices.sort().values.tolist())
@@ -217,7 +219,7 @@ class DropChannels(Pass[DropChannelsPlan]):
             energy = torch.stack([moments.energy for moments in seen.values()]).sum(0)
             share = float(energy[kept].sum() / energy.sum())
             return KeepChannels(site=label, width=channels.width, left=left, keep=tuple(kept.tolist()), energy=share)
-        share = kept_energy(_pooled(seen), _basis(channels, seen, left))
+        share = kept_energy(_pooled(seen), _basis(graph, channels, seen, left))
         return KeepChannels(site=label, width=channels.width, left=left, energy=min(share, 1.0))
 
     def accept(self, plan: DropChannelsPlan) -> None:
@@ -273,7 +275,7 @@ class DropChannels(Pass[DropChannelsPlan]):
                 continue
             change = rotation(editor.graph, channels)
             try:
-                basis = _basis(channels, seen, decision.left)
+                basis = _basis(editor.graph, channels, seen, decision.left)
                 rotate(editor, channels, change, basis, _reading(editor.graph, channels, change, seen, basis, self.refit))
             except NumericsError as error:
                 raise PlanError(f"{decision.site}: {error}") from error
@@ -347,9 +349,9 @@ def _pooled(seen: Mapping[fx.Node, ChannelMoments]) -> Tensor:
     return total
 
 
-def _basis(channels: Channels, seen: Mapping[fx.Node, ChannelMoments], left: int) -> Tensor:
+def _basis(graph: Graph, channels: Channels, seen: Mapping[fx.Node, ChannelMoments], left: int) -> Tensor:
     centred = any(norm.centred for norm in channels.norms.values())
-    return principal_basis(_pooled(seen), left, centred=centred)
+    return principal_basis(graph.placed(_pooled(seen)), left, centred=centred).cpu()
 
 
 def _reading(
@@ -366,6 +368,7 @@ def _reading(
     @lru_cache(maxsize=1)  # readers of one norm follow each other; all norms' would take as much memory as the moments
     def columns(norms: frozenset[fx.Node]) -> Tensor:
         tokens = sum(seen[node].tokens for node in norms)
-        return read_columns(_pooled({node: seen[node] for node in norms}), basis, tokens, refit=refit)
+        moment, there = graph.placed((_pooled({node: seen[node] for node in norms}), basis))
+        return read_columns(moment, there, tokens, refit=refit).cpu()
 
     return lambda node: columns(groups[node])

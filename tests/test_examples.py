@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ RECIPES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 def test_the_page_of_examples_names_all() -> None:
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert [name for name in RECIPES if f"[{name}.yaml]({name}.yaml)" not in page] == []
+
+
+@pytest.mark.slow
+def test_fine_tuning_recovers_what_pruning_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert "[recover.py](recover.py)" in page
+    spec = importlib.util.spec_from_file_location("recover", EXAMPLES / "recover.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recover = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recover)
+    pruned, tuned, stored = recover.main(tmp_path / "recover", steps=20)
+    assert tuned < 0.8 * pruned
+    assert tuned < stored < pruned
+    assert "in 4 bits" in capsys.readouterr().out
+    assert surgeon.load(tmp_path / "recover").generate(torch.arange(3, 9).unsqueeze(0), max_new_tokens=4).shape == (1, 10)
 
 
 @pytest.mark.slow

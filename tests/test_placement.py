@@ -38,6 +38,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "densify_moe: svd": (MIXTRAL, {"densify_moe": {"method": "svd"}}),
     "densify_moe: columns": (MIXTRAL, {"densify_moe": {"method": "top_columns"}}),
     "drop_blocks": (LLAMA, {"drop_blocks": {"count": 1}}),
+    "drop_channels": (LLAMA, {"drop_channels": {"ratio": 0.25}}),
+    "drop_channels: activation": (MIXTRAL, {"drop_channels": {"ratio": 0.25, "criterion": "activation"}}),
     "drop_experts": (MIXTRAL, {"drop_experts": {"keep": 4, "criterion": "reap"}}),
     "drop_experts: reconstruction": (MIXTRAL, {"drop_experts": {"keep": 4, "criterion": "reconstruction"}}),
     "drop_heads": (LLAMA, {"drop_heads": {"ratio": 0.5}}),
