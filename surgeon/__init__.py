@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.fake import fake_weights as fake_weights
     from surgeon.graph import Graph as Graph
+    from surgeon.graph_file import load_graph as load_graph
+    from surgeon.graph_file import save_graph as save_graph
     from surgeon.plans import SavedPlan as SavedPlan
     from surgeon.structure import Structure as Structure
     from surgeon.tracing import trace as trace
@@ -35,6 +37,8 @@ _HOMES = {
     "discover": "discovery",
     "fake_weights": "fake",
     "load": "compiled",
+    "load_graph": "graph_file",
+    "save_graph": "graph_file",
     "trace": "tracing",
 }
 
@@ -48,6 +52,8 @@ __all__ = [
     "discover",
     "fake_weights",
     "load",
+    "load_graph",
+    "save_graph",
     "trace",
 ]
 

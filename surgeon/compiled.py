@@ -194,7 +194,10 @@ class Compiled:
             RecipeError: the directory exists.
         """
         if self.artifact is None:
-            raise LowerError("there is no artefact to save: compile with a backend, such as backend='onnxruntime'")
+            raise LowerError(
+                "there is no artefact to save: compile with a backend, such as backend='onnxruntime', or save the graph: "
+                "surgeon.save_graph(compiled.graph, folder)"
+            )
         target = Path(folder)
         check_free(target, force)
         with staged(target, force) as staging:
@@ -292,6 +295,8 @@ def load(folder: str | Path) -> Compiled:
 
     path = Path(folder)
     manifest: Mapping[str, Any] = _read(path, MANIFEST, json.loads)
+    if isinstance(manifest, dict) and "graph" in manifest:
+        raise LowerError(f"{path}: holds a graph, which surgeon.load_graph reads, and no artefact; lower it: surgeon.compile")
     missing = {"backend", "options", "files", "inputs", "outputs"} - set(manifest if isinstance(manifest, dict) else ())
     if missing:
         raise LowerError(f"{path / MANIFEST}: not the manifest of an artefact; it lacks {', '.join(sorted(missing))}")

@@ -285,7 +285,7 @@ class Graph:
                 tensor = self.tensor(str(node.target))
                 digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
                 if weights:
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
