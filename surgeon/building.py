@@ -39,6 +39,7 @@ def compile(
     trust_remote_code: bool = False,
     plan: SavedPlan | str | Path | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> Compiled:
     """Operate on a model and lower it.
@@ -65,6 +66,8 @@ def compile(
         trust_remote_code: run code that a checkpoint brings.
         plan: a saved plan to repeat instead of planning.
         force: replace an output of surgeon that exists.
+        resume: keep what each finished pass leaves in a hidden folder beside ``output`` until that is there, and go on from
+            what an interrupted build of the same model, data and passes kept; takes as much disk as the model.
         progress: show progress bars on a terminal.
 
     Returns:
@@ -108,6 +111,7 @@ def compile(
         trust_remote_code=trust_remote_code,
         saved=_saved(plan),
         force=force,
+        resume=resume,
         recipe=recipe,
     )
     return run(request, progress=progress)
@@ -119,6 +123,7 @@ def compile_recipe(
     plan: SavedPlan | None = None,
     output: Path | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> Compiled:
     """Build what a recipe says.
@@ -126,7 +131,7 @@ def compile_recipe(
     Raises:
         SurgeonError: see :func:`compile`.
     """
-    return run(_from_recipe(recipe, plan, output, force), progress=progress)
+    return run(_from_recipe(recipe, plan, output, force, resume), progress=progress)
 
 
 def plan_recipe(recipe: Recipe, *, progress: bool = True) -> SavedPlan:
@@ -137,12 +142,12 @@ def plan_recipe(recipe: Recipe, *, progress: bool = True) -> SavedPlan:
     Raises:
         SurgeonError: see :func:`compile`.
     """
-    plan = run(_from_recipe(recipe, None, None, True), progress=progress, lower=False).plan
+    plan = run(_from_recipe(recipe, None, None, True, False), progress=progress, lower=False).plan
     assert plan is not None
     return plan
 
 
-def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, force: bool) -> Request:
+def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, force: bool, resume: bool) -> Request:
     target = output if output is not None else (Path(recipe.output) if recipe.output is not None else None)
     return Request(
         model=recipe.model.source,
@@ -159,6 +164,7 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
         trust_remote_code=recipe.model.trust_remote_code,
         saved=plan,
         force=force,
+        resume=resume,
         recipe=recipe,
     )
 

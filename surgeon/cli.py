@@ -87,6 +87,7 @@ Examples:
   surgeon compile recipe.yaml --output build/small --force
   surgeon compile recipe.yaml --set passes.0.drop_blocks.count=4
   surgeon compile recipe.yaml --plan plan.json   (repeat it exactly)
+  surgeon compile recipe.yaml --resume           (again after an interrupt: finished passes are not run anew)
   surgeon compile recipe.yaml --json > report.json
 """,
 )
@@ -100,6 +101,9 @@ def _compile(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Instead of the recipe's.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what each pass leaves until the output is there; go on after an interrupt.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -115,7 +119,7 @@ def _compile(
     from surgeon.plans import SavedPlan
 
     saved = SavedPlan.read(plan) if plan is not None else None
-    compiled = compile_recipe(loaded, plan=saved, output=output, force=force, progress=not quiet)
+    compiled = compile_recipe(loaded, plan=saved, output=output, force=force, resume=resume, progress=not quiet)
     if as_json:
         typer.echo(compiled.report.to_json())
     elif not quiet:

@@ -36,6 +36,7 @@ from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
 from surgeon.registry import versions
 from surgeon.report import Comparison, PassReport, Report
+from surgeon.resuming import Journal
 from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Structure
@@ -75,6 +76,7 @@ class Request:
         trust_remote_code: see ``surgeon.trace``.
         saved: a plan to repeat.
         force: replace an existing output.
+        resume: keep what finished passes leave beside the output, and go on from what an interrupted build kept.
         recipe: the recipe this came from, for the report.
     """
 
@@ -94,6 +96,7 @@ class Request:
     trust_remote_code: bool = False
     saved: SavedPlan | None = None
     force: bool = False
+    resume: bool = False
     recipe: Recipe | None = None
 
 
@@ -151,10 +154,20 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             reference = _reference(graph, data)
             report = _new_report(request, graph, structure, data, (*source.notes, *_idle_accelerator(request, graph, data)))
 
-        # the passes
+        # the passes, but for those that an interrupted build finished
         applied: list[Plan[Any]] = []
         current = reference
+        journal = Journal(request.output, graph, data, request.saved) if request.resume and lower else None
+        kept = journal.read(request.steps) if journal is not None else None
+        if kept is not None:
+            with bars.step("going on with an interrupted build"), clock.phase("resume"):
+                graph, applied, report.passes = kept.graph, list(kept.plans), list(kept.reports)
+                graph.placement = placement
+                structure, current = discover(graph), _outputs(graph, data.held_back)
+                report.warnings.append(kept.note)
         for number, step in enumerate(request.steps):
+            if number < len(applied):
+                continue
             with bars.step(step.name), clock.phase(f"passes.{number}.{step.name}"):
                 before, structure_before = graph, structure
                 try:
@@ -192,6 +205,9 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 )
             )
             del before, previous
+            if journal is not None:
+                with bars.step(f"{step.name}: keeping what it left"), clock.phase(f"passes.{number}.keep"):
+                    journal.keep(graph, report.passes)
 
         # thresholds on the result
         quality = compare(reference, _replay(current), data.held_back, reading=reading, real=data.real)
@@ -237,6 +253,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             with bars.step("writing"):
                 write_outputs(compiled, view, folder, target)
         compiled.artifact.folder = target
+        if journal is not None:
+            journal.remove()
         return compiled
 
 
