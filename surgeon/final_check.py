@@ -63,8 +63,9 @@ def _rows(section: Evaluate, graph: Graph, tokenizer: Any) -> list[dict[str, Any
 
 
 def evaluate_section(
-    section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any
-) -> None:
+    section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any,
+    reading: Reading | None = None,
+) -> None:  # fmt: skip
     """Measure the artefact as the recipe asks and put the figures into the report.
 
     Args:
@@ -75,6 +76,8 @@ def evaluate_section(
         report: filled in: ``quality`` gets ``artifact_*`` figures, ``latency`` one row per batch size and phase, and
             ``warnings`` the cases that could not be timed.
         tokenizer: see ``surgeon.data.tokenizer_for``.
+        reading: what the source's outputs are; by default those of ``graph``, where it cannot be told if activations share
+            one scale per tensor (``int8_dynamic``): every token moves every other then, as in no causal model.
 
     Raises:
         ObserveError: the text is missing or empty.
@@ -87,7 +90,7 @@ def evaluate_section(
             reference = [source.outputs(**batch) for batch in batches]
         figures = compare(
             reference, lambda **inputs: artifact.run_on_host(inputs), batches,
-            reading=Reading.of(graph), real=True,
+            reading=reading or Reading.of(graph), real=True,
         )  # fmt: skip
         report.quality |= {f"artifact_{name}": value for name, value in figures.items()}
     if section.latency:

@@ -212,6 +212,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         compiled = Compiled(graph=graph, structure=structure, report=report, plan=saved, recipe=request.recipe)
         if request.backend is None or not lower:
             report.bytes = (report.bytes[0], graph.nbytes())
+            if request.evaluate is not None and lower:
+                report.warnings.append("evaluate: nothing was measured: it measures the artefact, which no backend has written")
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
@@ -228,7 +230,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
-                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer)
+                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, reading)
                 report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
             compiled.artifact = artifact
             _finish(compiled, clock)

@@ -553,3 +553,20 @@ def test_warnings_name_the_folder_that_stays(tmp_path: Path) -> None:
     (line,) = [line for line in compiled.report.warnings if line.startswith("not timed")]
     assert f"{tmp_path / 'out'}/model.onnx" in line
     assert "building" not in line
+
+
+def test_an_evaluation_without_an_artefact_is_said_to_be_left_out() -> None:
+    module, inputs = tiny("bert")
+    compiled = surgeon.compile(module, [], inputs=inputs, evaluate={"latency": [1]}, backend=None, progress=False)
+    assert any(line.startswith("evaluate: nothing was measured") for line in compiled.report.warnings)
+    assert not surgeon.compile(module, [], inputs=inputs, backend=None, progress=False).report.warnings
+
+
+def test_a_language_model_is_evaluated_as_one_whatever_passes_did(tmp_path: Path) -> None:
+    compiled = surgeon.compile(
+        MODELS / "tiny-llama", [{"quantize": {"scheme": "int8_dynamic"}}], calibration=CALIBRATION,
+        evaluate={"text": CALIBRATION["text"], "unit": "window", "length": 256}, progress=False,
+    )  # fmt: skip
+    names = {name for name in compiled.report.quality if not name.startswith("artifact_")}
+    assert "kl" in names
+    assert {f"artifact_{name}" for name in names} <= set(compiled.report.quality)
