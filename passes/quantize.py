@@ -31,6 +31,7 @@ Example:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -383,9 +384,10 @@ class Quantize(Pass[QuantizePlan]):
         return sum(distinct.values()) - freed_parameter_count(graph, readers, names) + sum(fixed.values())
 
     def summary(self, plan: QuantizePlan) -> str:
-        """Scheme and number of sites."""
+        """Number of sites by scheme; an edited plan may give some of them another."""
         fitted = f" ({self.algorithm})" if self.algorithm != "nearest" else ""
-        return f"{len(plan.decisions)} weights in {self.scheme}{fitted}"
+        found = Counter(_scheme(decision, self.scheme) for decision in plan.decisions) or {self.scheme: 0}
+        return ", ".join(f"{count} weights in {scheme}" for scheme, count in found.items()) + fitted
 
     @staticmethod
     def _parts(structure: Structure) -> dict[str, _Part]:
@@ -394,6 +396,13 @@ class Quantize(Pass[QuantizePlan]):
         parts |= {site.name: site.part for site in everything.embeddings}
         parts |= {site.name: site.part for site in everything.moes()}
         return parts
+
+
+def _scheme(decision: QuantizeWeight, scheme: str) -> str:
+    if decision.float8:
+        return "fp8"
+    kind = f"int{decision.bits}{'_dynamic' if decision.dynamic else ''}"
+    return scheme if scheme == f"{kind}_dynamic" else kind  # tables and experts of int8_dynamic keep their activations
 
 
 def _fitting(group: int, in_features: int) -> int:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from surgeon.candidates import ArtifactCandidate, Candidate, Case, EagerCandidate, Phase
 from surgeon.environment import processor, version_of, versions_of
 from surgeon.errors import RecipeError, SurgeonError
+from surgeon.formatting import case_title
 from surgeon.latency import Timing, paired_ratio, pinned_threads, rounds
 
 _LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
@@ -35,12 +36,14 @@ class Row(BaseModel):
     candidate: str
     phase: Phase
     batch: int
-    sequence: int
+    sequence: int | None
+    """None where no candidate has a length, as with images of one size."""
     median_ms: float | None = None
     min_ms: float | None = None
     p90_ms: float | None = None
     runs: int = 0
     tokens_per_second: float | None = None
+    """None without a length."""
     ratio: float | None = None
     """Times faster than the baseline: median over rounds."""
     problem: str | None = None
@@ -67,7 +70,7 @@ class BenchResult(BaseModel):
 
     def cases(self) -> list[list[Row]]:
         """Rows of one case together, in the order of measuring."""
-        found: dict[tuple[str, int, int], list[Row]] = {}
+        found: dict[tuple[str, int, int | None], list[Row]] = {}
         for row in self.rows:
             found.setdefault((row.phase, row.batch, row.sequence), []).append(row)
         return list(found.values())
@@ -88,7 +91,7 @@ def bench(
     Args:
         candidates: what to time; the first is what the others are compared with.
         batches: numbers of rows.
-        sequences: lengths.
+        sequences: lengths; they say nothing where no candidate has one.
         threads: for every candidate; as many as torch uses by default.
         seconds: time to spend per candidate and case.
         warmup: rounds before the first that counts.
@@ -158,14 +161,15 @@ def bench_artifacts(
             candidates.insert(0, EagerCandidate.beside(source, opened[0]))
         return bench(
             candidates, batches=batches, sequences=sequences, threads=threads, seconds=seconds,
-            progress=lambda case: step(f"{case.phase}, batch {case.batch}, length {case.sequence}"),
+            progress=lambda case: step(case_title(case.phase, case.batch, case.sequence)),
         )  # fmt: skip
 
 
 def _cases(candidates: Sequence[Candidate], batches: Sequence[int], sequences: Sequence[int]) -> list[Case]:
     caches = any(isinstance(c, ArtifactCandidate) and c.has_caches for c in candidates)
     phases: tuple[Phase, ...] = ("prefill", "decode") if caches else ("forward",)
-    return [Case(phase, batch, sequence) for phase in phases for sequence in sequences for batch in batches]
+    lengths = sequences if any(c.has_length for c in candidates) else (None,)
+    return [Case(phase, batch, sequence) for phase in phases for sequence in lengths for batch in batches]
 
 
 def _measured(candidates: Sequence[Candidate], case: Case, seconds: float, warmup: int) -> list[Row]:
@@ -191,7 +195,7 @@ def _measured(candidates: Sequence[Candidate], case: Case, seconds: float, warmu
         timing = Timing.of(times[candidate.name])
         figures = {
             "median_ms": timing.median_ms, "min_ms": timing.min_ms, "p90_ms": timing.p90_ms, "runs": timing.runs,
-            "tokens_per_second": case.tokens / (timing.median_ms / 1e3),
+            "tokens_per_second": None if case.tokens is None else case.tokens / (timing.median_ms / 1e3),
             "ratio": paired_ratio(base, times[candidate.name]) if base is not None else None,
         }  # fmt: skip
         rows.append(row.model_copy(update=figures))

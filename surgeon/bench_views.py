@@ -72,7 +72,8 @@ def _chart(rows: Sequence[Row], baseline: str) -> Any:
     drawn = []
     for row in measured:
         latency = row.median_ms or 0.0
-        hover = f"{row.candidate}: median {milliseconds(latency)}, {number(row.tokens_per_second or 0)} tokens/s"
+        rate = "" if row.tokens_per_second is None else f", {number(row.tokens_per_second)} tokens/s"
+        hover = f"{row.candidate}: median {milliseconds(latency)}{rate}"
         drawn.append(
             Bar(row.candidate, latency, milliseconds(latency), "before" if row.candidate == baseline else "after", hover)
         )
@@ -80,7 +81,8 @@ def _chart(rows: Sequence[Row], baseline: str) -> Any:
 
 
 def _figures(row: Row) -> tuple[str, str, str, Text]:
-    if row.median_ms is None or row.min_ms is None or row.tokens_per_second is None:
+    if row.median_ms is None or row.min_ms is None:
         return "-", "-", "-", Text("-")
     faster = Text("-") if row.ratio is None else Text(ratio(row.ratio), "green" if row.ratio >= 1 else "red")
-    return milliseconds(row.median_ms), milliseconds(row.min_ms), number(row.tokens_per_second), faster
+    rate = "-" if row.tokens_per_second is None else number(row.tokens_per_second)
+    return milliseconds(row.median_ms), milliseconds(row.min_ms), rate, faster

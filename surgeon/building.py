@@ -106,7 +106,7 @@ def compile(
         evaluate=_section(Evaluate, evaluate, "evaluate"),
         task=task,
         dtype=dtype,
-        device=str(device or "cpu"),
+        device="cpu" if device is None else str(device),
         dynamic=dynamic,
         trust_remote_code=trust_remote_code,
         saved=_saved(plan),

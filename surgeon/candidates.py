@@ -48,16 +48,19 @@ class Case:
     Attributes:
         phase: see the module.
         batch: rows.
-        sequence: positions of the text: computed in ``forward`` and ``prefill``, held in the caches in ``decode``.
+        sequence: positions of the text: computed in ``forward`` and ``prefill``, held in the caches in ``decode``.  None
+            where nothing takes a text of one length or another, as a model of images of one size.
     """
 
     phase: Phase
     batch: int
-    sequence: int
+    sequence: int | None
 
     @property
-    def tokens(self) -> int:
-        """Positions that one run computes."""
+    def tokens(self) -> int | None:
+        """Positions that one run computes; None where there is no text."""
+        if self.sequence is None:
+            return None
         return self.batch * (1 if self.phase == "decode" else self.sequence)
 
 
@@ -68,11 +71,13 @@ class Candidate(abc.ABC):
         name: shown in the table.
         nbytes: bytes of its files or weights.
         has_caches: it decodes behind key/value caches, without running an encoder again.
+        has_length: an input has a length, which varies or is that of its tokens; images of one size have none.
     """
 
     name: str
     nbytes: int
     has_caches: bool
+    has_length: bool
 
     @abc.abstractmethod
     def prepare(self, case: Case) -> Callable[[], object]:
@@ -98,6 +103,7 @@ class ArtifactCandidate(Candidate):
         self.name, self.artifact, self.nbytes, self.settings = name, artifact, artifact.nbytes, settings or Settings()
         self.values = dict(values)
         self.has_caches = any(PAST in port.shape for port in artifact.inputs) and not has_halves(artifact.inputs)
+        self.has_length = any(map(_length, artifact.inputs))
         self.device = None if artifact.unavailable else artifact.device
 
     @classmethod
@@ -120,6 +126,7 @@ class ArtifactCandidate(Candidate):
         if self.artifact.unavailable:
             raise LowerError(self.artifact.unavailable)
         _check_length(self.settings, case)
+        _check_sizes(self.artifact.inputs, case)
         ports = [port for port in self.artifact.inputs if case.phase != "forward" or PAST not in port.shape]
         step = self.artifact.stepping(inputs_for(ports, case, self.values))
         device = self.artifact.device
@@ -148,6 +155,7 @@ class EagerCandidate(Candidate):
         self.taken = inspect.signature(source.module.forward).parameters
         known = {*self.taken, *source.inputs}  # the latter where it takes **kwargs
         self.ports = [port for port in ports if port.name in known and PAST not in port.shape]
+        self.has_length = any(map(_length, self.ports))
         self.cache = next((name for name in CACHE_ARGUMENTS if name in self.taken), "")
         self.has_caches = bool(self.cache) and "use_cache" in self.taken
 
@@ -164,6 +172,7 @@ class EagerCandidate(Candidate):
     def prepare(self, case: Case) -> Callable[[], object]:
         """See :class:`Candidate`; a cache is cut back to its length after every step of decoding."""
         _check_length(self.settings, case)
+        _check_sizes(self.ports, case)
         inputs = self._inputs(case)
         plain = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in self.taken}
         if case.phase == "prefill" and self.has_caches:
@@ -226,7 +235,8 @@ def inputs_for(ports: Sequence[Port], case: Case, values: Values) -> dict[str, T
             without an example are random, positions that the model counts itself go on behind the past.
     """
     generator = torch.Generator().manual_seed(0)
-    past, new = (case.sequence, 1) if case.phase == "decode" else (0, case.sequence)
+    length = case.sequence or 1  # where there is none, no dimension asks for it
+    past, new = (length, 1) if case.phase == "decode" else (0, length)
 
     def size(axis: int, name: int | str) -> int:
         if isinstance(name, int):
@@ -254,9 +264,40 @@ def inputs_for(ports: Sequence[Port], case: Case, values: Values) -> dict[str, T
 
 def _check_length(settings: Settings, case: Case) -> None:
     """Refuse a case for which the table of positions is too short; any time is right where positions are computed."""
+    if case.sequence is None:
+        return
     behind = 1 if case.phase == "decode" else 0
     settings = replace(settings, trained_length=None)
     settings.check_length(case.sequence + behind, what="this case", advice="give a shorter sequence")
+
+
+def _length(port: Port) -> int | str | None:
+    """The dimension of an input that is the length of a text: one that varies, or the fixed one of tokens; None without."""
+    behind = [size for size in port.shape[1:] if size != PAST]
+    varying = next((size for size in behind if isinstance(size, str)), None)
+    tokens = len(port.shape) == 2 and not port.dtype.is_floating_point
+    return varying if varying is not None or not tokens else behind[0]
+
+
+def _check_sizes(ports: Sequence[Port], case: Case) -> None:
+    """Refuse a case of other sizes than the fixed ones of all inputs, which would be timed at those and called by others.
+
+    Raises:
+        LowerError: says which are fixed, and at what.
+    """
+    batches = [port.shape[0] for port in ports if port.shape]
+    fixed = [size for size in batches if isinstance(size, int)]
+    if fixed and len(fixed) == len(batches) and case.batch not in fixed:
+        raise LowerError(_fixed("batch", max(fixed), ports))
+    lengths = [length for length in map(_length, ports) if length is not None]
+    fixed = [length for length in lengths if isinstance(length, int)]
+    if fixed and len(fixed) == len(lengths) and case.sequence not in fixed:
+        raise LowerError(_fixed("length", max(fixed), ports))
+
+
+def _fixed(what: str, size: int, ports: Sequence[Port]) -> str:
+    shapes = ", ".join(f"{port.name} [{', '.join(map(str, port.shape))}]" for port in ports)
+    return f"its {what} is fixed at {size} ({shapes}): ask for that, or trace the model with a {what} that varies"
 
 
 def _finished(result: Any, device: torch.device) -> Any:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.bench import bench
+from surgeon.caches import TOKENS
 from surgeon.candidates import ArtifactCandidate, EagerCandidate
 from surgeon.contract import Artifact
 from surgeon.data import collate, tokenize_file, tokenizer_for
+from surgeon.errors import ObserveError
 from surgeon.evaluate import Reading, compare
+from surgeon.export import first_lines
 from surgeon.formatting import case_title
 from surgeon.graph import Graph
 from surgeon.report import Latency, Report
@@ -25,9 +28,44 @@ if TYPE_CHECKING:
 ROWS_PER_BATCH = 16
 
 
+def check_text(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: Any) -> None:
+    """Refuse a text on which the source model cannot be run, before anything is built: its longest row is run.
+
+    Args:
+        section: as below, as are the others.
+        source: the source model.
+        graph: the graph whose inputs are filled.
+        tokenizer: see ``surgeon.data.tokenizer_for``.
+
+    Raises:
+        ObserveError: the text is missing or empty, the model takes none, or fails on it.
+    """
+    if section.text is None:
+        return
+    names = [port.name for port in graph.inputs]
+    if TOKENS not in names:
+        raise ObserveError(f"evaluate.text: this model takes no text, its inputs are {', '.join(names)}; leave text out")
+    longest = max(_rows(section, graph, tokenizer), key=lambda row: len(row[TOKENS]))
+    batch = collate([longest], graph, tokenizer_for(graph, tokenizer))
+    try:
+        with torch.no_grad():
+            source.outputs(**batch)
+    except Exception as error:  # a model's forward may raise anything
+        raise ObserveError(
+            f"evaluate.text: the model fails on a row of {len(longest[TOKENS])} tokens: {type(error).__name__}: "
+            f"{first_lines(error, 1)}; where its positions do not reach so far, give a smaller evaluate.length"
+        ) from error
+
+
+def _rows(section: Evaluate, graph: Graph, tokenizer: Any) -> list[dict[str, Any]]:
+    path = Path(str(section.text))
+    return tokenize_file(path, graph, section.length, tokenizer, lines=section.unit == "line", limit=None, seed=None)
+
+
 def evaluate_section(
-    section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any
-) -> None:
+    section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any,
+    reading: Reading | None = None,
+) -> None:  # fmt: skip
     """Measure the artefact as the recipe asks and put the figures into the report.
 
     Args:
@@ -38,21 +76,21 @@ def evaluate_section(
         report: filled in: ``quality`` gets ``artifact_*`` figures, ``latency`` one row per batch size and phase, and
             ``warnings`` the cases that could not be timed.
         tokenizer: see ``surgeon.data.tokenizer_for``.
+        reading: what the source's outputs are; by default those of ``graph``, where it cannot be told if activations share
+            one scale per tensor (``int8_dynamic``): every token moves every other then, as in no causal model.
 
     Raises:
         ObserveError: the text is missing or empty.
     """
     if section.text is not None:
-        rows = tokenize_file(
-            Path(section.text), graph, section.length, tokenizer, lines=section.unit == "line", limit=None, seed=None
-        )
+        rows = _rows(section, graph, tokenizer)
         pad = tokenizer_for(graph, tokenizer)
         batches = [collate(rows[i : i + ROWS_PER_BATCH], graph, pad) for i in range(0, len(rows), ROWS_PER_BATCH)]
         with torch.no_grad():
             reference = [source.outputs(**batch) for batch in batches]
         figures = compare(
             reference, lambda **inputs: artifact.run_on_host(inputs), batches,
-            reading=Reading.of(graph), real=True,
+            reading=reading or Reading.of(graph), real=True,
         )  # fmt: skip
         report.quality |= {f"artifact_{name}": value for name, value in figures.items()}
     if section.latency:

@@ -66,9 +66,10 @@ def heading(description: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() or description.startswith(".") else description
 
 
-def case_title(phase: str, batch: int, length: int) -> str:
-    """What is timed, in words: ``prefill, batch 4, length 128``, ``decode, batch 4, behind 128``."""
-    return f"{phase}, batch {batch}, {'behind' if phase == 'decode' else 'length'} {length}"
+def case_title(phase: str, batch: int, length: int | None) -> str:
+    """What is timed, in words: ``prefill, batch 4, length 128``, ``decode, batch 4, behind 128``, ``forward, batch 4``."""
+    behind = "" if length is None else f", {'behind' if phase == 'decode' else 'length'} {length}"
+    return f"{phase}, batch {batch}{behind}"
 
 
 def label(name: str) -> str:

@@ -24,7 +24,7 @@ from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
 from surgeon.errors import LowerError, ObserveError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, Reading, compare
-from surgeon.final_check import evaluate_section
+from surgeon.final_check import check_text, evaluate_section
 from surgeon.graph import Graph
 from surgeon.inspection import inspection
 from surgeon.lowering import lower as lower_and_compare
@@ -149,6 +149,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
 
         # reference outputs, recorded once so that the source's weights can go as they are replaced
         with bars.step("reference outputs"), clock.phase("reference"):
+            if request.evaluate is not None and request.backend is not None and lower:
+                check_text(request.evaluate, source, graph, request.tokenizer)
             data = load_data(request.calibration, graph, request.tokenizer)
             reading = Reading.of(graph)
             reference = _reference(graph, data)
@@ -231,6 +233,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         compiled = Compiled(graph=graph, structure=structure, report=report, plan=saved, recipe=request.recipe)
         if request.backend is None or not lower:
             report.bytes = (report.bytes[0], graph.nbytes())
+            if request.evaluate is not None and lower:
+                report.warnings.append("evaluate: nothing was measured: it measures the artefact, which no backend has written")
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
@@ -247,7 +251,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
-                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer)
+                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, reading)
+                report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
             compiled.artifact = artifact
             _finish(compiled, clock)
             with bars.step("writing"):

@@ -66,13 +66,13 @@ class Placement:
             probe = torch.ones(2, 2, device=device)
         except Exception as error:  # each device has errors of its own for not being there
             raise RecipeError(
-                f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); {_there_is()}"
+                f"device: {name!r} cannot be used here ({_sentence(error)}); {_there_is()}"
             ) from None
         try:
             (probe.double() @ probe.double()).cpu()
         except Exception as error:
             raise RecipeError(
-                f"device: {name!r} has no float64 ({str(error).splitlines()[0]}), in which statistics are summed; {_there_is()}"
+                f"device: {name!r} has no float64 ({_sentence(error)}), in which statistics are summed; {_there_is()}"
             ) from None
         return cls(probe.device)
 
@@ -122,6 +122,11 @@ def relocated(node: fx.Node, device: torch.device) -> Mapping[str, Any]:
     if isinstance(node.kwargs.get("device"), torch.device):
         return {**node.kwargs, "device": device}
     return node.kwargs
+
+
+def _sentence(error: Exception) -> str:
+    """What an error of torch begins with; some go on with a list of everything that the dispatcher knows."""
+    return str(error).splitlines()[0].partition(". ")[0]
 
 
 def _free(device: torch.device) -> int:

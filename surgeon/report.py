@@ -80,8 +80,8 @@ class Latency(_Data):
     """One forward without caches; ``prefill``, one into empty caches; ``decode``, one token behind caches of ``length``."""
     batch: int
     """Batch size."""
-    length: int
-    """Sequence length."""
+    length: int | None
+    """Sequence length; None where the model has none, as one of images of one size."""
     eager_ms: float
     """Source model in eager torch, milliseconds."""
     artifact_ms: float

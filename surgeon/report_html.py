@@ -111,7 +111,7 @@ def _latency_chart(report: Report) -> Any:
         [
             [
                 Bar(
-                    row.title.rpartition(", ")[0],  # the heading names the lengths
+                    row.title if row.length is None else row.title.rpartition(", ")[0],  # the heading names the lengths
                     row.eager_ms / row.eager_ms,
                     milliseconds(row.eager_ms),
                     "before",

@@ -50,7 +50,7 @@ class Sleeper(Artifact):
         self.pinned: list[int] = []
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if inputs["input_ids"].shape[0] > self.largest:
+        if len(next(iter(inputs.values()))) > self.largest:
             raise LowerError(f"a batch of at most {self.largest}")
         self.shapes.add(tuple((name, tuple(value.shape)) for name, value in inputs.items()))
         time.sleep(self.seconds)
@@ -155,6 +155,32 @@ def test_cases_behind_the_table_of_positions_are_left_out_with_the_reason(tmp_pa
     )
     assert len(result.rows) == 12
     assert all((row.median_ms is None) == ((row.phase, row.sequence) in left) for row in result.rows)
+
+
+def test_sizes_that_are_fixed_are_not_timed_as_others() -> None:
+    tokens = Port("input_ids", torch.int64, (1, 16))
+    images = Port("pixel_values", torch.float32, ("batch", 3, 8, 8))
+    fixed, varying = Sleeper(0.0, (tokens,)), Sleeper(0.0)
+    result = bench(
+        [ArtifactCandidate("varying", varying, {}), ArtifactCandidate("fixed", fixed, {})],
+        batches=(1, 8), sequences=(16, 128), threads=1, seconds=0.0, warmup=0,
+    )  # fmt: skip
+    said = {(row.batch, row.sequence): row.problem for row in result.rows if row.candidate == "fixed"}
+    assert said[1, 16] is None
+    assert said[8, 16] == said[8, 128]
+    advice = "(input_ids [1, 16]): ask for that, or trace the model with a"
+    assert said[8, 16] == f"its batch is fixed at 1 {advice} batch that varies"
+    assert said[1, 128] == f"its length is fixed at 16 {advice} length that varies"
+    assert not any(row.problem for row in result.rows if row.candidate == "varying")
+    seen = bench(
+        [ArtifactCandidate("images", Sleeper(0.0, (images,)), {})],
+        batches=(2,), sequences=(16, 128), threads=1, seconds=0.0, warmup=0,
+    )  # fmt: skip
+    (row,) = seen.rows  # once, not once per length
+    assert (row.sequence, row.tokens_per_second, row.problem) == (None, None, None)
+    page = Page(bench_html(seen)).text
+    assert "batch 2" in page
+    assert "length" not in page
 
 
 def test_inputs_stay_in_the_range_of_the_example() -> None:

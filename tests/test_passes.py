@@ -334,6 +334,16 @@ def test_refusals(patient: MakePatient, name: str, step: dict[str, Any], message
         patient(name).operate(step)
 
 
+def test_the_summary_counts_what_an_edited_plan_says(patient: MakePatient) -> None:
+    step = make_pass({"quantize": {"scheme": "int8"}})
+    plan = patient("bert").operate(step).plan
+    count = len(plan.decisions)
+    assert step.summary(plan) == f"{count} weights in int8"
+    first = plan.decisions[0].model_copy(update={"bits": 4})
+    edited = plan.model_copy(update={"decisions": (first, *plan.decisions[1:])})
+    assert step.summary(edited) == f"1 weights in int4, {count - 1} weights in int8"
+
+
 def test_quantizing_twice_is_refused(patient: MakePatient) -> None:
     once = patient("llama").operate({"quantize": {"scheme": "int8"}})
     with pytest.raises(PlanError, match="quantized already"):

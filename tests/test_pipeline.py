@@ -519,3 +519,54 @@ def test_everything_that_takes_long_is_under_a_bar(monkeypatch: pytest.MonkeyPat
     )
     assert len(told) == 10
     assert not active
+
+
+def test_a_text_to_evaluate_that_the_model_cannot_read_is_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "operate", None)  # no pass runs
+
+    def refused(name: str, length: int) -> str:
+        module, inputs = tiny(name)
+        inputs.pop("token_type_ids", None)
+        arguments: dict[str, Any] = {"inputs": inputs, "progress": False}
+        if name == "bert":
+            arguments["calibration"] = {**CALIBRATION, "tokenizer": str(MODELS / "tiny-llama")}
+        section = {"text": CALIBRATION["text"], "unit": "window", "length": length}
+        with pytest.raises(ObserveError) as error:
+            surgeon.compile(module, [{"drop_blocks": {"count": 1}}], evaluate=section, **arguments)
+        return str(error.value)
+
+    said = refused("vit", 8)
+    assert said == "evaluate.text: this model takes no text, its inputs are pixel_values; leave text out"
+    longer = tiny("bert")[0].config.max_position_embeddings + 1
+    said = refused("bert", longer)
+    assert said.startswith(f"evaluate.text: the model fails on a row of {longer} tokens: ")
+    assert said.endswith("give a smaller evaluate.length")
+
+
+def test_warnings_name_the_folder_that_stays(tmp_path: Path) -> None:
+    module, inputs = tiny("bert")
+    longer = module.config.max_position_embeddings + 1
+    section = {"latency": [1], "length": longer, "threads": 1}
+    compiled = surgeon.compile(module, [], inputs=inputs, evaluate=section, output=tmp_path / "out", progress=False)
+    (line,) = [line for line in compiled.report.warnings if line.startswith("not timed")]
+    assert f"{tmp_path / 'out'}/model.onnx" in line
+    assert "building" not in line
+
+
+def test_an_evaluation_without_an_artefact_is_said_to_be_left_out() -> None:
+    module, inputs = tiny("bert")
+    compiled = surgeon.compile(module, [], inputs=inputs, evaluate={"latency": [1]}, backend=None, progress=False)
+    assert any(line.startswith("evaluate: nothing was measured") for line in compiled.report.warnings)
+    assert not surgeon.compile(module, [], inputs=inputs, backend=None, progress=False).report.warnings
+
+
+def test_a_language_model_is_evaluated_as_one_whatever_passes_did(tmp_path: Path) -> None:
+    compiled = surgeon.compile(
+        MODELS / "tiny-llama", [{"quantize": {"scheme": "int8_dynamic"}}], calibration=CALIBRATION,
+        evaluate={"text": CALIBRATION["text"], "unit": "window", "length": 256}, progress=False,
+    )  # fmt: skip
+    names = {name for name in compiled.report.quality if not name.startswith("artifact_")}
+    assert "kl" in names
+    assert {f"artifact_{name}" for name in names} <= set(compiled.report.quality)

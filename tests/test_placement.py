@@ -311,6 +311,21 @@ def test_a_device_that_is_not_there_is_an_error(name: str, said: str) -> None:
         Placement.of(name)
 
 
+def test_what_torch_says_of_a_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*size: int, device: torch.device) -> torch.Tensor:
+        raise NotImplementedError("Could not run it on 'MPS'. It is available for these: [CPU, Meta, and many more].")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    with pytest.raises(RecipeError, match=r"'mps' cannot be used here \(Could not run it on 'MPS'\); this machine has"):
+        Placement.of("mps")
+
+
+@pytest.mark.parametrize("device", [0, ""])
+def test_only_none_is_the_default_device(device: Any) -> None:
+    with pytest.raises(RecipeError, match=r"device: torch knows no device|device: .* cannot be used"):
+        surgeon.compile(str(MODELS / LLAMA), [], backend=None, device=device, progress=False)
+
+
 def test_the_host_needs_no_placement() -> None:
     assert Placement.of("cpu") is None
     values = {"x": torch.ones(2), "y": [torch.zeros(1), 3]}
