@@ -206,7 +206,7 @@ class DensifyMoE(Pass[DensifyMoEPlan]):
             x, _, index, weight = graph.placed(_sampled(statistics, site.name))
             given = neuron_contributions(stack, x, dense_weights(index, weight, stack.experts))
             kept = torch.zeros(given.numel(), dtype=torch.bool)
-            kept[given.flatten().topk(width).indices] = True
+            kept[given.flatten().topk(width).indices.cpu()] = True
             return tuple(tuple(own.nonzero().flatten().tolist()) for own in kept.reshape(stack.experts, -1))
         chosen = largest_neurons(stack.w_in, stack.w_out, width // stack.experts)
         return tuple(map(tuple, chosen.tolist()))
