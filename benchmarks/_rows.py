@@ -27,6 +27,14 @@ def earlier(name: str) -> dict[str, Any]:
     return found
 
 
+def write(name: str, page: str, versions: dict[str, str], models: dict[str, Any]) -> None:
+    """Print a page of results and put it into the folder, with what it was made of as JSON beside it."""
+    print(page)
+    (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
+    data = json.dumps({"versions": versions, "models": models}, indent=1)
+    (RESULTS / f"{name}.json").write_text(data + "\n", encoding="utf-8")
+
+
 def is_wanted(options: argparse.Namespace, name: str, known: bool) -> bool:
     """Whether a row is measured in this run; known says that it has figures."""
     return any(fnmatchcase(name, pattern) for pattern in options.only) and not (options.missing and known)

@@ -9,12 +9,11 @@ Writes ``benchmarks/results/channels.json`` and ``channels.md``.
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 import torch
-from _rows import RESULTS
+from _rows import write
 from _trained import changed_by, language_model
 
 from surgeon.environment import versions_of
@@ -65,10 +64,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = {name: measured(name) for name in MODELS}
     versions = versions_of("surgeon", "torch", "transformers")
-    print(page(found, versions))
-    (RESULTS / "channels.md").write_text(page(found, versions), encoding="utf-8")
-    data = json.dumps({"versions": versions, "models": found}, indent=1)
-    (RESULTS / "channels.json").write_text(data + "\n", encoding="utf-8")
+    write("channels", page(found, versions), versions, found)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ The models are trained ones that come with this repository, two language models 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
-from _rows import RESULTS
+from _rows import write
 from _trained import Judge, changed_by, language_model, sentence_encoder
 
 from surgeon.data import Data
@@ -96,10 +95,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = measure(["tiny-llama", "tiny-mixtral", "MiniLM"])
     versions = versions_of("surgeon", "torch", "transformers")
-    print(page(found, versions))
-    (RESULTS / "heads.md").write_text(page(found, versions), encoding="utf-8")
-    data = json.dumps({"versions": versions, "models": found}, indent=1)
-    (RESULTS / "heads.json").write_text(data + "\n", encoding="utf-8")
+    write("heads", page(found, versions), versions, found)
 
 
 if __name__ == "__main__":

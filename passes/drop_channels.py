@@ -66,16 +66,14 @@ from surgeon.channels import (
     rotated_parameters,
     untied,
 )
-from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
+from surgeon.contract import LEFT, Decision, Observer, Pass, Plan, Seed, Statistics, refuse_all_left
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
+from surgeon.narrowing import kept_width
 from surgeon.numerics import NumericsError, kept_energy, principal_basis, read_columns
 from surgeon.rewrite import Editor
 from surgeon.samples import lot
 from surgeon.structure import Selection, Structure
-
-LEFT = "left alone"
-"""What the note on a stream says that cannot be made narrower."""
 
 Criterion = Literal["principal", "activation", "random"]
 
@@ -201,9 +199,7 @@ class DropChannels(Pass[DropChannelsPlan]):
             if self.keep > channels.width:
                 raise PlanError(f"{label}: keep {self.keep} asked, it has {channels.width} channels")
             return self.keep
-        # 1e-9: a ratio such as 0.3 is not exact in binary and must not keep a channel more by it
-        wanted = max(2, math.ceil((1 - (self.ratio or 0.0)) * channels.width - 1e-9))
-        return min(channels.width, -(-wanted // self.multiple) * self.multiple)
+        return kept_width(channels.width, self.ratio or 0.0, self.multiple, least=2)
 
     def _decision(
         self, graph: Graph, label: str, channels: Channels, left: int, statistics: Statistics
@@ -224,9 +220,7 @@ class DropChannels(Pass[DropChannelsPlan]):
 
     def accept(self, plan: DropChannelsPlan) -> None:
         """Something is removed, or stays because so much was asked."""
-        if not plan.decisions and (reasons := [note for note in plan.notes if f": {LEFT}: " in note]):
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            raise PlanError(f"no stream can be made narrower; {reasons[0]}{more}")
+        refuse_all_left(plan, "no stream can be made narrower")
 
     # -- applying -----------------------------------------------------------------------------------------------
 

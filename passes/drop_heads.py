@@ -45,7 +45,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
+from surgeon.contract import LEFT, Decision, Observer, Pass, Plan, Seed, Statistics, refuse_all_left
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.head_parts import Trim, Unfit
@@ -57,9 +57,6 @@ from surgeon.numerics.columns import RIDGE
 from surgeon.rewrite import Editor
 from surgeon.samples import lot
 from surgeon.structure import Attention, Linear, Selection, Site, Structure
-
-LEFT = "left alone"
-"""What the note on an attention says that nothing can be removed from."""
 
 
 class KeepHeads(Decision):
@@ -207,9 +204,7 @@ class DropHeads(Pass[DropHeadsPlan]):
 
     def accept(self, plan: DropHeadsPlan) -> None:
         """Something is removed, or stays because so much was asked."""
-        if not plan.decisions and (left := [note for note in plan.notes if f": {LEFT}: " in note]):
-            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-            raise PlanError(f"no attention can lose heads; {left[0]}{more}")
+        refuse_all_left(plan, "no attention can lose heads")
 
     # -- applying -----------------------------------------------------------------------------------------------
 

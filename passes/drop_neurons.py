@@ -38,7 +38,6 @@ Example:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -57,6 +56,7 @@ from surgeon.narrowing import (
     experts_not_their_own,
     keep_expert_neurons,
     keep_neurons,
+    kept_width,
     neuron_parameters,
     not_its_own,
 )
@@ -185,9 +185,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
             if self.keep > width:
                 raise PlanError(f"{site.name}: keep {self.keep} asked, it has {width} neurons")
             return self.keep
-        # 1e-9: a ratio such as 0.3 is not exact in binary and must not keep a neuron more by it
-        wanted = max(1, math.ceil((1 - (self.ratio or 0.0)) * width - 1e-9))
-        return min(width, -(-wanted // self.multiple) * self.multiple)
+        return kept_width(width, self.ratio or 0.0, self.multiple)
 
     def _kept(self, network: _Network, site: str, width: int) -> Tensor:
         """The neurons of every network that stay, [B, width], ascending."""

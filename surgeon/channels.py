@@ -187,12 +187,12 @@ def check_shifts(graph: Graph, rotation: Rotation) -> None:
     Raises:
         Unfit: names it.
     """
-    products = [shift.product for shift in rotation.shifts]
+    products, stored = [shift.product for shift in rotation.shifts], stored_reads(graph)
     for shift in rotation.shifts:
         if shift.bias is None:
             continue
         key = memory(graph.tensor(str(shift.bias.target))) if shift.bias.op == "get_attr" else None
-        reads = stored_reads(graph).get(key, []) if key is not None else []
+        reads = stored.get(key, []) if key is not None else []
         if sum(len(node.users) for node in reads) != 1 or products.count(shift.product) > 1:
             raise Unfit(f"{named(shift.bias)}, the bias of {named(shift.product)}, is read by other parts of the model too")
 

@@ -60,10 +60,11 @@ class _Model(nn.Module):
         """A graph whose weights are ``copies`` of this one's, by identity, wherever these are."""
         graph = self._graph.clone()
         graph.placement = None
-        for name, tensor in self._graph.parameters().items():
-            copied = copies[id(tensor)]
-            assign_tensor(graph.module, name, copied)
+        copied = {name: copies[id(tensor)] for name, tensor in self._graph.parameters().items()}
+        for name, tensor in copied.items():
+            assign_tensor(graph.module, name, tensor)
+        device = next(iter(copied.values())).device
         for node in graph.module.graph.nodes:
-            node.kwargs = relocated(node, copied.device)
+            node.kwargs = relocated(node, device)
         graph.module.recompile()
         return _Model(graph)

@@ -76,6 +76,25 @@ class Observer(abc.ABC):
         return other
 
 
+LEFT = "left alone"
+"""What a plan's note on a site says in front of the reason why nothing is done there."""
+
+
+def refuse_all_left(plan: Plan[Any], nothing: str) -> None:
+    """Refuse a plan that decides nothing because sites were left alone.
+
+    Args:
+        plan: its notes on them say ``SITE: left alone: REASON``.
+        nothing: what the model has none of, as a sentence.
+
+    Raises:
+        PlanError: the sentence, the first reason, and how many more there are.
+    """
+    if not plan.decisions and (left := [note for note in plan.notes if f": {LEFT}: " in note]):
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise PlanError(f"{nothing}; {left[0]}{more}")
+
+
 Statistics = Mapping[str, Observer]
 """Observers by key after they have seen the calibration data."""
 

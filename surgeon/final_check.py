@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 ROWS_PER_BATCH = 16
 
 
-def check_text(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: Any) -> None:
-    """Refuse a text on which the source model cannot be run, before anything is built: its longest row is run.
+def text_rows(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: Any) -> list[dict[str, Any]]:
+    """Read the section's text, and refuse one on which the source model cannot be run: its longest row is run.
 
     Args:
         section: as below, as are the others.
@@ -37,15 +38,21 @@ def check_text(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer:
         graph: the graph whose inputs are filled.
         tokenizer: see ``surgeon.data.tokenizer_for``.
 
+    Returns:
+        Its rows; none where there is no text.
+
     Raises:
         ObserveError: the text is missing or empty, the model takes none, or fails on it.
     """
     if section.text is None:
-        return
+        return []
     names = [port.name for port in graph.inputs]
     if TOKENS not in names:
         raise ObserveError(f"evaluate.text: this model takes no text, its inputs are {', '.join(names)}; leave text out")
-    longest = max(_rows(section, graph, tokenizer), key=lambda row: len(row[TOKENS]))
+    rows = tokenize_file(
+        Path(section.text), graph, section.length, tokenizer, lines=section.unit == "line", limit=None, seed=None
+    )
+    longest = max(rows, key=lambda row: len(row[TOKENS]))
     batch = collate([longest], graph, tokenizer_for(graph, tokenizer))
     try:
         with torch.no_grad():
@@ -55,16 +62,12 @@ def check_text(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer:
             f"evaluate.text: the model fails on a row of {len(longest[TOKENS])} tokens: {type(error).__name__}: "
             f"{first_lines(error, 1)}; where its positions do not reach so far, give a smaller evaluate.length"
         ) from error
-
-
-def _rows(section: Evaluate, graph: Graph, tokenizer: Any) -> list[dict[str, Any]]:
-    path = Path(str(section.text))
-    return tokenize_file(path, graph, section.length, tokenizer, lines=section.unit == "line", limit=None, seed=None)
+    return rows
 
 
 def evaluate_section(
     section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any,
-    reading: Reading | None = None,
+    rows: Sequence[dict[str, Any]] = (), reading: Reading | None = None,
 ) -> None:  # fmt: skip
     """Measure the artefact as the recipe asks and put the figures into the report.
 
@@ -76,14 +79,11 @@ def evaluate_section(
         report: filled in: ``quality`` gets ``artifact_*`` figures, ``latency`` one row per batch size and phase, and
             ``warnings`` the cases that could not be timed.
         tokenizer: see ``surgeon.data.tokenizer_for``.
+        rows: of the section's text, from :func:`text_rows`.
         reading: what the source's outputs are; by default those of ``graph``, where it cannot be told if activations share
             one scale per tensor (``int8_dynamic``): every token moves every other then, as in no causal model.
-
-    Raises:
-        ObserveError: the text is missing or empty.
     """
-    if section.text is not None:
-        rows = _rows(section, graph, tokenizer)
+    if rows:
         pad = tokenizer_for(graph, tokenizer)
         batches = [collate(rows[i : i + ROWS_PER_BATCH], graph, pad) for i in range(0, len(rows), ROWS_PER_BATCH)]
         with torch.no_grad():

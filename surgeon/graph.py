@@ -282,11 +282,15 @@ class Graph:
             args = fx.node.map_arg((node.args, dict(sorted(node.kwargs.items()))), lambda n: f"%{order[n]}")
             digest.update(f"{node.op} {target} {args!r}\n".encode())
             if node.op == "get_attr":
-                tensor = self.tensor(str(node.target))
-                digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                if weights:
-                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                digest_tensor(digest, self.tensor(str(node.target)), values=weights)
         return digest.hexdigest()
+
+
+def digest_tensor(digest: hashlib._Hash, tensor: Tensor, *, values: bool = True) -> None:
+    """Add a tensor's shape and type to a digest, and its bytes."""
+    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    if values:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _share_tensors(module: fx.GraphModule) -> torch.nn.Module:

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.caches import SUM
+from surgeon.compiled import MANIFEST
 from surgeon.environment import installed_version
 from surgeon.errors import TraceError
 from surgeon.graph import Dim, Graph, Source, assign_tensor
@@ -55,14 +56,14 @@ def save_graph(graph: Graph, folder: str | Path, *, force: bool = False) -> Path
     graph.require_weights("saving it")
     target = Path(folder)
     check_free(target, force)
-    memory: dict[int, Tensor] = {}
+    memory: dict[int, tuple[int, Tensor]] = {}
     tensors: dict[str, dict[str, Any]] = {}
     for name, tensor in {**graph.parameters(), **{f"{_EXAMPLE}{key}": value for key, value in graph.example.items()}}.items():
         storage = tensor.untyped_storage()
         whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
-        memory.setdefault(storage._cdata, whole)
+        number, _ = memory.setdefault(storage._cdata, (len(memory), whole))
         tensors[name] = {
-            "memory": list(memory).index(storage._cdata),
+            "memory": number,
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
             "stride": list(tensor.stride()),
@@ -82,8 +83,8 @@ def save_graph(graph: Graph, folder: str | Path, *, force: bool = False) -> Path
     }
     with staged(target, force) as staging:
         (staging / NODES).write_text(json.dumps(written), encoding="utf-8")
-        save_file({str(number): whole.detach() for number, whole in enumerate(memory.values())}, staging / WEIGHTS)
-        (staging / "surgeon.json").write_text(json.dumps({"surgeon": installed_version(), "graph": NODES}) + "\n", "utf-8")
+        save_file({str(number): whole.detach() for number, whole in memory.values()}, staging / WEIGHTS)
+        (staging / MANIFEST).write_text(json.dumps({"surgeon": installed_version(), "graph": NODES}) + "\n", "utf-8")
     return target
 
 

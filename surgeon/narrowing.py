@@ -5,6 +5,7 @@ Shapes: H input width, G output width, I neurons of which K stay, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,13 @@ from surgeon.rewrite import Editor
 from surgeon.structure import FFN, Linear, MoE
 
 aten = torch.ops.aten
+
+
+def kept_width(width: int, ratio: float, multiple: int, *, least: int = 1) -> int:
+    """How many of ``width`` stay where a share goes: rounded up, to a multiple where that is no more than there is."""
+    # 1e-9: a ratio such as 0.3 is not exact in binary and must not keep one more by it
+    wanted = max(least, math.ceil((1 - ratio) * width - 1e-9))
+    return min(width, -(-wanted // multiple) * multiple)
 
 
 def not_its_own(graph: Graph, ffn: FFN) -> str | None:

@@ -24,7 +24,7 @@ from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
 from surgeon.errors import LowerError, ObserveError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, Reading, compare
-from surgeon.final_check import check_text, evaluate_section
+from surgeon.final_check import evaluate_section, text_rows
 from surgeon.graph import Graph
 from surgeon.inspection import inspection
 from surgeon.lowering import lower as lower_and_compare
@@ -149,8 +149,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
 
         # reference outputs, recorded once so that the source's weights can go as they are replaced
         with bars.step("reference outputs"), clock.phase("reference"):
-            if request.evaluate is not None and request.backend is not None and lower:
-                check_text(request.evaluate, source, graph, request.tokenizer)
+            evaluated = request.evaluate if request.backend is not None and lower else None
+            rows = text_rows(evaluated, source, graph, request.tokenizer) if evaluated is not None else []
             data = load_data(request.calibration, graph, request.tokenizer)
             reading = Reading.of(graph)
             reference = _reference(graph, data)
@@ -251,7 +251,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
-                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, reading)
+                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, rows, reading)
                 report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
             compiled.artifact = artifact
             _finish(compiled, clock)

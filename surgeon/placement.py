@@ -81,9 +81,10 @@ class Placement:
         copy: Tensor | None = self._copies.pop(tensor, None)
         if copy is None:
             copy = tensor.detach().to(self.device)
-        if copy.nbytes <= self.room:
+            if copy.nbytes > self.room:
+                return copy
             self._make_way(copy.nbytes)
-            self._copies[tensor] = copy
+        self._copies[tensor] = copy
         return copy
 
     def _make_way(self, size: int) -> None:

@@ -16,7 +16,7 @@ from surgeon.contract import Pass, Plan
 from surgeon.data import Data
 from surgeon.environment import installed_version
 from surgeon.errors import RecipeError, SurgeonError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, digest_tensor
 from surgeon.graph_file import load_graph, save_graph
 from surgeon.output import write_file
 from surgeon.plans import SavedPlan
@@ -116,6 +116,5 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest_tensor(digest, tensor)
     return digest.hexdigest()
