@@ -1,28 +1,21 @@
-"""How a package for CUDA computes what ATen has no fast form of: experts, low-bit weights, attention with a cache.
+"""How a package for CUDA computes what ATen has no fast form of: attention with a cache, and small things beside it.
 
-Few rows (decoding) go through the kernels of ``_cuda_rows`` and ``_cuda_attention``, which read weights and caches once; many
-rows go through torch's matrix multiplications, grouped by expert.  The package holds both and decides at run time, by sizes
-alone.
+Few queries (decoding) go through kernels of ``_cuda_attention`` that divide the cache among the multiprocessors, many through
+one that leaves out what no query sees.  The package holds both and decides at run time, by sizes alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from surgeon.backends._aot_shared import written
-from surgeon.backends._aot_tiles import TiledTensor
-from surgeon.numerics.quantization import QuantizedTensor, dequantize
-from surgeon.ops import attend, moe_dense, moe_grouped
+from surgeon.ops import attend
 from surgeon.ops.attention import with_causal
-from surgeon.ops.grouped import has_grouped_kernel
-from surgeon.ops.mixture import inner_activation
 
 aten = torch.ops.aten
 _FEW_QUERIES = 16
@@ -48,104 +41,6 @@ def either(condition: Any, first: Callable[..., Any], second: Callable[..., Any]
         return branch
 
     return torch.cond(condition, spelt(first), spelt(second), present)
-
-
-def _parts(weight: Tensor | QuantizedTensor) -> tuple[list[Tensor | None], tuple[int, int]]:
-    """Tensors of a weight (itself, or codes, scales and zero points), and bits and group (0 and 1 for none)."""
-    if isinstance(weight, QuantizedTensor):
-        return [weight.packed, weight.scale, weight.zero_point], (weight.bits, weight.group)
-    return [weight.contiguous(), None, None], (0, 1)
-
-
-def _whole(parts: tuple[Any, ...], like: Tensor | QuantizedTensor) -> Tensor:
-    """The weight of which these are the tensors, in the form of ``like``: [E, N, K], or [N, K] where there is one."""
-    from surgeon.backends._cuda_rows import unpack_tiles
-
-    if isinstance(like, TiledTensor):
-        alone = parts[1].dim() == 3
-        stacks = [part.unsqueeze(0) if alone and part is not None else part for part in parts]
-        whole: Tensor = unpack_tiles(*stacks, like.bits, like.group)
-        return whole[0] if alone else whole
-    if isinstance(like, QuantizedTensor):
-        packed, scale, zero = parts
-        return dequantize(packed, scale, zero, like.bits, like.group, like.in_features)
-    weight: Tensor = parts[0]
-    return weight
-
-
-def _rows(weight: Tensor | QuantizedTensor) -> int:
-    """N of a weight [..., N, K]."""
-    if isinstance(weight, TiledTensor):
-        return int(weight.scale.shape[-3] * weight.scale.shape[-1])
-    return int(weight.scale.shape[-2] if isinstance(weight, QuantizedTensor) else weight.shape[-2])
-
-
-def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` over a packed weight: x [..., K], weight [N, K] -> [..., N]."""
-    from surgeon.backends._cuda_rows import PAIRS, few_rows
-
-    tensors, form = _parts(weight)
-
-    def few(rows: Tensor, added: Tensor | None, *parts: Tensor | None) -> Tensor:
-        stacks = (None if part is None else part.unsqueeze(0) for part in parts)
-        out: Tensor = few_rows(rows, None, *stacks, *form, 1, 1).sum(0)
-        return (out if added is None else out + added).to(rows.dtype)
-
-    def many(rows: Tensor, added: Tensor | None, *parts: Tensor | None) -> Tensor:
-        return F.linear(rows, _whole(parts, weight), added)
-
-    rows = x.reshape(-1, weight.in_features).contiguous()
-    out: Tensor = either(rows.shape[0] <= PAIRS, few, many, [rows, bias, *tensors])
-    return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def experts(
-    used: Counter[str],
-    x: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    w_in: Tensor | QuantizedTensor,
-    w_out: Tensor | QuantizedTensor,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    activation: str = "identity",
-) -> Tensor:
-    """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
-    from surgeon.backends._cuda_gates import gate_of
-    from surgeon.backends._cuda_rows import PAIRS, few_rows, few_rows_gated, parts_of
-
-    (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
-    inner = w_out.in_features if isinstance(w_out, QuantizedTensor) else w_out.shape[2]
-    rows_in, rows_out = _rows(w_in), _rows(w_out)
-    k = int(index.shape[1])
-    grouped = has_grouped_kernel(x, x.shape[1], inner, rows_in, rows_out)
-    stack: Any = first[0]
-    whole = parts_of(rows_in, int(x.shape[1]), int(stack.shape[0]), k, *form_in, x.element_size()) == 1
-    gate = gate_of(activation) if whole and rows_in == 2 * inner else None  # what comes in parts is gated behind their sum
-    used["experts few rows"] += 1
-    used["experts grouped" if grouped else "experts dense"] += 1
-
-    def few(rows: Tensor, chosen: Tensor, share: Tensor, bias_in: Any, bias_out: Any, *parts: Tensor | None) -> Tensor:
-        flat = chosen.reshape(-1)
-        if gate is not None:
-            hidden = few_rows_gated(rows, flat, *parts[:3], bias_in, *form_in, k, *gate)
-        else:
-            pre = few_rows(rows, flat, *parts[:3], *form_in, k, k).sum(0)
-            if bias_in is not None:
-                pre = pre + bias_in[flat]
-            hidden = inner_activation(pre, inner, activation).to(rows.dtype)
-        each: Tensor = few_rows(hidden, flat, *parts[3:], *form_out, 1, k).sum(0)
-        if bias_out is not None:
-            each = each + bias_out[flat]
-        return (each.reshape(-1, k, rows_out) * share.unsqueeze(-1)).sum(1).to(rows.dtype)
-
-    def many(rows: Tensor, chosen: Tensor, share: Tensor, bias_in: Any, bias_out: Any, *parts: Tensor | None) -> Tensor:
-        form = moe_grouped if grouped else moe_dense
-        return form(rows, chosen, share, _whole(parts[:3], w_in), _whole(parts[3:], w_out), bias_in, bias_out, activation)
-
-    operands = [x.contiguous(), index.contiguous(), weight, b_in, b_out, *first, *second]
-    result: Tensor = either(index.shape[0] * k <= PAIRS, few, many, operands)
-    return result
 
 
 class Appended(NamedTuple):
@@ -316,6 +211,12 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found.append(best)
         left = torch.where(places == best.indices, -torch.inf, left)
     return torch.cat([best.values for best in found], -1), torch.cat([best.indices for best in found], -1)
+
+
+def is_outer(left: Tensor, right: Tensor) -> bool:
+    """Whether a product sums one term each (positions times frequencies): multiplied, it joins the kernels around it."""
+    sizes = (left.shape[-1], right.shape[-2]) if min(left.dim(), right.dim()) > 1 else ()
+    return all(isinstance(size, int) and size == 1 for size in sizes) and sizes != ()
 
 
 def few_of_row(values: Tensor, k: int, dim: int = -1, largest: bool = True, **_: bool) -> bool:

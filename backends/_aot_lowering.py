@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon.backends import _aot_cuda as on_cuda
+from surgeon.backends import _aot_products as products
 from surgeon.backends import _aot_tiles as tiles
 from surgeon.graph import Graph, assign_tensor
 from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, unpack_codes
@@ -247,13 +248,15 @@ class _Interpreter(fx.Interpreter):
         """Ours in ATen, ATen as it is."""
         if target is torch.ops.surgeon.moe.default:
             if self.owner.kernels and self.owner.experts == "auto":
-                return on_cuda.experts(self.owner.used, *args, **kwargs)
+                return products.experts(self.owner.used, *args, **kwargs)
             unpacked: Any = tuple(arg.dequantize() if isinstance(arg, QuantizedTensor) else arg for arg in args)
             return _experts(self.owner, *unpacked, **kwargs)
         if target is aten.linear.default and isinstance(args[1], QuantizedTensor):
-            return on_cuda.linear(*args, **kwargs)
+            return products.linear(*args, **kwargs)
         if target is aten.topk.default and self.owner.kernels and on_cuda.few_of_row(*args[:4], **kwargs):
             return on_cuda.top_k(args[0], args[1])
+        if target in (aten.matmul.default, aten.bmm.default) and self.owner.kernels and on_cuda.is_outer(*args):
+            return args[0] * args[1]
         if target in self.owner.spelt:
             return self.owner.spelt[target](*args, **kwargs)
         return super().call_function(target, args, kwargs)

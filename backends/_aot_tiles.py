@@ -1,7 +1,9 @@
 """Codes of low-bit weights in tiles: what one program of a kernel for CUDA reads lies in one piece.
 
 Codes come by rows: a program that takes 64 rows of a matrix group by group would read 64 pieces of 64 bytes.  Tiles of 4 bits
-are also read as 16-bit units of four codes, which lie in registers as a matrix multiplication wants them.
+are also read as 16-bit units of four codes, which lie in registers as a matrix multiplication wants them.  Of the columns that
+are multiplied in one step (C, a group or 128 of it) a unit of n codes holds not n neighbours but every (C / n)th one: so what
+shifts take apart are n runs of columns, which the other factor has in its natural order.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.graph import Graph, assign_tensor
-from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, dequantize
+from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, dequantize, pack_codes, unpack_codes
 
 aten = torch.ops.aten
 _MARK = "surgeon_tiled"
@@ -21,7 +23,7 @@ _MARK = "surgeon_tiled"
 
 @dataclass(frozen=True)
 class TiledTensor(QuantizedTensor):
-    """A low-bit weight in tiles.
+    """A low-bit weight in tiles, its codes in the order of the module's description.
 
     Attributes:
         packed: [..., out / 64, groups, 64, group * bits // 8] uint8, or int16 of half that.
@@ -32,24 +34,46 @@ class TiledTensor(QuantizedTensor):
     @classmethod
     def of(cls, codes: QuantizedTensor) -> TiledTensor:
         """The same codes in tiles; their rows are a multiple of 64."""
-        from surgeon.backends._cuda_rows import TILE
+        from surgeon.backends._cuda_codes import TILE
 
         def tiles(by_rows: Tensor) -> Tensor:
             axis = codes.scale.dim() - 2  # that of the rows, before the groups
             sizes = (*by_rows.shape[:axis], -1, TILE, *by_rows.shape[axis + 1 :])
             return by_rows.reshape(sizes).transpose(axis + 1, axis + 2).contiguous()
 
-        packed, zero = tiles(codes.packed), None if codes.zero_point is None else tiles(codes.zero_point)
-        if codes.bits == 4 and codes.group >= 64:
+        unit, pieces = _units(codes.bits, codes.group)
+        laid, zero = tiles(codes.packed), None if codes.zero_point is None else tiles(codes.zero_point)
+        packed = torch.empty_like(laid)
+        # piece by piece: codes that are not packed take much memory
+        for target, part in zip(*(each.flatten(0, -4) for each in (packed, laid)), strict=True):
+            target.copy_(_exchanged(part, codes.bits, unit, pieces))
+        if unit * codes.bits == 16:
             packed = packed.view(torch.int16)
         return cls(packed, tiles(codes.scale), zero, codes.bits, codes.group, codes.in_features)
 
     def dequantize(self) -> Tensor:
         """Return the weight [..., out, in]."""
         packed = self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8)
+        unit, pieces = _units(self.bits, self.group)
+        packed = _exchanged(packed, self.bits, pieces, unit)
         scale, zero = _by_rows(self.scale), None if self.zero_point is None else _by_rows(self.zero_point)
         rows = packed.transpose(-2, -3).flatten(-4, -3)
         return dequantize(rows, scale, zero, self.bits, self.group, self.in_features)
+
+
+def _units(bits: int, group: int) -> tuple[int, int]:
+    """Codes of a unit, and units of the columns that are multiplied in one step."""
+    from surgeon.backends._cuda_codes import columns_at_once
+
+    unit = 4 if bits == 4 and group >= 64 else 8 // bits
+    return unit, columns_at_once(group) // unit
+
+
+def _exchanged(packed: Tensor, bits: int, first: int, second: int) -> Tensor:
+    """Codes [..., first, second] of every so many columns packed anew as [..., second, first]."""
+    codes = unpack_codes(packed, bits)
+    exchanged = codes.reshape(*codes.shape[:-1], -1, first, second).transpose(-1, -2)
+    return pack_codes(exchanged.reshape(codes.shape), bits)
 
 
 def _by_rows(tiles: Tensor) -> Tensor:
@@ -81,7 +105,7 @@ def tile_codes(graph: Graph) -> None:
     Args:
         graph: a copy for CUDA, whose tensors are no longer the source's.
     """
-    from surgeon.backends._cuda_rows import TILE
+    from surgeon.backends._cuda_codes import TILE
 
     nodes = list(graph.module.graph.nodes)
     reads: dict[str, list[fx.Node]] = {}

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from surgeon.backends._cuda_rows import wrapped
+from surgeon.backends._cuda_codes import wrapped
 
 _PARTS = 16
 """Largest number of parts into which the keys are cut where the queries are few: a batch of 1 must fill the GPU too."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from surgeon.backends._cuda_rows import wrapped
+from surgeon.backends._cuda_codes import wrapped
 
 _POSITIONS = 8
 """New positions of a program: as many heads of 128 halves as four warps load at once."""

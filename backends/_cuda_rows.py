@@ -17,72 +17,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from surgeon.backends._cuda_codes import (
+    TILE,
+    by_position,
+    code_of,
+    columns_at_once,
+    compiles,
+    four_codes,
+    four_weights,
+    weight_of,
+    wrapped,
+)
 from surgeon.backends._cuda_gates import UNLIMITED, gated
 
 PAIRS = 128
 """Largest number of row-expert pairs of :func:`few_rows`, which every program of its kernel reads."""
 
-TILE = 64
-"""Rows of a matrix that one program takes: as many as a group of warps multiplies at a time."""
-
 _PROGRAMS = 256
 """Programs that keep the memory of a large GPU busy, two for each of its about 130 multiprocessors; over codes half more."""
-
-_NIBBLES = (
-    "{ .reg .b32 a, b, c, d, one, less; mov.b32 one, ONE; mov.b32 less, LESS; "
-    "shr.u32 b, $4, 4; shr.u32 c, $4, 8; shr.u32 d, $4, 12; "
-    "lop3.b32 a, $4, 0x000f000f, BASE, 0xea; lop3.b32 b, b, 0x000f000f, BASE, 0xea; "
-    "lop3.b32 c, c, 0x000f000f, BASE, 0xea; lop3.b32 d, d, 0x000f000f, BASE, 0xea; "
-    "fma.rn.TYPE $0, a, one, less; fma.rn.TYPE $1, b, one, less; "
-    "fma.rn.TYPE $2, c, one, less; fma.rn.TYPE $3, d, one, less; "
-    "}"
-)
-"""Two units of four codes to their first, second, ... codes less 8: each is put below the exponent of BASE, which makes it
-BASE + code.  Both units stay in their halves of a register, where a matrix multiplication wants neighbours of a row."""
-
-
-def _nibbles(name: str, base: str, one: str, less: str) -> tl.constexpr:
-    return tl.constexpr(_NIBBLES.replace("TYPE", name).replace("BASE", base).replace("ONE", one).replace("LESS", less))
-
-
-_NIBBLES_BFLOAT16 = _nibbles("bf16x2", "0x43004300", "0x3f803f80", "0xc308c308")  # 128, 1, -136
-_NIBBLES_FLOAT16 = _nibbles("f16x2", "0x64006400", "0x3c003c00", "0xe408e408")  # 1024, 1, -1032
-
-
-@triton.jit
-def _code(packed, middle, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """Code j of each unit less the middle of its row: [rows, units] of ``dtype``."""
-    codes = (packed.to(tl.uint16) >> (BITS * j)) & (2**BITS - 1)
-    if dtype == tl.bfloat16 and BITS < 8:  # the bits of 128 + code: no conversion from integers
-        values = (codes | 0x4300).to(tl.bfloat16, bitcast=True) - (middle + 128.0).to(tl.bfloat16)[:, None]
-    elif dtype == tl.float16:  # the bits of 1024 + code
-        values = (codes | 0x6400).to(tl.float16, bitcast=True) - (middle + 1024.0).to(tl.float16)[:, None]
-    else:
-        values = (codes.to(tl.float32) - middle[:, None]).to(dtype)
-    return values
-
-
-@triton.jit
-def _four_codes(packed, middle, ZERO: tl.constexpr, dtype: tl.constexpr):
-    """The four codes of each unit less the middle of its row, or less 8 without ZERO, two units an instruction.
-
-    One by one their arithmetic takes longer than reading.
-    """
-    if dtype == tl.bfloat16:
-        a, b, c, d = tl.inline_asm_elementwise(
-            _NIBBLES_BFLOAT16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
-        )
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            _NIBBLES_FLOAT16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
-        )
-    if ZERO:  # small whole numbers: exact
-        further = (middle - 8.0).to(dtype)[:, None]
-        a, b, c, d = a - further, b - further, c - further, d - further
-    return a, b, c, d
-
 
 @triton.jit
 def _few_rows_kernel(
@@ -138,7 +92,7 @@ def _few_rows_kernel(
         row = x + (pair // DIVISOR)[None, :] * width + unit[:, None]
         total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(start, stop):
-            at = row + step * (BLOCK_K // UNIT)
+            at = row + step * BLOCK_K
             if BITS == 0 and EVEN:
                 left = tl.load(matrix + step * BLOCK_K)
                 total = tl.dot(left, tl.load(at, mask=valid[None, :], other=0.0), total, input_precision=PRECISION)
@@ -162,14 +116,14 @@ def _few_rows_kernel(
                     middle = tl.full((BLOCK_N,), 2.0 ** (BITS - 1), tl.float32)
                 product = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 if FOURS:
-                    a, b, c, d = _four_codes(packed, middle, ZERO, dtype)
+                    a, b, c, d = four_codes(packed, middle, ZERO, dtype)
                     product = tl.dot(a, tl.load(at, mask=valid[None, :], other=0.0), product)
-                    product = tl.dot(b, tl.load(at + row_units, mask=valid[None, :], other=0.0), product)
-                    product = tl.dot(c, tl.load(at + 2 * row_units, mask=valid[None, :], other=0.0), product)
-                    product = tl.dot(d, tl.load(at + 3 * row_units, mask=valid[None, :], other=0.0), product)
+                    product = tl.dot(b, tl.load(at + BLOCK_K // UNIT, mask=valid[None, :], other=0.0), product)
+                    product = tl.dot(c, tl.load(at + 2 * (BLOCK_K // UNIT), mask=valid[None, :], other=0.0), product)
+                    product = tl.dot(d, tl.load(at + 3 * (BLOCK_K // UNIT), mask=valid[None, :], other=0.0), product)
                 for j in tl.static_range(0 if FOURS else UNIT):
-                    left = _code(packed, middle, j, BITS, dtype)
-                    right = tl.load(at + j * row_units, mask=valid[None, :], other=0.0)
+                    left = code_of(packed, middle, j, BITS, dtype)
+                    right = tl.load(at + j * (BLOCK_K // UNIT), mask=valid[None, :], other=0.0)
                     product = tl.dot(left, right, product, input_precision=PRECISION)
                 total += product * size[:, None]
         if GATED:
@@ -200,7 +154,8 @@ def few_rows(
 ) -> Tensor:
     """Product of each row with the matrix of its expert, in parts that sum to it.
 
-    Codes may lie in tiles of :data:`TILE` rows (``_aot_tiles``): a program then reads memory from one end to the other.
+    Codes may lie in tiles of :data:`TILE` rows (``_aot_tiles``), in the order in which tensor cores want them: a program then
+    reads memory from one end to the other, and x as it is.
 
     Args:
         x: [R, K].
@@ -281,7 +236,7 @@ def parts_of(rows_out: int, width: int, experts: int, active: int, bits: int, gr
 
 
 def _block_k(bits: int, group: int, bytes_of: int) -> int:
-    return 256 // bytes_of if bits == 0 else min(group, 128)
+    return 256 // bytes_of if bits == 0 else columns_at_once(group)
 
 
 def _rows_of(weight: Tensor) -> int:
@@ -298,8 +253,8 @@ def _launch(
     pairs = x.shape[0] * divisor
     unit = 1 if bits == 0 else 8 * weight.element_size() // bits
     block_k = _block_k(bits, group, x.element_size())
-    if unit > 1:  # columns in the order in which a unit holds them: all first ones, all second ones, ...
-        x = x.reshape(-1, width // unit, unit).transpose(1, 2).contiguous()
+    if unit > 1 and not tiled:
+        x = by_position(x, unit, block_k)
     groups, units = (1, width) if bits == 0 else (width // group, width // unit)
     row_step, group_step, scale_row, scale_group = units, group // unit, groups, 1
     if tiled:
@@ -323,7 +278,7 @@ def _launch(
 @triton.jit
 def _unpack_kernel(
     weight, scale, zero, out, groups, rows_out, BITS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, ROWS: tl.constexpr, FOURS: tl.constexpr,
+    ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, FOURS: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of columns of one tile of rows."""
     tile, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
@@ -336,13 +291,17 @@ def _unpack_kernel(
         middle = tl.load(zero + at).to(tl.float32)
     else:
         middle = tl.full((ROWS,), 2.0 ** (BITS - 1), tl.float32)
-    line = out + ((tile * ROWS + within) * groups + group)[:, None] * GROUP
+    pieces: tl.constexpr = BLOCK_K // UNIT
+    first = unit // pieces * BLOCK_K + unit % pieces
+    line = out + (((tile * ROWS + within) * groups + group) * GROUP)[:, None] + first[None, :]
     if FOURS:
-        a, b, c, d = _four_codes(packed, middle, ZERO, dtype)
-        values = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, GROUP)
-        tl.store(line + tl.arange(0, GROUP)[None, :], values * size[:, None])
+        a, b, c, d = four_weights(packed, size, middle, ZERO, dtype)
+        tl.store(line, a)
+        tl.store(line + pieces, b)
+        tl.store(line + 2 * pieces, c)
+        tl.store(line + 3 * pieces, d)
     for j in tl.static_range(0 if FOURS else UNIT):
-        tl.store(line + unit[None, :] * UNIT + j, _code(packed, middle, j, BITS, dtype) * size[:, None])
+        tl.store(line + j * pieces, weight_of(packed, size, middle, j, BITS, dtype))
 
 
 @triton_op("surgeon::unpack_tiles", mutates_args={})
@@ -364,23 +323,14 @@ def unpack_tiles(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, 
     out = scale.new_empty((experts, tiles * rows, groups * group))
     wrapped(_unpack_kernel)[(experts * tiles * groups,)](
         weight, scale, weight if zero is None else zero, out, groups, tiles * rows, BITS=bits, UNIT=unit, GROUP=group,
-        ZERO=zero is not None, ROWS=rows, FOURS=unit == 4 and bits == 4 and scale.element_size() == 2 and compiles(),
+        ZERO=zero is not None, ROWS=rows, BLOCK_K=columns_at_once(group),
+        FOURS=unit == 4 and bits == 4 and scale.element_size() == 2 and compiles(),
         num_warps=4,
     )  # fmt: skip
     return out
 
 
-def compiles() -> bool:
-    """Whether kernels are compiled; Triton's interpreter has no assembler."""
-    return isinstance(_few_rows_kernel, triton.JITFunction)
-
-
-def wrapped(kernel: Any) -> Any:
-    """The kernel as torch traces it; an interpreted one, which torch before 2.13 does not take, as it is."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
-
-
 def takes_codes(bits: int, group: int, width: int) -> bool:
     """Whether :func:`few_rows` reads such codes: whole groups, and at least 16 codes of each position in a byte."""
-    step = min(group, 128)
+    step = columns_at_once(group)
     return bits in (2, 4, 8) and width % group == 0 and group % step == 0 and step & (step - 1) == 0 and step * bits >= 128

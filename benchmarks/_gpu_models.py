@@ -66,6 +66,7 @@ def prepared(shape: Shape, variant: str) -> Any:
     import surgeon
     from surgeon.data import load_data
     from surgeon.pipeline import operate
+    from surgeon.placement import Placement
     from surgeon.progress import Progress
     from surgeon.registry import make_pass
 
@@ -73,11 +74,15 @@ def prepared(shape: Shape, variant: str) -> Any:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocabulary, (2, 16), generator=generator)
     graph = surgeon.trace(module, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, task="text-generation")
+    graph.placement = None if shape.device == "cpu" else Placement(torch.device(shape.device), room=0)
     data = load_data([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 2, graph)
     structure = surgeon.discover(graph)
     for step in VARIANTS[variant]:
         grouped = {"quantize": {**step["quantize"], "group": shape.group}} if "quantize" in step else step
         graph, structure, *_ = operate(make_pass(grouped), graph, structure, data, None, Progress(False))
+    graph.placement = None
+    if shape.device == "cuda":
+        torch.cuda.empty_cache()  # several processes build on one card
     return graph
 
 

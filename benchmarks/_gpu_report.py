@@ -29,7 +29,9 @@ def line(variant: str, runtime: str, found: dict[str, Any]) -> str:
     if "problem" in found:
         return f"{variant:14}{runtime:16}{found['problem']}"
     figures = [f"{cell['tokens_per_second']:.4g}" if "problem" not in cell else "failed" for cell in found["cells"]]
-    return f"{variant:14}{runtime:16}" + "".join(f"{figure:>14}" for figure in figures) + f"{found['bytes'] / 1e9:>10.2f} GB"
+    when = f"  {found['measured']}" if "measured" in found else ""
+    cells_of = "".join(f"{figure:>14}" for figure in figures)
+    return f"{variant:14}{runtime:16}{cells_of}{found['bytes'] / 1e9:>10.2f} GB{when}"
 
 
 def wrong_tokens(found: Tensor, wanted: Tensor) -> float:
@@ -79,6 +81,8 @@ def print_table(shape: Shape, results: dict[str, Any]) -> None:
                 elif "over_floor" in cell:
                     over = f"{cell['over_floor']:.2f}x of its floor of {cell['floor_ms']:.3f} ms"
                     print(f"{'':30}decode b{cell['batch']}: {cell['median_ms']:.3f} ms, {over}")
+                for launch in cell.get("launches", [])[:30]:
+                    print(f"{'':32}{launch['microseconds']:10.1f} us{launch['times']:7.1f} x {launch['kernel'][:90]}")
     for text in judged(results):
         print(text)
 

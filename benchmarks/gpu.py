@@ -13,6 +13,8 @@ as fast as eager ``whole`` with less than 23 % of its memory.
 
     python benchmarks/gpu.py                 one command: table, and benchmarks/results/gpu.json
     python benchmarks/gpu.py --show          the table of benchmarks/results/gpu.json
+    python benchmarks/gpu.py --variants whole,int4 --runtimes eager,aotinductor --profile
+                                             a part of it, with what each step launches; the rest of the file stays
     python benchmarks/gpu.py --rehearse      the same flow with tiny shapes on the CPU, nothing written
 
 Without a GPU it says so and exits with 3.
@@ -85,7 +87,21 @@ def synchronised(function: Any, device: str) -> Any:
     return run
 
 
-def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str, Any]:
+def launches(run: Callable[[], Any], repeats: int = 4) -> list[dict[str, Any]]:
+    """What one run launches on the device: each kernel's name, times and microseconds in all, the longest first."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(repeats):
+            run()
+    found = [event for event in profile.key_averages() if event.self_device_time_total]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {"kernel": event.key, "times": event.count / repeats, "microseconds": event.self_device_time_total / repeats}
+        for event in found
+    ]
+
+
+def run_cell(shape: Shape, variant: str, runtime: str, folder: Path, profile: bool) -> dict[str, Any]:
     """Build if need be, say so, wait for a line on the standard input, and time every cell of one variant on one runtime."""
     from surgeon.latency import measure
 
@@ -125,17 +141,23 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path) -> dict[str
             timing = measure(synchronised(run, shape.device), warmup=5, seconds=1.0 if shape.device == "cuda" else 0.0)
             tokens = cell.batch * (cell.length if cell.phase == "prefill" else 1)
             figures.append({**asdict(cell), **asdict(timing), "tokens_per_second": 1e3 * tokens / timing.median_ms})
+            if profile and runtime not in PEERS:
+                figures[-1]["launches"] = launches(synchronised(run, shape.device))
     peak = torch.cuda.max_memory_allocated() if shape.device == "cuda" else 0
-    return {**facts, "bytes": size, "peak_bytes": peak, "cells": figures}
+    measured = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    return {**facts, "measured": measured, "bytes": size, "peak_bytes": peak, "cells": figures}
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Run every variant on every runtime, each in a process of its own; ``keep`` gets the results so far after each variant.
+def collect(
+    shape: Shape, variants: list[str], runtimes: list[str], rehearse: bool, profile: bool, seconds: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """Run every variant on every runtime that is asked for, each in a process of its own.
 
-    The processes of a variant build side by side, and those of the next variants with them; they are timed one after the
+    ``keep`` gets the results so far after each variant.  The processes of a variant build side by side, and those of the next variants with them; they are timed one after the
     other, when all of the variant have built, while those of the next ones stand still.  Eager and torch.compile do not know
     quantization: what they do for ``int4`` is what they do for ``whole``.
     """
@@ -152,9 +174,10 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
 
         def started(variant: str) -> list[Worker]:
             shared = stored_as(variant) != variant and stored_as(variant) in variants
-            wanted = [name for name in RUNTIMES if name not in PEERS or not shared]
+            wanted = [name for name in runtimes if name not in PEERS or not shared]
             home = Path(scratch) / variant.replace(" ", "-")
-            return [Worker(shape, variant, name, home / name, Path(scratch) / "inductor", rehearse, seconds) for name in wanted]
+            cache = Path(scratch) / "inductor"
+            return [Worker(shape, variant, name, home / name, cache, rehearse, profile, seconds) for name in wanted]
 
         building: list[list[Worker]] = []
         for number, variant in enumerate(variants):
@@ -174,8 +197,26 @@ def collect(shape: Shape, variants: list[str], rehearse: bool, seconds: float, k
             shutil.rmtree(Path(scratch) / variant.replace(" ", "-"), ignore_errors=True)
             for listed in cells:  # in whatever order the variants came
                 if stored_as(listed) != listed and stored_as(listed) in cells:
-                    cells[listed] = {**{peer: cells[stored_as(listed)][peer] for peer in PEERS}, **cells[listed]}
+                    shared = cells[stored_as(listed)]
+                    cells[listed] = {**{peer: shared[peer] for peer in PEERS if peer in runtimes}, **cells[listed]}
             keep(results)
+
+
+def joined(before: dict[str, Any] | None, results: dict[str, Any]) -> dict[str, Any]:
+    """These results, and what an earlier run of this benchmark on such a card and torch has of what this one did not measure.
+
+    A GPU that is lent for minutes measures in parts.  Every cell says when it was measured: those of one run compare.
+    """
+    same = ("device", "torch", "shape")
+    held = json.loads(json.dumps(results))  # tuples as the file has them
+    if before is None or any(before[key] != held[key] for key in same):
+        return held
+    cells = {variant: dict(before["cells"].get(variant, {})) for variant in {**before["cells"], **held["cells"]}}
+    for variant, found in held["cells"].items():
+        measured = {name: each for name, each in found.items() if "problem" not in each or name not in cells[variant]}
+        cells[variant] |= measured
+    versions = {name: held["versions"][name] or version for name, version in before["versions"].items()}
+    return {**held, "versions": versions, "cells": cells}
 
 
 class Worker:
@@ -186,14 +227,16 @@ class Worker:
     """
 
     def __init__(
-        self, shape: Shape, variant: str, runtime: str, folder: Path, cache: Path, rehearse: bool, seconds: float
-    ) -> None:
+        self, shape: Shape, variant: str, runtime: str, folder: Path, cache: Path, rehearse: bool, profile: bool,
+        seconds: float,
+    ) -> None:  # fmt: skip
         self.runtime, self.deadline = runtime, time.monotonic() + seconds
         folder.mkdir(parents=True)
         self.answer, self.log = folder / "answer.json", folder / "log"
         command = [sys.executable, "-X", "faulthandler", __file__, "--cell", variant, runtime]
         command += ["--folder", str(folder), "--answer", str(self.answer)]
-        command += ["--layers", str(shape.layers), "--caches", shape.caches] + (["--rehearse"] if rehearse else [])
+        command += ["--layers", str(shape.layers), "--caches", shape.caches]
+        command += [flag for flag, wanted in (("--rehearse", rehearse), ("--profile", profile)) if wanted]
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(folder)}
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 3))}  # several build at a time
         with self.log.open("w") as log:
@@ -240,6 +283,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, help="layers of the whole model; 2.9 GB each in bfloat16")
     parser.add_argument("--caches", default="shared", choices=("shared", "appended"), help="of aotinductor")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas")
+    parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="which, with commas")
+    parser.add_argument("--profile", action="store_true", help="print what each step launches too, longest first")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one variant on one runtime")
     parser.add_argument("--into", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, nothing written")
@@ -258,22 +303,27 @@ def main() -> int:
     base = TINY if options.rehearse else Shape()
     shape = Shape(**{**asdict(base), "layers": options.layers, "batches": base.batches, "caches": options.caches})
     if options.cell:
-        answer = run_cell(shape, *options.cell, options.folder)
+        answer = run_cell(shape, *options.cell, options.folder, options.profile)
         options.answer.write_text(json.dumps(answer, default=str))
         return 0
     variants = options.variants.split(",")
-    if unknown := sorted(set(variants) - set(VARIANTS)):
-        parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    runtimes = options.runtimes.split(",")
+    for kind, given, known in (("variants", variants, VARIANTS), ("runtimes", runtimes, RUNTIMES)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"unknown {kind} {', '.join(unknown)}; known: {', '.join(known)}")
+
+    earlier = options.into.is_file() and not options.rehearse
+    before = json.loads(options.into.read_text(encoding="utf-8")) if earlier else None
 
     def keep(results: dict[str, Any]) -> None:
         add_floors(shape, results)
         if not options.rehearse:
             options.into.parent.mkdir(exist_ok=True)
-            options.into.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            options.into.write_text(json.dumps(joined(before, results), indent=2) + "\n", encoding="utf-8")
         if len(results["cells"]) == len(variants):
             print_table(shape, results)
 
-    collect(shape, variants, options.rehearse, options.timeout, keep)
+    collect(shape, variants, runtimes, options.rehearse, options.profile, options.timeout, keep)
     if not options.rehearse:
         print(f"written to {options.into}")
     return 0

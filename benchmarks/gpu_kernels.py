@@ -253,8 +253,45 @@ def gated(bits: int, batch: int, experts: int = 8, inner: int = 14336, width: in
     yield from beside(name, [fused] * 8, [apart] * 8, read, errors)
 
 
+def prompt(name: str, rows: int, experts: int, out: int, width: int) -> Iterator[Measured]:
+    """Products of many rows with 4-bit matrices, equally many for each expert; and behind unpacking, as torch has them."""
+    from surgeon.backends._aot_tiles import TiledTensor
+    from surgeon.backends._cuda_many import many_rows
+    from surgeon.backends._cuda_rows import unpack_tiles
+
+    codes = random_codes(4, experts, out, width)
+    tiles, dense = TiledTensor.of(codes), codes.dequantize()
+    x = torch.randn(rows, width, device="cuda").to(torch.bfloat16)
+    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
+
+    def multiplied(weight: Tensor) -> Tensor:
+        if experts == 1:
+            return F.linear(x, weight[0])
+        product: Tensor = torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        return product
+
+    def fused() -> Tensor:
+        many = rows > 128 * experts
+        return many_rows(x, ends if experts > 1 else None, tiles.packed, tiles.scale, None, None, 4, GROUP, many)
+
+    def apart() -> Tensor:
+        return multiplied(unpack_tiles(tiles.packed, tiles.scale, None, 4, GROUP))
+
+    moved = float(tiles.packed.nbytes + tiles.scale.nbytes + 2 * rows * (width + out))
+    each = rows // experts
+    wanted = torch.cat([x[e * each :][:each].float() @ dense[e].float().T for e in range(experts)])
+    errors = (relative(fused(), wanted), relative(apart(), wanted))
+    yield from beside(f"{name}, {rows} rows, 4 bits", [fused] * 4, [apart] * 4, moved, errors)
+    plain = timed([lambda: multiplied(dense)] * 4)
+    yield Measured(f"{name}, {rows} rows, bfloat16", plain, moved, relative(multiplied(dense), wanted))
+
+
 def fusions() -> Iterator[Measured]:
     """Kernels that do what several did, beside those."""
+    for rows in (512, 4096):
+        yield from prompt("experts, gate and up", rows, 8, 28672, 4096)
+        yield from prompt("experts, down", rows, 8, 4096, 14336)
+    yield from prompt("queries, keys and values", 2048, 1, 6144, 4096)
     for batch in (1, 16):
         yield from router(batch, 8, 4096, 2)
         yield from router(batch, 128, 2048, 8)

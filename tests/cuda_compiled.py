@@ -16,12 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from surgeon.backends import _cuda_gates, _cuda_rotary, _cuda_routing, _cuda_rows
+from surgeon.backends import _cuda_gates, _cuda_many, _cuda_rotary, _cuda_routing, _cuda_rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int16: "i16",
-    torch.uint8: "u8",
+    torch.uint8: "u8", torch.int32: "i32",
 }  # fmt: skip
 
 
@@ -102,10 +102,25 @@ def products() -> None:
             _cuda_rows._launch(x, index, weight, scale, None, empty(8, 28672), bits, group, 2, 1, empty(2, 14336), gate)
 
 
+def many_products() -> None:
+    tiles = (empty(8, 448, 32, 64, 32, dtype=torch.int16), empty(8, 448, 32, 64))
+    bytewise = (empty(8, 448, 128, 64, 16, dtype=torch.uint8), empty(8, 448, 128, 64))
+    form = _cuda_gates.gate_of("silu")
+    assert form is not None
+    for block in (_cuda_many.Form(128, 256, 8, 3), _cuda_many.Form(128, 64, 8, 4), _cuda_many.Form(128, 64, 8, 2)):
+        _cuda_many.Form.of = lambda device, many, block=block: block  # type: ignore[method-assign,misc]
+        for gate in (None, (form[0], *form[1])):
+            for codes, group in ((tiles, 128), (bytewise, 32)):
+                zero, bias = empty(8, 448, codes[1].shape[2], 64, dtype=torch.uint8), empty(8, 28672)
+                for added in ((None, None), (zero, bias)):
+                    _cuda_many._launch(empty(640, 4096), empty(8, dtype=torch.int32), *codes, *added, 4, group, True, gate)
+
+
 if __name__ == "__main__":
     driver.set_active(NoDevice())
-    for module in (_cuda_rotary, _cuda_routing, _cuda_rows):
+    for module in (_cuda_rotary, _cuda_routing, _cuda_rows, _cuda_many):
         module.wrapped = Compiled  # type: ignore[attr-defined]  # in place of what torch traces
     routers()
     turning()
     products()
+    many_products()

@@ -32,4 +32,5 @@ def test_kernels_compile_and_write_what_they_should(tmp_path: Path) -> None:
         "_routing_kernel": [["index_out", "weight_out"]] * 3,
         "_turn_kernel": [["k_out", "q_out", "v_out"]] * 2,
         "_few_rows_kernel": [["out"]] * 10,
+        "_many_rows_kernel": [["out"]] * 24,
     }

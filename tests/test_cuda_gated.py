@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgeon.backends import _aot_cuda as on_cuda
+from surgeon.backends import _aot_products as products
 from surgeon.backends._aot_tiles import TiledTensor
 from surgeon.gates import gate
 from surgeon.numerics.quantization import QuantizedTensor, quantize_groupwise
@@ -95,7 +95,7 @@ def test_experts_use_it_where_products_come_in_one_part(
     x, index = randn(4, width), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])
     weight, w_in, w_out = randn(4, 2, seed=1), 0.1 * randn(3, 2 * inner, width, seed=2), randn(3, width, inner, seed=3)
     b_in, b_out = randn(3, 2 * inner, seed=4), randn(3, width, seed=5)
-    found = on_cuda.experts(Counter(), x, index, weight, w_in, w_out, b_in, b_out, activation)
+    found = products.experts(Counter(), x, index, weight, w_in, w_out, b_in, b_out, activation)
     torch.testing.assert_close(
         found, moe_dense(x, index, weight, w_in, w_out, b_in, b_out, activation), rtol=1e-4, atol=1e-4
     )

@@ -83,14 +83,15 @@ def test_tiles_hold_the_same_codes(dtype: torch.dtype, symmetric: bool, bits: in
     x, w = randn(3, width, dtype=dtype), randn(4, 128, width, dtype=dtype, seed=1)
     codes = quantize_groupwise(w, bits=bits, group=group, symmetric=symmetric)
     packed, scale, zero = codes.packed, codes.scale, codes.zero_point
-    laid = [None if t is None else t.unflatten(1, (2, 64)).transpose(2, 3).contiguous() for t in (packed, scale, zero)]
-    if bits == 4 and group >= 64:
-        laid[0] = laid[0].view(torch.int16)  # type: ignore[union-attr]
+    before = packed.clone()
+    tiled = TiledTensor.of(codes)
+    assert torch.equal(packed, before)
+    assert tiled.packed.dtype == (torch.int16 if bits == 4 and group >= 64 else torch.uint8)
+    laid = [tiled.packed, tiled.scale, tiled.zero_point]
     index = torch.tensor([3, 0, 3, 1, 3, 3])
     found = rows_of.few_rows(x, index, *laid, bits, group, 2, 2).sum(0)
     assert relative(found, rows_of.few_rows(x, index, packed, scale, zero, bits, group, 2, 2).sum(0)) < 1e-6
     wanted = codes.dequantize()
-    tiled = TiledTensor(*laid, bits, group, width)  # type: ignore[arg-type]
     assert torch.equal(tiled.dequantize(), wanted)
     assert relative(rows_of.unpack_tiles(*laid, bits, group), wanted) < 1e-6
 

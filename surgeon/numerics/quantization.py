@@ -25,6 +25,8 @@ SEARCH = tuple(1 - step / 20 for step in range(6))
 """The factors that AWQ's search for clipping tries (Lin et al. 2023, arXiv:2306.00978), to 0.75: at 4 bits none below is
 ever the best."""
 _ELEMENTS_AT_ONCE = 2**20
+_ELEMENTS_ON_DEVICE = 2**25
+"""The same on a device, which is fast on much at a time: about 1 GiB of working copies."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def _round_to_nearest(
     assert packed is not None
     assert scale is not None
     # Some rows at a time: the working copies would otherwise take several times the weight's own memory.
-    count = max(1, _ELEMENTS_AT_ONCE // in_features)
+    count = max(1, (_ELEMENTS_AT_ONCE if weight.device.type == "cpu" else _ELEMENTS_ON_DEVICE) // in_features)
     for start in range(0, rows.shape[0], count):
         part = slice(start, start + count)
         work = rows[part].to(working_type(weight.dtype))

@@ -22,7 +22,7 @@ import torch
 
 from surgeon.numerics import quantization
 from surgeon.ops.attention import attend, attention
-from surgeon.ops.mixture import moe, moe_backward, moe_dense, moe_gathered, moe_grouped
+from surgeon.ops.mixture import moe, moe_backward, moe_dense, moe_gathered, moe_grouped, moe_sorted
 from surgeon.ops.quantized import dequantize, fake_quantize_dynamic
 
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
@@ -45,4 +45,5 @@ __all__ = [
     "moe_dense",
     "moe_gathered",
     "moe_grouped",
+    "moe_sorted",
 ]

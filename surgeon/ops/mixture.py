@@ -10,6 +10,7 @@ runs); the backward does not, since the derivative by a weight needs the expert'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from surgeon.errors import RewriteError
 from surgeon.gates import gate as lookup
 from surgeon.ops.grouped import (
+    Groups,
     grouped_linear,
     grouped_outer,
     grouped_sum,
@@ -315,9 +317,39 @@ def moe_grouped(
 
     Args and Returns: as :func:`moe`.
     """
-    groups = sort_by_expert(index, w_in.shape[0], True)
-    hidden = inner_activation(grouped_linear(x[groups.token], w_in, b_in, groups), w_out.shape[2], activation)
+
+    def hidden(rows: Tensor, groups: Groups) -> Tensor:
+        return inner_activation(grouped_linear(rows, w_in, b_in, groups), w_out.shape[2], activation)
+
+    def each(rows: Tensor, groups: Groups) -> Tensor:
+        return grouped_linear(rows, w_out, b_out, groups)
+
+    return moe_sorted(x, index, weight, w_in.shape[0], hidden, each)
+
+
+def moe_sorted(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    experts: int,
+    hidden: Callable[[Tensor, Groups], Tensor],
+    each: Callable[[Tensor, Groups], Tensor],
+) -> Tensor:
+    """``surgeon::moe`` in ATen on networks of rows that are sorted by expert; nothing waits for the device.
+
+    Args:
+        x: as :func:`moe`.
+        index: likewise.
+        weight: likewise.
+        experts: how many there are.
+        hidden: from rows [S, H], their hidden states [S, I] in their experts.
+        each: from these to what the experts give, [S, G].
+
+    Returns:
+        As :func:`moe`.
+    """
+    groups = sort_by_expert(index, experts, True)
     place = torch.arange(groups.order.shape[0], device=x.device)
     sorted_place = torch.empty_like(place).scatter(0, groups.order, place)  # of each pair; sorting again would take longer
-    rows = grouped_linear(hidden, w_out, b_out, groups)[sorted_place]
+    rows = each(hidden(x[groups.token], groups), groups)[sorted_place]
     return (rows.view(*index.shape, -1) * weight.unsqueeze(-1)).sum(dim=1).to(x.dtype)
