@@ -87,7 +87,7 @@ class Sparsify(Pass[SparsifyPlan]):
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each weight matrix to set to zero; give this or pattern."""
     pattern: str | None = None
-    """n:m in quotes, such as "2:4", which sparse tensor cores multiply: of every m consecutive inputs of a row n stay."""
+    """n:m, such as 2:4, which sparse tensor cores multiply: of every m consecutive inputs of a row n stay."""
     criterion: Literal["sparsegpt", "wanda", "magnitude", "random"] = "sparsegpt"
     """sparsegpt also changes the weights that stay, so that they make up for those that go; wanda compares weights times the
     norm of their inputs; magnitude and random need no data."""
@@ -101,12 +101,10 @@ class Sparsify(Pass[SparsifyPlan]):
     seed: Seed | None = None
     """Seed of that sample, and of criterion random; 0 by default."""
 
-    @field_validator("pattern", mode="before")
+    @field_validator("pattern")
     @classmethod
-    def _pattern_is_readable(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError(f'found the number {value}: YAML reads 2:4 as one; write it in quotes, "2:4"')
-        if isinstance(value, str):
+    def _pattern_is_readable(cls, value: str | None) -> str | None:
+        if value is not None:
             _read(value)
         return value
 

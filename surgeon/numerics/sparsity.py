@@ -53,6 +53,11 @@ class Zeros:
             return weights // self.of * (self.of - (self.kept or 0))
         return int(Fraction(self.share).limit_denominator(10**9) * weights)  # 0.3 of 10 is 3, whatever 0.3 is in binary
 
+    def hold(self, matrix: Tensor) -> bool:
+        """Whether a matrix [out, in] has them already."""
+        runs = self.runs(matrix == 0)
+        return bool((runs.sum(1) >= self.number(runs.shape[1])).all())
+
     def reached(self, weight: Tensor) -> int:
         """Zeros that a weight [..., out, in] has in the end: those that there are already count, and stay."""
         total = 0
@@ -150,7 +155,8 @@ def sparsify_compensated(weight: Tensor, second_moment: Tensor, zeros: Zeros, *,
 
 def _sweep(weight: Tensor, factor: Tensor, cost: Tensor, zeros: Zeros) -> Tensor:
     """Weights [B, out, in] with zeros; ``cost`` [B, in] is what the square of a weight in a column is multiplied by."""
-    left = weight.transpose(-1, -2).contiguous()  # columns come first, so that each is one run of memory
+    # columns come first, so that each is one run of memory; a copy also where they lie so already
+    left = weight.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
     gone = left == 0
     group = zeros.of or _BLOCK
     width = max(_BLOCK // group, 1) * group

@@ -41,6 +41,9 @@ def one_after_the_other(weight: Tensor, moment: Tensor, zeros: Zeros) -> Tensor:
 def test_it_is_optimal_brain_surgery(zeros: Zeros) -> None:
     weight, x = matrix(10, 160), inputs(400, 160)
     found = sparsify_compensated(weight, x.T @ x, zeros, damp=DAMP)
+    stored = weight.T.contiguous()  # the other way round in memory, and nothing writes there
+    torch.testing.assert_close(sparsify_compensated(stored.T, x.T @ x, zeros, damp=DAMP), found)
+    assert torch.equal(stored, weight.T)
     torch.testing.assert_close(found, one_after_the_other(weight, x.T @ x, zeros))
     assert int((found == 0).sum()) == zeros.reached(weight)
 
