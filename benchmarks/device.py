@@ -24,6 +24,7 @@ from surgeon.compiled import Compiled
 
 STEPS = {
     "quantize int4": {"quantize": {"scheme": "int4", "algorithm": "gptq", "group": 128}},
+    "sparsify": {"sparsify": {"pattern": "2:4"}},
     "low_rank": {"low_rank": {"ratio": 0.8}},
     "drop_neurons": {"drop_neurons": {"ratio": 0.25, "multiple": 64}},
     "drop_heads": {"drop_heads": {"ratio": 0.5}},

@@ -14,7 +14,8 @@ from torch import Tensor
 import surgeon
 from surgeon.accounting import parameter_count
 from surgeon.contract import Plan
-from surgeon.data import Data
+from surgeon.data import Data, load_data
+from surgeon.discovery import discover
 from surgeon.errors import PlanError, RecipeError
 from surgeon.graph import Graph
 from surgeon.observe import observe
@@ -23,7 +24,9 @@ from surgeon.recipe import load_recipe
 from surgeon.registry import make_pass
 from surgeon.samples import Sample
 from surgeon.structure import Linear
+from surgeon.tracing import trace
 from tests.conftest import MODELS, Patient, Trained
+from tests.models import tiny
 
 MakePatient = Callable[[str], Patient]
 CRITERIA = ("sparsegpt", "wanda", "magnitude", "random")
@@ -260,6 +263,23 @@ def test_weights_that_several_blocks_read_need_a_criterion_without_data() -> Non
     report = built("random").report.passes[0]  # each block draws the same for one weight
     assert {decision["reached"] for decision in report.plan["decisions"]} == {0.5}
     assert report.parameters[0] == report.parameters[1]
+
+
+def test_linears_of_one_weight_get_it_sparse_once_for_all_their_inputs() -> None:
+    module, inputs = tiny("bert", layers=1)
+    attention = module.get_submodule("encoder.layer.0.attention.self")
+    attention.key.weight = attention.query.weight
+    graph = trace(module, inputs)
+    subject = Patient(graph, discover(graph), load_data([inputs], graph))
+    step = {"sparsify": {"pattern": "2:4", "names": ["*.q", "*.k"]}}
+    tied = subject.checked(step)
+    assert [decision.reached for decision in tied.plan.decisions] == [0.5, 0.5]
+    (one, two) = (weight for _, weight in matrices(tied))
+    assert one.data_ptr() == two.data_ptr()
+    alone = subject.operate({"sparsify": {"pattern": "2:4", "names": "*.q"}})  # of twice the same inputs, the same comes
+    torch.testing.assert_close(next(matrices(alone))[1], one)
+    with pytest.raises(PlanError, match=r"reads the weight of .* both need the same: found pattern 2:4 and sparsity 0\.5"):
+        subject.operate(step, edited(tied.plan, pattern=None, sparsity=0.5))
 
 
 def test_sites_that_no_token_reaches_go_by_magnitude(patient: MakePatient) -> None:
