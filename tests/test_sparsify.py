@@ -116,6 +116,30 @@ def test_wanda_is_magnitude_times_the_norms_of_inputs_in_each_row(tiny_llama: Tr
         assert torch.equal(found, weight.scatter(1, gone, 0.0))
 
 
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(24, 12), torch.nn.Linear(12, 24)
+
+    def forward(self, input: Tensor) -> Tensor:
+        change: Tensor = self.down(self.up(input).relu())
+        return input + change
+
+
+def test_wanda_on_inputs_of_equal_norms_is_magnitude_in_each_row() -> None:
+    torch.manual_seed(0)
+    module, inputs = Residual().eval(), {"input": torch.randn(40, 24).sign()}
+    graph = trace(module, inputs)
+    subject = Patient(graph, discover(graph), load_data([inputs], graph))
+    for amount in ({"sparsity": 0.5, "compare": "row"}, {"pattern": "3:8"}):
+        found = [
+            subject.operate({"sparsify": {**amount, "criterion": criterion, "names": "up.weight"}}).graph.tensor("up.weight")
+            for criterion in ("wanda", "magnitude")
+        ]
+        assert torch.equal(*found)
+        assert not torch.equal(found[0], graph.tensor("up.weight"))
+
+
 def test_wanda_of_experts_counts_their_own_tokens_by_weight(tiny_mixtral: Trained) -> None:
     part = next(tiny_mixtral.structure.moes()).part
     sample = Sample(part.input, part.index, part.weight, limit=1 << 20)
