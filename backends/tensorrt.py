@@ -27,8 +27,10 @@ from surgeon.backends._trt_cache import Entry
 from surgeon.backends._trt_profiles import Sizes
 from surgeon.caches import asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
+from surgeon.discovery import discover
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
+from surgeon.numerics import Zeros
 from surgeon.ports import check_inputs, port_of
 from surgeon.verify import relative_error
 
@@ -56,6 +58,9 @@ class TensorRT(Backend):
     token; auto gathers where the most frequent shape has at most as many token-expert pairs as there are experts."""
     weight_streaming: bool = False
     """Let the engine keep weights in host memory and stream what does not fit."""
+    sparse_weights: bool | None = None
+    """Let the builder multiply weights whose every four consecutive inputs hold two zeros (sparsify: {pattern: 2:4}) on sparse
+    tensor cores where that is faster; by default where there are such weights."""
     cache: Path | None = None
     """Folder of what need not be found twice: timings of kernels while building (TensorRT), compiled kernels while running
     (RTX); surgeon/tensorrt in the user's cache folder by default."""
@@ -117,7 +122,8 @@ class TensorRT(Backend):
             path = Path(scratch) / "model.onnx"
             model = onnx_dialect.write(graph, experts, path)
             checked = _check_onnx(graph, path, self.accepted_error(graph))
-            engine, layers = self._build(library, flavour, graph, path, profile)
+            sparse = two_of_four(graph) if self.sparse_weights is not False else []
+            engine, layers = self._build(library, flavour, graph, path, profile, self.sparse_weights or bool(sparse))
             (folder / FILE).write_bytes(engine)
             nodes, operators = len(model.graph), operators_of(model)
         details = {
@@ -129,6 +135,7 @@ class TensorRT(Backend):
             "operators": operators,
             "layers": layers,
             "experts": experts if _has_experts(graph) else None,
+            "sparse_weights": len(sparse),
             "onnx_relative_error": checked,
         }
         files = (ArtifactFile.of(folder, FILE),)
@@ -168,7 +175,9 @@ class TensorRT(Backend):
             return (major + minor / 10,)
         return self.compute_capability or (8.9,)
 
-    def _build(self, library: Any, flavour: str, graph: Graph, path: Path, profile: Mapping[str, Sizes]) -> tuple[bytes, int]:
+    def _build(
+        self, library: Any, flavour: str, graph: Graph, path: Path, profile: Mapping[str, Sizes], sparse: bool
+    ) -> tuple[bytes, int]:
         logger = _logger(library)
         builder = library.Builder(logger)
         flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -205,6 +214,8 @@ class TensorRT(Backend):
                 config.set_compute_capability(known[number], index)
         if self.weight_streaming:
             config.set_flag(library.BuilderFlag.WEIGHT_STREAMING)
+        if sparse:
+            config.set_flag(library.BuilderFlag.SPARSE_WEIGHTS)
         timings = self._timings(library, config) if flavour == "tensorrt" else None  # RTX times nothing while it builds
         engine = builder.build_serialized_network(network, config)
         if engine is None:
@@ -335,6 +346,18 @@ def _installed(module: str) -> bool:
 
 def _has_experts(graph: Graph) -> bool:
     return any(node.target is torch.ops.surgeon.moe.default for node in graph.module.graph.nodes)
+
+
+def two_of_four(graph: Graph) -> list[str]:
+    """Names of the weights of linears of whose every four consecutive inputs two at least are zero."""
+    pattern = Zeros.semi_structured(2, 4)
+    found = []
+    for site in discover(graph).linears:
+        weight = graph.tensor(site.part.weight).detach()
+        matrix = weight.T if site.part.transposed else weight
+        if weight.is_floating_point() and matrix.shape[1] % 4 == 0 and pattern.hold(matrix[:1]) and pattern.hold(matrix):
+            found.append(site.part.weight)
+    return found
 
 
 def _logger(library: Any) -> Any:

@@ -1,8 +1,8 @@
 """Operating on a model on a GPU beside the same on the CPU: seconds of each pass, and how alike the results are.
 
-A random Llama-shaped decoder in bfloat16; GPTQ, factoring, pruning of neurons and heads and dropping of blocks, each alone on
-the same random tokens.  The CPU has all its cores.  ``same`` is the share of tokens for which both results predict the same
-token, ``KL`` their divergence from the source, which must be alike: sums round in another order there.
+A random Llama-shaped decoder in bfloat16; GPTQ, SparseGPT, factoring, pruning of neurons and heads and dropping of blocks,
+each alone on the same random tokens.  The CPU has all its cores.  ``same`` is the share of tokens for which both results
+predict the same token, ``KL`` their divergence from the source, which must be alike: sums round in another order there.
 
     python benchmarks/device.py
     python benchmarks/device.py --hidden 4096 --layers 2 --length 2048
@@ -24,6 +24,7 @@ from surgeon.compiled import Compiled
 
 STEPS = {
     "quantize int4": {"quantize": {"scheme": "int4", "algorithm": "gptq", "group": 128}},
+    "sparsify": {"sparsify": {"pattern": "2:4"}},
     "low_rank": {"low_rank": {"ratio": 0.8}},
     "drop_neurons": {"drop_neurons": {"ratio": 0.25, "multiple": 64}},
     "drop_heads": {"drop_heads": {"ratio": 0.5}},

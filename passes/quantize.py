@@ -46,7 +46,7 @@ from surgeon.errors import PlanError
 from surgeon.expert_codes import quantize_experts
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
-from surgeon.moments import SecondMoment
+from surgeon.moments import SecondMoment, totals
 from surgeon.numerics import (
     SEARCH,
     WHOLE_RANGE,
@@ -237,7 +237,8 @@ class Quantize(Pass[QuantizePlan]):
         """Replace weights by codes; weights that several sites share keep one set of codes."""
         parts = self._parts(structure)
         coded = CodedWeights(editor)
-        moments = self._moments(editor.graph, parts, plan, statistics)
+        compensated = (parts[decision.site] for decision in plan.decisions if decision.compensated)
+        moments = totals(editor.graph, (part for part in compensated if isinstance(part, Linear)), statistics)
         for decision in plan.decisions:
             part = parts[decision.site]
             try:
@@ -249,21 +250,6 @@ class Quantize(Pass[QuantizePlan]):
                     self._experts(editor, part, decision, coded, statistics)
             except NumericsError as error:
                 raise PlanError(f"{decision.site}: {error}") from error
-
-    def _moments(
-        self, graph: Graph, parts: Mapping[str, _Part], plan: QuantizePlan, statistics: Statistics
-    ) -> dict[Key, torch.Tensor]:
-        """Second moments of all that is multiplied with a weight, by the weight's memory."""
-        found: dict[Key, torch.Tensor] = {}
-        for decision in plan.decisions:
-            part = parts[decision.site]
-            if isinstance(part, Linear) and decision.compensated:
-                observer = statistics[part.input.name]
-                assert isinstance(observer, SecondMoment)
-                assert observer.matrix is not None
-                key = memory(graph.tensor(part.weight))
-                found[key] = found[key] + observer.matrix if key in found else observer.matrix
-        return found
 
     def _codes(
         self,

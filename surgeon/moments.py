@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, fx
 
-from surgeon.contract import Observer
+from surgeon.accounting import Key, memory
+from surgeon.contract import Observer, Statistics
+from surgeon.graph import Graph
+from surgeon.structure import Linear
 
 
 class SecondMoment(Observer):
@@ -36,6 +41,53 @@ class SecondMoment(Observer):
         if other.matrix is not None:
             self.matrix = other.matrix.clone() if self.matrix is None else self.matrix + other.matrix
         self.tokens += other.tokens
+
+
+class Energy(Observer):
+    """The diagonal of ``sum_t x_t x_t^T`` alone, in float64: 8 D bytes.
+
+    Attributes:
+        diagonal: ``sum_t x_tj^2``, [D].
+        tokens: number of tokens.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+        self.diagonal: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, *values: Tensor) -> None:
+        """Add [tokens, D]."""
+        (x,) = values
+        found = x.double().square().sum(0)
+        self.diagonal = found if self.diagonal is None else self.diagonal + found
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Observer) -> None:
+        """Add another shard."""
+        assert isinstance(other, Energy)
+        if other.diagonal is not None:
+            self.diagonal = other.diagonal if self.diagonal is None else self.diagonal + other.diagonal
+        self.tokens += other.tokens
+
+
+def totals(graph: Graph, linears: Iterable[Linear], statistics: Statistics) -> dict[Key, Tensor]:
+    """Second moments (or their diagonals) of all that each weight is multiplied with, by the weight's memory.
+
+    Args:
+        graph: the graph.
+        linears: the linears; those that read one weight add up.
+        statistics: :class:`SecondMoment` or :class:`Energy` of each linear's input by its name, which have seen tokens.
+    """
+    found: dict[Key, Tensor] = {}
+    for part in linears:
+        observer = statistics[part.input.name]
+        assert isinstance(observer, SecondMoment | Energy)
+        sums = observer.matrix if isinstance(observer, SecondMoment) else observer.diagonal
+        assert sums is not None
+        key = memory(graph.tensor(part.weight))
+        found[key] = found[key] + sums if key in found else sums
+    return found
 
 
 class HalvedMoments(Observer):

@@ -267,6 +267,19 @@ def factor_at_full_rank(case: Case) -> str:
     return "exact"
 
 
+def leave_sparse_weights(case: Case) -> str:
+    """Magnitude makes every weight 2:4, and SparseGPT leaves such a model as it is, to the last bit."""
+    graph, plan = case.operate({"sparsify": {"pattern": "2:4", "criterion": "magnitude"}})
+    assert all(decision.reached >= 0.5 for decision in plan.decisions)
+    sparse = replace(case, graph=graph, structure=discover(graph))
+    again, fitted = sparse.operate({"sparsify": {"pattern": "2:4"}})
+    assert [decision.site for decision in fitted.decisions] == [decision.site for decision in plan.decisions]
+    wanted, found = outputs(graph, case.inputs), outputs(again, case.inputs)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert not plan.notes, plan.notes
+    return "exact"
+
+
 def smooth_inputs(case: Case) -> str:
     """The ranges of activations move into weights, and the model computes what it did."""
     graph, plan = case.operate({"smooth": {"alpha": 0.5}})
@@ -435,6 +448,7 @@ PASSES: dict[str, Entry] = {
     "skip_experts": Entry(skip_and_replay, {"beta": 0.5}, Structure.moes, "no experts"),
     "expose_routing": Entry(record_and_replay, {}, Structure.moes, "no experts"),
     "low_rank": Entry(factor_at_full_rank, {}),
+    "sparsify": Entry(leave_sparse_weights, {}),
     "smooth": Entry(smooth_inputs, {}),
     "quantize": Entry(quantize_to_eight_bits, {}),
 }

@@ -150,6 +150,7 @@ what is committed here; `python -m tests.families --write` rewrites them.
   that does not and replays the weights that were left; `expose_routing` where recording, and replaying what was recorded,
   change no bit.
 - `low_rank` is *exact* where all linears as two factors of full rank give the same outputs to 1e-5.
+- `sparsify` is *exact* where SparseGPT leaves a model whose weights are 2:4 already, by magnitude, as it is, to the last bit.
 - `smooth` is *exact* where half of the range of activations moved into weights leaves the outputs as they were to 1e-5.
 - `quantize` (eight bits) is *lossy*: outputs within 10 %.
 - *refused*: the message of the pass. *left alone*: its note. *n/a*: the model has no part that the pass works on; it refuses

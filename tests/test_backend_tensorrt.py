@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ import torch
 import surgeon
 from surgeon.backends import _trt_dialect as dialect
 from surgeon.backends._trt_cache import Entry
-from surgeon.backends.tensorrt import TensorRT
+from surgeon.backends.tensorrt import TensorRT, two_of_four
 from surgeon.caches import PAST, PRESENT, SUM
 from surgeon.contract import ArtifactFile
 from surgeon.errors import LowerError, RecipeError
 from surgeon.registry import make_backend
 from surgeon.verify import relative_error
+from tests.conftest import Patient
 from tests.models import tiny
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'surgeon[tensorrt-rtx]'")
@@ -103,6 +105,25 @@ def test_an_engine_of_eight_bit_floats_holds_bytes(tmp_path: Path) -> None:
     assert small is not None
     assert small.details["onnx_relative_error"] < 1e-5
     assert small.nbytes < full.nbytes
+
+
+def test_weights_for_sparse_tensor_cores_are_found(patient: Callable[[str], Patient]) -> None:
+    for name, sites in (("llama", 7), ("gpt2", 4)):  # gpt2 stores weights the other way round
+        fields = {"criterion": "magnitude", "blocks": 1}
+        graph = patient(name).operate({"sparsify": {**fields, "pattern": "2:4"}}).graph
+        found = two_of_four(graph)
+        assert len(found) == sites
+        for weight in found:
+            assert float((graph.tensor(weight) == 0).double().mean()) == 0.5
+        assert not two_of_four(patient(name).operate({"sparsify": {**fields, "sparsity": 0.5}}).graph)
+
+
+@pytest.mark.slow
+def test_sparse_engines_are_built() -> None:
+    """TensorRT for RTX takes the flag and, as of 1.7, writes the same bytes with it as without."""
+    step = {"sparsify": {"pattern": "2:4", "criterion": "magnitude"}}
+    artifacts = [compiled("llama", [step], sparse_weights=flag).artifact for flag in (None, False)]
+    assert [artifact.details["sparse_weights"] for artifact in artifacts if artifact is not None] == [21, 0]
 
 
 def test_eight_bit_floats_are_constants_of_their_type(tmp_path: Path) -> None:

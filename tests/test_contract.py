@@ -38,6 +38,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantize": ("mixtral", {"scheme": "int4", "group": 16}),
     "skip_experts": ("mixtral", {"beta": "median"}),
     "smooth": ("llama", {"alpha": 0.5}),
+    "sparsify": ("mixtral", {"pattern": "2:4"}),
     "upcycle_ffn": ("llama", {"experts": 4, "top_k": 2}),
 }
 SHAPELESS = {"drop_blocks", "expose_routing", "skip_experts"}

@@ -118,6 +118,7 @@ def test_refusals_are_the_expected_ones() -> None:
         "drop_blocks": {"hiera"},  # its last block pools
         "moefy_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
         "upcycle_ffn": {"bitnet", "ffn: Normed", "ffn: Snake"},
+        "sparsify": {"albert"},  # all of its blocks read the same weights, each on inputs of its own
         "expose_routing": {"scaled_inputs"},  # what would be replayed is multiplied into the experts' inputs too
     }
 

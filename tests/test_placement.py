@@ -62,6 +62,10 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantize: gptq of experts": (MIXTRAL, {"quantize": {"scheme": "int4", "algorithm": "gptq", "names": "*.moe"}}),
     "skip_experts": (MIXTRAL, {"skip_experts": {"beta": "median"}}),
     "smooth": (LLAMA, {"smooth": {"blocks": "0:2"}}),
+    "sparsify": (LLAMA, {"sparsify": {"sparsity": 0.5, "blocks": "1:3"}}),
+    "sparsify: random": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "criterion": "random", "blocks": 0}}),
+    "sparsify: wanda": (MIXTRAL, {"sparsify": {"pattern": "2:4", "criterion": "wanda", "blocks": 0}}),
+    "sparsify: of experts": (MIXTRAL, {"sparsify": {"pattern": "2:4", "names": "blocks.0.moe"}}),
     "upcycle_ffn": (LLAMA, {"upcycle_ffn": {"experts": 4, "top_k": 2, "router": "clusters"}}),
 }  # fmt: skip
 

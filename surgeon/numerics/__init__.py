@@ -67,6 +67,9 @@ from surgeon.numerics.router import centroid_router as centroid_router
 from surgeon.numerics.router import ridge_regression as ridge_regression
 from surgeon.numerics.router import train_linear_router as train_linear_router
 from surgeon.numerics.scaling import output_factor as output_factor
+from surgeon.numerics.sparsity import Zeros as Zeros
+from surgeon.numerics.sparsity import least as least
+from surgeon.numerics.sparsity import sparsify_compensated as sparsify_compensated
 from surgeon.numerics.upcycling import output_scale as output_scale
 from surgeon.numerics.upcycling import perturbed as perturbed
 from surgeon.numerics.upcycling import redrawn as redrawn

@@ -32,6 +32,8 @@ def quantize_compensated(
     many are left to make up for them.  Scales are fixed before, so that groups stay runs of neighbouring columns whatever
     the order: those of least squared error, weighted by the diagonal of C.
     A column whose input was always zero is rounded to the nearest and changes no other.
+    Weights that are exactly 0 stay 0, and what the columns before asked of them is made up for by those behind: a weight that
+    was made sparse keeps its pattern.
 
     Batches of matrices, such as experts, are quantized side by side.  Memory: 4 out in + 16 in^2 bytes each.
 
@@ -68,7 +70,7 @@ def quantize_compensated(
     importance = moments.diagonal(dim1=-2, dim2=-1)
     scale, zero = _scales(work, importance.to(work.dtype), levels, group, weight.dtype, shrink)
     order = importance.argsort(dim=-1, descending=True, stable=True)
-    factor = _inverse_factor(moments, order, damp).to(work.dtype)
+    factor = inverse_factor("quantize_compensated", moments, order, damp).to(work.dtype)
     found = _sweep(work, factor, order, levels, group, scale.to(work.dtype), zero)
 
     columns = codes.packed.shape[-2] * group
@@ -98,21 +100,36 @@ def _scales(
     return levels.fit(blocks, dtype, importance=share, shrink=shrink)
 
 
-def _inverse_factor(moments: Tensor, order: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factors U [B, in, in] of (C + damping)^-1, rows and columns in ``order`` [B, in]."""
+def inverse_factor(where: str, moments: Tensor, order: Tensor | None, damp: float) -> Tensor:
+    """Upper Cholesky factors U of (C + damping)^-1, columns whose input was always zero apart from all others.
+
+    Args:
+        where: who asks, for the error.
+        moments: C, [B, in, in] in float64, whose diagonal is damped in place.
+        order: [B, in], in which rows and columns are taken; None: as they are.
+        damp: what is added to the diagonal of C, over its mean.
+
+    Returns:
+        [B, in, in], rows and columns in that order.
+
+    Raises:
+        NumericsError: C has negative eigenvalues.
+    """
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
     alive = (~dead).sum(-1, keepdim=True).clamp_min(1)
     mean = diagonal.clamp_min(0).sum(-1, keepdim=True) / alive
     diagonal.copy_(torch.where(dead, torch.ones_like(diagonal), diagonal + damp * mean))
-    rows = order.unsqueeze(-1).expand_as(moments)
-    ordered = moments.gather(-2, rows).gather(-1, rows.transpose(-1, -2))
+    ordered = moments
+    if order is not None:
+        rows = order.unsqueeze(-1).expand_as(moments)
+        ordered = moments.gather(-2, rows).gather(-1, rows.transpose(-1, -2))
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
         upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     except LinAlgError as error:
         raise NumericsError(
-            f"quantize_compensated: the second moment has no Cholesky factor ({error}); a sum of x x^T has one, so either it "
+            f"{where}: the second moment has no Cholesky factor ({error}); a sum of x x^T has one, so either it "
             "holds negative eigenvalues or damp is too small"
         ) from error
     return upper
@@ -130,6 +147,7 @@ def _sweep(
         for t in (scale, zero)
     )
     assert steps is not None
+    gone = left == 0
     found = torch.empty_like(left, dtype=FLOAT8 if levels.float8 else None)
     count = left.shape[1]
     for start in range(0, count, _BLOCK):
@@ -138,7 +156,7 @@ def _sweep(
         for column in range(start, stop):
             value, step = left[:, column], steps[:, column]
             point = None if zeros is None else zeros[:, column]
-            codes = levels.nearest(value, step, point)
+            codes = levels.nearest(value.masked_fill(gone[:, column], 0), step, point)
             found[:, column] = codes
             error = (value - levels.value(codes, step, point)) / factor[:, column, column, None]
             errors[:, column - start] = error

@@ -128,6 +128,24 @@ def test_inputs_that_are_always_zero_are_rounded_to_the_nearest_and_change_nothi
     assert torch.equal(never.packed, quantize_groupwise(weight, bits=4, group=16, symmetric=True).packed)
 
 
+@pytest.mark.parametrize(
+    "levels", [Levels(4), Levels(4, symmetric=False), Levels(2, symmetric=False), Levels(8), Levels(8, float8=True)]
+)
+def test_zeros_stay_zeros_and_the_others_make_up_for_them(levels: Levels) -> None:
+    weight, x = matrix(20, 70), inputs(400, 70)
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.5] = 0
+    found = quantize_compensated(weight, x.T @ x, levels=levels, group=32).dequantize()
+    assert not bool(found[weight == 0].any())
+    assert int((found != 0).sum()) > 0.2 * found.numel()
+    if levels.float8:
+        nearest = quantize_float8(weight, group=32)
+    else:
+        nearest = quantize_groupwise(weight, bits=levels.bits, group=32, symmetric=levels.symmetric, shrink=SEARCH)
+    assert not bool(nearest.dequantize()[weight == 0].any())
+    lost = [float(((each - weight) @ x.T).norm()) for each in (found, nearest.dequantize())]
+    assert lost[0] < lost[1]
+
+
 @pytest.mark.parametrize("levels", [Levels(4, symmetric=False), Levels(8, float8=True)])
 def test_matrices_side_by_side_are_as_each_alone(levels: Levels) -> None:
     weight = matrix(2, 2, 12, 24).float()

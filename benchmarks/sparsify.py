@@ -1,0 +1,120 @@
+"""How much zeros among the weights lose on trained models, by how they are chosen.
+
+    python benchmarks/sparsify.py
+    python benchmarks/sparsify.py --only "*2:4*" "*: dense"
+
+Cross entropy of held-out text, nats per token: 64 windows of 128 tokens; 32 others to calibrate.  All linears and experts of
+the blocks, routers apart, lose the same share, and nothing is trained afterwards; ``random`` is the mean of three lots.
+``int4`` rows go on with 4-bit weights in groups of 32, whose zeros stay zeros.  Writes ``benchmarks/results/sparsify.json``
+(with the share of zeros that was reached) and ``sparsify.md``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from _rows import arguments, earlier, is_wanted, write
+from _trained import changed_by, language_model
+
+from surgeon.discovery import discover
+from surgeon.environment import versions_of
+from surgeon.graph import Graph
+
+MODELS = ("tiny-llama", "tiny-mixtral")
+SHARES: dict[str, dict[str, Any]] = {
+    "30 %": {"sparsity": 0.3},
+    "50 %": {"sparsity": 0.5},
+    "70 %": {"sparsity": 0.7},
+    "4:8": {"pattern": "4:8"},
+    "2:4": {"pattern": "2:4"},
+}
+CRITERIA: dict[str, dict[str, Any]] = {
+    "sparsegpt": {},
+    "wanda": {"criterion": "wanda"},
+    "wanda, compare: matrix": {"criterion": "wanda", "compare": "matrix"},
+    "magnitude": {"criterion": "magnitude"},
+    "magnitude, compare: row": {"criterion": "magnitude", "compare": "row"},
+    "random": {"criterion": "random"},
+}
+INT4 = {"scheme": "int4", "blocks": ":"}
+QUANTIZED: dict[str, list[dict[str, Any]]] = {
+    "nearest": [{"quantize": INT4}],
+    "gptq": [{"quantize": {**INT4, "algorithm": "gptq"}}],
+    "sparsegpt 2:4, nearest": [{"sparsify": {"pattern": "2:4"}}, {"quantize": INT4}],
+    "sparsegpt 2:4, gptq": [{"sparsify": {"pattern": "2:4"}}, {"quantize": {**INT4, "algorithm": "gptq"}}],
+}
+
+
+def rows_of() -> dict[str, list[list[dict[str, Any]]]]:
+    """Passes by row; of lots several, whose mean counts."""
+    found: dict[str, list[list[dict[str, Any]]]] = {"dense": [[]]}
+    for share, amount in SHARES.items():
+        for name, fields in CRITERIA.items():
+            if "compare" in fields and "pattern" in amount:
+                continue
+            seeds: list[dict[str, Any]] = [{"seed": seed} for seed in range(3)] if name == "random" else [{}]
+            found[f"{share}: {name}"] = [[{"sparsify": {**amount, **fields, **seed}}] for seed in seeds]
+    return found | {f"int4: {name}": [steps] for name, steps in QUANTIZED.items()}
+
+
+def zeros(graph: Graph) -> float:
+    """Share of zeros in the weights of linears and experts of the blocks, where they are stored as numbers."""
+    structure = discover(graph)
+    names = {site.part.weight for site in structure.linears if site.block is not None and not site.name.endswith(".router")}
+    names |= {name for site in structure.moes() for name in (site.part.w_in, site.part.w_out)}
+    tensors = [graph.tensor(name) for name in names]
+    return sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
+
+
+def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
+    head = " | ".join(f"{name} | rise" for name in MODELS)
+    lines = [
+        "# What zeros among the weights lose",
+        "",
+        "Made by `python benchmarks/sparsify.py`, which says what is measured: cross entropy of held-out text in nats per "
+        "token, and by how much it rises.",
+        "",
+        f"| zeros | criterion | {head} |",
+        "|---|---|" + "--:|--:|" * len(MODELS),
+    ]
+    for row in rows_of():
+        share, _, name = row.rpartition(": ") if row.count(": ") == 1 else row.partition(": ")
+        cells = []
+        for model in MODELS:
+            figures = models.get(model, {}).get(row)
+            if figures is None:
+                cells += ["", ""]
+                continue
+            rise = figures["loss"] - models[model]["dense"]["loss"]
+            cells += [f"{figures['loss']:.3f}", f"{rise:.3f}" if row != "dense" else ""]
+        lines.append(f"| {share} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    options = arguments(__doc__, "rows such as 'tiny-llama: 2:4: wanda'").parse_args()
+    torch.set_num_threads(1)
+    models: dict[str, dict[str, dict[str, float]]] = earlier("sparsify.json").get("models", {})
+    for model in MODELS:
+        rows = models.setdefault(model, {})
+        wanted = {row: lots for row, lots in rows_of().items() if is_wanted(options, f"{model}: {row}", row in rows)}
+        if not wanted:
+            continue
+        source, data, judge = language_model(model, samples=32, windows=64)
+        for row, lots in wanted.items():
+            losses, share = [], 0.0
+            for steps in lots:
+                graph = source
+                for step in steps:
+                    graph = changed_by(step, graph, data)
+                    share = zeros(graph) if "sparsify" in step else share
+                losses.append(judge(graph))
+            rows[row] = {"loss": statistics.mean(losses), "zeros": share}
+            print(model, row, rows[row], flush=True)
+    write("sparsify", table(models), versions_of("torch", "transformers"), models)
+
+
+if __name__ == "__main__":
+    main()
