@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgeon.backends._hf_contents import ENGINES, Contents, Held, as_is, read
 from surgeon.backends._hf_fit import Fitted, fit
-from surgeon.backends._hf_low_bit import low_bit_refusals, quantization_config, stored
+from surgeon.backends._hf_low_bit import low_bit_refusals, quantization_config, read_at_loading, stored, whole_refusals
 from surgeon.backends._hf_mixture import reshaped
 from surgeon.backends._hf_skeleton import Skeleton, known
 from surgeon.channels import UNTIED
@@ -41,11 +41,13 @@ class Checkpoint:
         contents: the tensors.
         fill: entries of the state dict that the graph does not read, by where they are taken from: the source's own
             name for them.
+        whole: low-bit linears are given their weights as the checkpoint is loaded, not at the first forward.
     """
 
     fitted: Fitted
     contents: Contents
     fill: Mapping[str, str]
+    whole: bool = False
 
 
 def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint | list[Refusal]:
@@ -105,7 +107,16 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
         reason = f"{skeleton.model_class} has no place for it under {_text(fitted.changes)}; {ENGINES} run it"
         return [Refusal(name, reason) for name in lost]
     fill = _unread(fitted, contents.held)
-    return fill if isinstance(fill, list) else Checkpoint(fitted, contents, fill)
+    if isinstance(fill, list):
+        return fill
+    own = read_at_loading(fitted, contents) if contents.low_bit else None
+    if own is not None:
+        if refusals := whole_refusals(fitted.skeleton, contents, own):
+            return refusals
+        contents.notes.append(
+            f"{fitted.skeleton.model_class} reads {own} itself as it is loaded: low-bit linears become floats in memory then"
+        )
+    return Checkpoint(fitted, contents, fill, whole=own is not None)
 
 
 def _multiplies_an_activation(graph: Graph, name: str) -> bool:
@@ -214,7 +225,7 @@ def write(checkpoint: Checkpoint, graph: Graph, folder: Path, shard: str) -> dic
         model.to(dtype)  # on the meta device: the type that the configuration names
         _generation(model, graph.source)
         if contents.low_bit:
-            model.config.quantization_config = quantization_config(fitted, contents)
+            model.config.quantization_config = quantization_config(fitted, contents, checkpoint.whole)
         original = not contents.low_bit  # see _hf_low_bit: beside low-bit linears experts stay stacked
         model.save_pretrained(folder, state_dict=state, max_shard_size=shard, save_original_format=original)
     for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes

@@ -63,7 +63,7 @@ def auto_class(model_class: str) -> str | None:
         if name.startswith("AutoModel") and mapping is not None:
             made = [entry for value in mapping.values() for entry in ((value,) if isinstance(value, str) else value)]
             found += [name] if model_class in made else []
-    usual = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")  # several make some classes
+    usual = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")  # several make some classes
     return next((name for name in (*usual, *sorted(found)) if name in found), None)
 
 

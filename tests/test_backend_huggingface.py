@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from torch import nn
 
 import surgeon
@@ -20,6 +21,7 @@ from surgeon.errors import LowerError, RecipeError
 from surgeon.graph import Graph
 from surgeon.plans import SavedPlan
 from surgeon.registry import make_backend
+from tests.conditional import conditional
 from tests.conftest import MODELS, Patient
 from tests.models import VOCABULARY, inputs_for, layer_list, minilm_path, tiny, with_layer_deleted
 
@@ -240,6 +242,26 @@ def test_low_bit_weights_are_compressed_tensors(patient: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not LIBRARY, reason="needs compressed-tensors")
+def test_a_class_that_reads_weights_as_it_is_loaded_gets_them_then(tmp_path: Path) -> None:
+    """The T5 classes initialise by way of ``module.q.weight`` at every load, where packed linears have none."""
+    module, folder = conditional("t5"), tmp_path / "t5"
+    module.save_pretrained(folder)  # type: ignore[operator]  # of the library
+    one = {"quantize": {"scheme": "int4", "group": 32}}
+    compiled = surgeon.compile(str(folder), [one], backend="huggingface", output=tmp_path / "out", progress=False)
+    assert compiled.report.artifact["details"]["low_bit"] == 2 * 7 + 2 * 11
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight itself" in str(compiled.report.artifact["details"]["notes"])
+    assert all(value < 1e-4 for row in compiled.report.comparisons for value in row.relative_error.values())  # caches too
+    assert any("past_key_values.0.key" in row.shapes for row in compiled.report.comparisons)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("decoder.block.1.layer.2.DenseReluDense.wo.weight_packed").dtype == torch.int32
+
+    two = [{"quantize": {"scheme": scheme, "group": 32, "blocks": blocks}} for scheme, blocks in (("int4", ":3"), ("int8", 3))]
+    with pytest.raises(LowerError, match=r"decoder\.block\.1.*it has 8 bits.* reads encoder.*q\.weight itself.*same scheme"):
+        surgeon.compile(str(folder), two, backend="huggingface", output=tmp_path / "two", progress=False)
+
+
+@pytest.mark.slow
 def test_a_build_writes_tokenizer_and_settings_and_loads_again(tmp_path: Path) -> None:
     source = MODELS / "tiny-llama"
     compiled = surgeon.compile(
@@ -309,6 +331,7 @@ def test_a_damaged_checkpoint_does_not_load_in_part(patient: Any, tmp_path: Path
 def test_automatic_classes() -> None:
     wanted = {
         "LlamaForCausalLM": "AutoModelForCausalLM", "GPT2LMHeadModel": "AutoModelForCausalLM", "BertModel": "AutoModel",
+        "T5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
         "ViTForImageClassification": "AutoModelForImageClassification", "NoSuchModel": None,
     }  # fmt: skip
     assert {name: auto_class(name) for name in wanted} == wanted
