@@ -125,7 +125,7 @@ class ArtifactCandidate(Candidate):
         """See :class:`Candidate`."""
         if self.artifact.unavailable:
             raise LowerError(self.artifact.unavailable)
-        _check_length(self.settings, case)
+        _check_length(self.settings, self.artifact.inputs, case)
         _check_sizes(self.artifact.inputs, case)
         ports = [port for port in self.artifact.inputs if case.phase != "forward" or PAST not in port.shape]
         step = self.artifact.stepping(inputs_for(ports, case, self.values))
@@ -171,7 +171,7 @@ class EagerCandidate(Candidate):
 
     def prepare(self, case: Case) -> Callable[[], object]:
         """See :class:`Candidate`; a cache is cut back to its length after every step of decoding."""
-        _check_length(self.settings, case)
+        _check_length(self.settings, self.ports, case)
         _check_sizes(self.ports, case)
         inputs = self._inputs(case)
         plain = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in self.taken}
@@ -262,12 +262,14 @@ def inputs_for(ports: Sequence[Port], case: Case, values: Values) -> dict[str, T
     return found
 
 
-def _check_length(settings: Settings, case: Case) -> None:
-    """Refuse a case for which the table of positions is too short; any time is right where positions are computed."""
+def _check_length(settings: Settings, ports: Sequence[Port], case: Case) -> None:
+    """Refuse a case for which a table of positions is too short; any time is right where positions are computed."""
     if case.sequence is None:
         return
     behind = 1 if case.phase == "decode" else 0
-    settings = replace(settings, trained_length=None)
+    tables = [most for port in ports for most in port.most if most is not None] if case.phase == "forward" else []
+    tables += [] if settings.table_length is None else [settings.table_length]
+    settings = replace(settings, table_length=min(tables, default=None), trained_length=None)
     settings.check_length(case.sequence + behind, what="this case", advice="give a shorter sequence")
 
 

@@ -157,6 +157,17 @@ def test_cases_behind_the_table_of_positions_are_left_out_with_the_reason(tmp_pa
     assert all((row.median_ms is None) == ((row.phase, row.sequence) in left) for row in result.rows)
 
 
+def test_cases_behind_the_table_of_an_encoder_are_left_out_too(tmp_path: Path) -> None:
+    module, inputs = tiny("bert")
+    surgeon.compile(module, [], inputs=inputs, output=tmp_path / "out", progress=False)
+    artefact = ArtifactCandidate.open(tmp_path / "out", "artefact")
+    eager = EagerCandidate.beside(load_source(module, inputs), artefact)
+    result = bench([eager, artefact], sequences=(128, 129), threads=1, seconds=0.0, warmup=0)
+    said = [row.problem for row in result.rows]
+    words = "this case needs 129 positions, and the model's table of positions holds 128: give a shorter sequence"
+    assert said == [None, None, words, words]
+
+
 def test_sizes_that_are_fixed_are_not_timed_as_others() -> None:
     tokens = Port("input_ids", torch.int64, (1, 16))
     images = Port("pixel_values", torch.float32, ("batch", 3, 8, 8))
