@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import isclose, prod
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     if lost:
         reason = f"{skeleton.model_class} has no place for it under {_text(fitted.changes)}; {ENGINES} run it"
         return [Refusal(name, reason) for name in lost]
+    if others := _other_numbers(graph, skeleton, fitted):
+        return others
     fill = _unread(fitted, contents.held)
     if isinstance(fill, list):
         return fill
@@ -162,6 +164,35 @@ def _as_kernel(held: Held, rank: int) -> Held:
         return held
     shape = (*held.shape, *[1] * (rank - 2))
     return held._replace(shape=shape, make=lambda: held.make().reshape(shape))
+
+
+def _other_numbers(graph: Graph, source: Skeleton, fitted: Fitted) -> list[Refusal]:
+    """Numbers that the class makes of what has changed in its configuration, and that the graph has as they were before."""
+    before: dict[str, set[float]] = {}
+    for name, number in source.numbers.items():
+        before.setdefault(_place(name), set()).add(number)
+    refusals = []
+    read: set[float] | None = None
+    for name, number in fitted.skeleton.numbers.items():
+        known = before.get(_place(name), {number})
+        if number in known:
+            continue
+        read = _constants(graph) if read is None else read
+        kept = [value for value in known if any(isclose(value, constant, rel_tol=1e-2) for constant in read)]  # of 8 bits
+        if kept:
+            reason = (
+                f"{source.model_class} makes it of its configuration: {number:.6g} under {_text(fitted.changes)}, and the "
+                f"graph computes with {kept[0]:.6g}; {ENGINES} run it"
+            )
+            refusals.append(Refusal(name, reason))
+    return refusals
+
+
+def _constants(graph: Graph) -> set[float]:
+    """Floating-point numbers that the graph computes with, written down or stored."""
+    tensors = graph.parameters().values()
+    single = {tensor.item() for tensor in tensors if tensor.numel() == 1 and tensor.is_floating_point()}
+    return single | {value for node in graph.module.graph.nodes for value in node.args if type(value) is float}
 
 
 def _unread(fitted: Fitted, held: Mapping[str, Held]) -> dict[str, str] | list[Refusal]:

@@ -26,6 +26,7 @@ class Skeleton:
         twins: entries that are one tensor with an entry before them (tied), by name.
         buffers: tensors of the model that a checkpoint does not hold.
         linears: the entries that are weights of ``torch.nn.Linear``.
+        numbers: floating-point numbers that its modules hold, by name; some are made of the configuration.
     """
 
     model_class: str
@@ -34,6 +35,7 @@ class Skeleton:
     twins: Mapping[str, str]
     buffers: frozenset[str]
     linears: frozenset[str]
+    numbers: Mapping[str, float]
 
     @classmethod
     def build(cls, model_class: str, config: Mapping[str, Any]) -> Skeleton | str:
@@ -119,4 +121,6 @@ def _built(model_class: str, config: str) -> Skeleton | str:
             twins[name] = first[id(tensor)]
     buffers = frozenset(name for name, _ in model.named_buffers() if name not in state)
     linears = frozenset(f"{name}.weight" for name, m in model.named_modules() if type(m) is torch.nn.Linear)
-    return Skeleton(model_class, data, {n: tuple(t.shape) for n, t in state.items()}, twins, buffers, linears)
+    fields = ((f"{name}.{key}", value) for name, module in model.named_modules() for key, value in vars(module).items())
+    numbers = {name: value for name, value in fields if type(value) is float}
+    return Skeleton(model_class, data, {n: tuple(t.shape) for n, t in state.items()}, twins, buffers, linears, numbers)

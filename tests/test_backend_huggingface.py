@@ -17,6 +17,7 @@ import surgeon
 from surgeon.backends._hf_skeleton import auto_class
 from surgeon.backends.huggingface import HuggingFace
 from surgeon.contract import Refusal
+from surgeon.data import load_data
 from surgeon.errors import LowerError, RecipeError
 from surgeon.graph import Graph
 from surgeon.plans import SavedPlan
@@ -84,8 +85,6 @@ def family(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 def operated(name: str) -> Patient:
     module, inputs = family(name)
     graph = surgeon.trace(module, inputs)
-    from surgeon.data import load_data
-
     return Patient(graph, surgeon.discover(graph), load_data([inputs], graph))
 
 
@@ -211,6 +210,24 @@ def test_what_a_checkpoint_cannot_say_is_refused_by_name(patient: Any) -> None:
 
     with pytest.raises(RecipeError, match="shard"):
         make_backend({"huggingface": {"shard": "big"}})
+
+
+def test_a_number_that_the_class_makes_of_a_changed_size_is_refused() -> None:
+    """Gemma multiplies embeddings by the root of its hidden size; it was compared after it had been written."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    module, inputs = tf.GemmaForCausalLM(tf.GemmaConfig(**common)).eval(), inputs_for("llama")
+    graph = surgeon.trace(module, inputs)
+    before = Patient(graph, surgeon.discover(graph), load_data([inputs], graph))
+    (refusal,) = refused(before.operate({"drop_channels": {"keep": 48, "criterion": "random"}}).graph)
+    assert refusal.node == "model.embed_tokens.scalar_embed_scale"
+    assert "GemmaForCausalLM makes it of its configuration: 6.9282 under hidden_size: 48" in refusal.reason
+    assert "the graph computes with 8; the engines" in refusal.reason
+    assert refused(before.operate({"drop_neurons": {"keep": 48, "criterion": "random", "refit": False}}).graph) == []
+    assert refused(dropped(before, 1).graph) == []
 
 
 def test_other_modules_are_refused() -> None:
