@@ -80,6 +80,8 @@ def test_save_and_load(compiled: surgeon.Compiled, tmp_path: Path) -> None:
         surgeon.load(saved)
     with pytest.raises(LowerError, match="no artefact here"):
         surgeon.load(tmp_path)
+    with pytest.raises(LowerError, match=r"plan\.json: a file, needed the folder that a build wrote"):
+        surgeon.load(saved / "plan.json")
 
 
 @pytest.mark.parametrize(
