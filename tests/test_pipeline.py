@@ -583,10 +583,13 @@ def test_a_text_to_evaluate_that_the_model_cannot_read_is_refused_before_anythin
     assert said.endswith("give a smaller evaluate.length")
 
 
-def test_warnings_name_the_folder_that_stays(tmp_path: Path) -> None:
+def test_warnings_name_the_folder_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: OnnxRuntimeArtifact, inputs: object) -> Callable[[], object]:
+        raise LowerError(f"{self.path}: the runtime failed")
+
+    monkeypatch.setattr(OnnxRuntimeArtifact, "stepping", fails)
     module, inputs = tiny("bert")
-    longer = module.config.max_position_embeddings + 1
-    section = {"latency": [1], "length": longer, "threads": 1}
+    section = {"latency": [1], "length": 8, "threads": 1}
     compiled = surgeon.compile(module, [], inputs=inputs, evaluate=section, output=tmp_path / "out", progress=False)
     (line,) = [line for line in compiled.report.warnings if line.startswith("not timed")]
     assert f"{tmp_path / 'out'}/model.onnx" in line
