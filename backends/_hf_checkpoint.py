@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import isclose, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgeon.backends._hf_contents import ENGINES, Contents, Held, as_is, read
 from surgeon.backends._hf_fit import Fitted, fit
-from surgeon.backends._hf_low_bit import low_bit_refusals, quantization_config, stored
+from surgeon.backends._hf_low_bit import low_bit_refusals, quantization_config, read_at_loading, stored, whole_refusals
 from surgeon.backends._hf_mixture import reshaped
 from surgeon.backends._hf_skeleton import Skeleton, known
 from surgeon.channels import UNTIED
@@ -41,11 +41,13 @@ class Checkpoint:
         contents: the tensors.
         fill: entries of the state dict that the graph does not read, by where they are taken from: the source's own
             name for them.
+        whole: low-bit linears are given their weights as the checkpoint is loaded, not at the first forward.
     """
 
     fitted: Fitted
     contents: Contents
     fill: Mapping[str, str]
+    whole: bool = False
 
 
 def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint | list[Refusal]:
@@ -104,8 +106,19 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     if lost:
         reason = f"{skeleton.model_class} has no place for it under {_text(fitted.changes)}; {ENGINES} run it"
         return [Refusal(name, reason) for name in lost]
+    if others := _other_numbers(graph, skeleton, fitted):
+        return others
     fill = _unread(fitted, contents.held)
-    return fill if isinstance(fill, list) else Checkpoint(fitted, contents, fill)
+    if isinstance(fill, list):
+        return fill
+    own = read_at_loading(fitted, contents) if contents.low_bit else None
+    if own is not None:
+        if refusals := whole_refusals(fitted.skeleton, contents, own):
+            return refusals
+        contents.notes.append(
+            f"{fitted.skeleton.model_class} reads {own} itself as it is loaded: low-bit linears become floats in memory then"
+        )
+    return Checkpoint(fitted, contents, fill, whole=own is not None)
 
 
 def _multiplies_an_activation(graph: Graph, name: str) -> bool:
@@ -151,6 +164,35 @@ def _as_kernel(held: Held, rank: int) -> Held:
         return held
     shape = (*held.shape, *[1] * (rank - 2))
     return held._replace(shape=shape, make=lambda: held.make().reshape(shape))
+
+
+def _other_numbers(graph: Graph, source: Skeleton, fitted: Fitted) -> list[Refusal]:
+    """Numbers that the class makes of what has changed in its configuration, and that the graph has as they were before."""
+    before: dict[str, set[float]] = {}
+    for name, number in source.numbers.items():
+        before.setdefault(_place(name), set()).add(number)
+    refusals = []
+    read: set[float] | None = None
+    for name, number in fitted.skeleton.numbers.items():
+        known = before.get(_place(name), {number})
+        if number in known:
+            continue
+        read = _constants(graph) if read is None else read
+        kept = [value for value in known if any(isclose(value, constant, rel_tol=1e-2) for constant in read)]  # of 8 bits
+        if kept:
+            reason = (
+                f"{source.model_class} makes it of its configuration: {number:.6g} under {_text(fitted.changes)}, and the "
+                f"graph computes with {kept[0]:.6g}; {ENGINES} run it"
+            )
+            refusals.append(Refusal(name, reason))
+    return refusals
+
+
+def _constants(graph: Graph) -> set[float]:
+    """Floating-point numbers that the graph computes with, written down or stored."""
+    tensors = graph.parameters().values()
+    single = {tensor.item() for tensor in tensors if tensor.numel() == 1 and tensor.is_floating_point()}
+    return single | {value for node in graph.module.graph.nodes for value in node.args if type(value) is float}
 
 
 def _unread(fitted: Fitted, held: Mapping[str, Held]) -> dict[str, str] | list[Refusal]:
@@ -214,7 +256,7 @@ def write(checkpoint: Checkpoint, graph: Graph, folder: Path, shard: str) -> dic
         model.to(dtype)  # on the meta device: the type that the configuration names
         _generation(model, graph.source)
         if contents.low_bit:
-            model.config.quantization_config = quantization_config(fitted, contents)
+            model.config.quantization_config = quantization_config(fitted, contents, checkpoint.whole)
         original = not contents.low_bit  # see _hf_low_bit: beside low-bit linears experts stay stacked
         model.save_pretrained(folder, state_dict=state, max_shard_size=shard, save_original_format=original)
     for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes

@@ -6,7 +6,9 @@ therefore a row of the format's bytes, padded to whole int32.
 
 Facts of transformers 5.24 with compressed-tensors 0.20: packed zero points do not load (the empty model expects them
 unpacked); stacked experts load from files that hold each expert's codes, as floating-point weights; experts that are *not*
-quantized load beside quantized linears only in the stacked form.
+quantized load beside quantized linears only in the stacked form.  Linears have no ``weight`` before the first forward; some
+classes initialise what was not in the files by way of it and end there, whatever was missing.  ``dequantize: true`` gives
+linears their weights as they are loaded, all of them by the first group of linears.
 """
 
 from __future__ import annotations
@@ -67,13 +69,87 @@ def unavailable() -> str | None:
     return None
 
 
-def quantization_config(fitted: Fitted, contents: Contents) -> dict[str, Any]:
-    """The configuration's entry: one group per scheme, naming its modules."""
+class _NoWeightError(AttributeError):
+    """The weight of a packed linear was read."""
+
+
+class _Packed(torch.nn.Linear):
+    """A linear as it is while a low-bit checkpoint is loaded: without its weight."""
+
+    place: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise _NoWeightError(f"{self.place}.weight")
+        return super().__getattr__(name)
+
+
+def read_at_loading(fitted: Fitted, contents: Contents) -> str | None:
+    """A quantized linear's weight that the class reads itself as it is loaded, where it is not there yet; None without one.
+
+    The initialisation that the library runs at every load is run on linears that have no weight.
+    """
+    names = [name for name in fitted.skeleton.linears if fitted.origin[name] in contents.low_bit]
+    model = fitted.skeleton.instance()
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)  # of its making; what is loaded is not marked
+    for name in names:
+        linear = model.get_submodule(name.rpartition(".")[0])
+        del linear.weight
+        linear.__class__, linear.place = _Packed, name.rpartition(".")[0]
+    try:
+        model.initialize_weights()
+    except _NoWeightError as error:
+        return str(error)
+    except Exception:  # what a class cannot initialise without memory says nothing of weights
+        return None
+    return None
+
+
+def whole_refusals(skeleton: Skeleton, contents: Contents, read: str) -> list[Refusal]:
+    """Linears that cannot all be given their weights as they are loaded, which is by one scheme.
+
+    Args:
+        skeleton: the class.
+        contents: the tensors.
+        read: the weight that is needed, from :func:`read_at_loading`.
+    """
+    if _one_scheme(contents) is not None:
+        return []
+    linears = {name: codes for name, codes in contents.low_bit.items() if not _stacked(contents, name)}
+    (first, one), *others = ((name, f"{codes.bits} bits in groups of {codes.group}") for name, codes in linears.items())
+    odd, other = next((name, kind) for name, kind in others if kind != one)
+    reason = (
+        f"it has {other}, {first} has {one}; {skeleton.model_class} reads {read} itself as it is loaded, and transformers then "
+        f"takes all linears for one kind: give them the same scheme and group; {ENGINES} run it as it is"
+    )
+    return [Refusal(odd, reason)]
+
+
+def _one_scheme(contents: Contents) -> tuple[int, int] | None:
+    """Bits and group (0 for one scale per row) of all linears; None where they differ."""
+    linears = [codes for name, codes in contents.low_bit.items() if not _stacked(contents, name)]
+    grouped = {(codes.bits, codes.group) for codes in linears}
+    by_row = {(codes.bits, codes.group % codes.in_features) for codes in linears}
+    return next((next(iter(found)) for found in (grouped, by_row) if len(found) == 1), None)
+
+
+def quantization_config(fitted: Fitted, contents: Contents, whole: bool) -> dict[str, Any]:
+    """The configuration's entry: one group per scheme, naming its modules.
+
+    Args:
+        fitted: class and configuration.
+        contents: the tensors.
+        whole: linears are given their weights as they are loaded.
+    """
     schemes: dict[tuple[int, int], list[str]] = {}
+    one = _one_scheme(contents) if whole else None
     for name in fitted.skeleton.shapes:
         codes = contents.low_bit.get(fitted.origin[name])
         if codes is not None:
             group = codes.group if codes.group < codes.in_features else 0
+            if one is not None and not _stacked(contents, fitted.origin[name]):
+                group = one[1]
             module = re.escape(name.rpartition(".")[0])
             # experts are single modules in the files only: transformers takes the group whose pattern names them
             target = rf"re:^{module}\..*$" if _stacked(contents, fitted.origin[name]) else f"re:^{module}$"
@@ -97,7 +173,7 @@ def quantization_config(fitted: Fitted, contents: Contents) -> dict[str, Any]:
             for number, ((bits, group), targets) in enumerate(schemes.items())
         },
         "ignore": [],
-    }
+    } | ({"dequantize": True} if whole else {})
 
 
 def stored(graph: Graph, model: Any, name: str, codes: LowBit) -> dict[str, Tensor]:

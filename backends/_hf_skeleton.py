@@ -26,6 +26,7 @@ class Skeleton:
         twins: entries that are one tensor with an entry before them (tied), by name.
         buffers: tensors of the model that a checkpoint does not hold.
         linears: the entries that are weights of ``torch.nn.Linear``.
+        numbers: floating-point numbers that its modules hold, by name; some are made of the configuration.
     """
 
     model_class: str
@@ -34,6 +35,7 @@ class Skeleton:
     twins: Mapping[str, str]
     buffers: frozenset[str]
     linears: frozenset[str]
+    numbers: Mapping[str, float]
 
     @classmethod
     def build(cls, model_class: str, config: Mapping[str, Any]) -> Skeleton | str:
@@ -63,7 +65,7 @@ def auto_class(model_class: str) -> str | None:
         if name.startswith("AutoModel") and mapping is not None:
             made = [entry for value in mapping.values() for entry in ((value,) if isinstance(value, str) else value)]
             found += [name] if model_class in made else []
-    usual = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")  # several make some classes
+    usual = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")  # several make some classes
     return next((name for name in (*usual, *sorted(found)) if name in found), None)
 
 
@@ -119,4 +121,6 @@ def _built(model_class: str, config: str) -> Skeleton | str:
             twins[name] = first[id(tensor)]
     buffers = frozenset(name for name, _ in model.named_buffers() if name not in state)
     linears = frozenset(f"{name}.weight" for name, m in model.named_modules() if type(m) is torch.nn.Linear)
-    return Skeleton(model_class, data, {n: tuple(t.shape) for n, t in state.items()}, twins, buffers, linears)
+    fields = ((f"{name}.{key}", value) for name, module in model.named_modules() for key, value in vars(module).items())
+    numbers = {name: value for name, value in fields if type(value) is float}
+    return Skeleton(model_class, data, {n: tuple(t.shape) for n, t in state.items()}, twins, buffers, linears, numbers)

@@ -193,6 +193,12 @@ class AotInductorArtifact(Artifact):
         """The package."""
         return self.folder / FILE
 
+    def move(self, folder: Path) -> None:
+        """See :class:`Artifact`; what checks inputs names the file."""
+        super().move(folder)
+        vars(self).pop("_check", None)
+        vars(self).pop("_buffers", None)
+
     @cached_property
     def _check(self) -> InputCheck:
         return InputCheck(self.path, self.inputs)

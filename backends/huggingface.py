@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from surgeon.caches import is_plain_call
-from surgeon.causal import CachedCall, cached_call
+from surgeon.caches import TOKENS, is_plain_call
+from surgeon.causal import cached_call
+from surgeon.conditional import conditional_inputs, is_conditional
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -116,7 +117,7 @@ class HuggingFaceArtifact(Artifact):
     """A checkpoint directory, loaded on first use."""
 
     _model: Any = field(default=None, repr=False, compare=False)
-    _cached: CachedCall | None = field(default=None, repr=False, compare=False)
+    _cached: Callable[..., dict[str, Tensor]] | None = field(default=None, repr=False, compare=False)
     """How the model is called on caches; finding that out takes a run of it."""
 
     def model(self) -> Any:
@@ -164,7 +165,9 @@ class HuggingFaceArtifact(Artifact):
         if not is_plain_call(self.inputs, inputs):
             with torch.no_grad():
                 if self._cached is None:
-                    self._cached = cached_call(module, complete["input_ids"])
+                    plain = {port.name: complete[port.name] for port in self.inputs if not port.role}
+                    conditional = is_conditional(module)
+                    self._cached = conditional_inputs(module, plain).call if conditional else cached_call(module, plain[TOKENS])
                 return self._cached(module, complete)
         taken = inspect.signature(module.forward).parameters
         settings = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in taken}

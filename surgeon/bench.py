@@ -158,7 +158,7 @@ def bench_artifacts(
             with step("loading the model"):
                 source = load_source(against)
             stack.enter_context(calling(source.module))
-            candidates.insert(0, EagerCandidate.beside(source, opened[0]))
+            candidates.insert(0, EagerCandidate.against(source, opened[0]))
         return bench(
             candidates, batches=batches, sequences=sequences, threads=threads, seconds=seconds,
             progress=lambda case: step(case_title(case.phase, case.batch, case.sequence)),

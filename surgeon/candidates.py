@@ -125,7 +125,7 @@ class ArtifactCandidate(Candidate):
         """See :class:`Candidate`."""
         if self.artifact.unavailable:
             raise LowerError(self.artifact.unavailable)
-        _check_length(self.settings, case)
+        _check_length(self.settings, self.artifact.inputs, case)
         _check_sizes(self.artifact.inputs, case)
         ports = [port for port in self.artifact.inputs if case.phase != "forward" or PAST not in port.shape]
         step = self.artifact.stepping(inputs_for(ports, case, self.values))
@@ -141,7 +141,12 @@ class EagerCandidate(Candidate):
     """The source model in eager torch, on the inputs of an artefact and where that runs.
 
     It is timed within ``surgeon.source.calling(source.module)``.
+
+    Attributes:
+        stands_alone: nothing says how long a text it holds, so that its tables are looked at before a case is timed.
     """
+
+    stands_alone = False
 
     def __init__(
         self, source: LoadedSource, ports: Sequence[Port], values: Values,
@@ -164,6 +169,16 @@ class EagerCandidate(Candidate):
         """The source of an artefact, to be timed beside it."""
         return cls(source, other.artifact.inputs, other.values, other.settings, other.device or "cpu")
 
+    @classmethod
+    def against(cls, source: LoadedSource, other: ArtifactCandidate) -> EagerCandidate:
+        """A model on the inputs and the device of an artefact that need not have come from it: how long a text it holds is its
+        own matter.
+        """
+        ports = [replace(port, most=()) for port in other.artifact.inputs]
+        found = cls(source, ports, other.values, None, other.device or "cpu")
+        found.stands_alone = True
+        return found
+
     @cached_property
     def module(self) -> nn.Module:
         """The model where it is timed."""
@@ -171,10 +186,14 @@ class EagerCandidate(Candidate):
 
     def prepare(self, case: Case) -> Callable[[], object]:
         """See :class:`Candidate`; a cache is cut back to its length after every step of decoding."""
-        _check_length(self.settings, case)
+        _check_length(self.settings, self.ports, case)
         _check_sizes(self.ports, case)
         inputs = self._inputs(case)
         plain = {key: value for key, value in (("use_cache", False), ("return_dict", True)) if key in self.taken}
+        if self.stands_alone and case.sequence is not None:  # on CUDA the process loses the device behind a table
+            whole = Case("forward", 1, case.sequence + (case.phase == "decode"))
+            with _within_tables(self.module):
+                self._run(self._inputs(whole), **plain)
         if case.phase == "prefill" and self.has_caches:
             return lambda: self._run(inputs, **{**plain, "use_cache": True})
         if case.phase != "decode":
@@ -224,6 +243,27 @@ def on_device(module: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(module, placed)  # which takes these for copies made already, tied ones too
 
 
+@contextmanager
+def _within_tables(module: nn.Module) -> Iterator[None]:
+    """Refuse a run that looks up what a table has no row for, by the table's name."""
+
+    def checked(name: str, rows: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def check(table: nn.Module, given: tuple[Any, ...]) -> None:
+            found = int(given[0].max()) if given and given[0].numel() else -1
+            if found >= rows:
+                raise LowerError(f"the model looks up row {found} of {name}, which has {rows}: give a shorter sequence")
+
+        return check
+
+    tables = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Embedding)]
+    hooks = [part.register_forward_pre_hook(checked(name, part.num_embeddings)) for name, part in tables]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def inputs_for(ports: Sequence[Port], case: Case, values: Values) -> dict[str, Tensor]:
     """Inputs of a case, on the CPU.
 
@@ -262,12 +302,14 @@ def inputs_for(ports: Sequence[Port], case: Case, values: Values) -> dict[str, T
     return found
 
 
-def _check_length(settings: Settings, case: Case) -> None:
-    """Refuse a case for which the table of positions is too short; any time is right where positions are computed."""
+def _check_length(settings: Settings, ports: Sequence[Port], case: Case) -> None:
+    """Refuse a case for which a table of positions is too short; any time is right where positions are computed."""
     if case.sequence is None:
         return
     behind = 1 if case.phase == "decode" else 0
-    settings = replace(settings, trained_length=None)
+    tables = [most for port in ports for most in port.most if most is not None] if case.phase == "forward" else []
+    tables += [] if settings.table_length is None else [settings.table_length]
+    settings = replace(settings, table_length=min(tables, default=None), trained_length=None)
     settings.check_length(case.sequence + behind, what="this case", advice="give a shorter sequence")
 
 

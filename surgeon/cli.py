@@ -132,6 +132,7 @@ def _compile(
     help="""Decide what a recipe's passes will do to its model, write that down and change nothing.
 
 A plan is a small JSON file of indices, ranks and scores. Edit it, then repeat it exactly with compile --plan.
+A file that holds something else, an edited plan perhaps, is replaced with --force only.
 
 \b
 Examples:
@@ -144,6 +145,7 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     output: OutputFile = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a file that holds something else.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Decide and change nothing."""
@@ -152,14 +154,17 @@ def plan(
     loaded = load_recipe(recipe, overrides or ())
 
     from surgeon.building import plan_recipe
+    from surgeon.plans import check_replaceable
 
     if output is not None:
         check_writable(output)
+        if not force:
+            check_replaceable(output, loaded.passes)
     saved = plan_recipe(loaded, progress=not quiet)
     if output is None:
         typer.echo(saved.to_json().rstrip("\n"))
     else:
-        saved.write(output)
+        saved.write(output, force=force)
 
 
 @app.command(

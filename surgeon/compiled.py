@@ -311,5 +311,7 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LowerError(f"{folder}: no artefact here ({name} is missing)") from None
+    except NotADirectoryError:
+        raise LowerError(f"{folder}: a file, needed the folder that a build wrote") from None
     except (OSError, ValueError) as error:  # of JSON, of pydantic and of UTF-8 are ValueErrors
         raise LowerError(f"{folder / name}: cannot be read: {str(error).splitlines()[0]}") from error

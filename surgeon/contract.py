@@ -358,6 +358,10 @@ class Artifact(abc.ABC):
         """Why it cannot run on this machine, or None where it can."""
         return None
 
+    def move(self, folder: Path) -> None:
+        """Say that the files lie in this folder now: a build renames the one it wrote them into."""
+        self.folder = folder
+
     @abc.abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on keyword inputs (torch tensors), returning torch tensors by output name."""

@@ -53,10 +53,10 @@ def text_rows(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: 
         Path(section.text), graph, section.length, tokenizer, lines=section.unit == "line", limit=None, seed=None
     )
     longest = max(rows, key=lambda row: len(row[TOKENS]))
-    batch = collate([longest], graph, tokenizer_for(graph, tokenizer))
+    pad = tokenizer_for(graph, tokenizer)
     try:
         with torch.no_grad():
-            source.outputs(**batch)
+            source.outputs(**collate([longest], graph, pad))
     except Exception as error:  # a model's forward may raise anything
         raise ObserveError(
             f"evaluate.text: the model fails on a row of {len(longest[TOKENS])} tokens: {type(error).__name__}: "

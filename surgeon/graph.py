@@ -49,12 +49,22 @@ class Port:
             (a sum of two as ``"past + sequence"``; for outputs ``"?"`` stands for any other expression).
         role: what the port is besides an ordinary one, see :mod:`surgeon.caches`: ``past`` or ``present`` of a cache,
             or positions that may be left out; ``recorded`` or ``replayed`` routing, see :mod:`surgeon.routes`.
+        most: for each dimension the most positions for which the model's tables have rows, None where none bounds it; empty
+            for none at all.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     role: str = ""
+    most: tuple[int | None, ...] = ()
+
+    def beyond(self, shape: Sequence[int]) -> str:
+        """What is wrong with an input of these sizes that has more positions than the tables have rows; empty for nothing."""
+        for found, most in zip(shape, self.most, strict=False):
+            if most is not None and found > most:
+                return f"input {self.name!r} has {found} positions, and the model's table of positions holds {most}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,8 @@ class Graph:
                     f"input {port.name!r} must have the shape {list(port.shape)} that the model was traced for, found "
                     f"{list(value.shape)}"
                 )
+            if problem := port.beyond(value.shape):
+                raise TraceError(f"{problem}: give a shorter sequence")
             ordered.append(value)
         return ordered
 

@@ -2,6 +2,7 @@
 
 A build writes into a hidden sibling folder and takes the final name at the end.  Replacing an existing output is one
 exchange of names in the kernel, so a kill at any moment leaves either the old output or the new one, never a mixture.
+Nobody asked for the hidden name, and it is gone when a message is read: errors say the final one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from surgeon.errors import RecipeError
 
@@ -55,21 +57,41 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         RecipeError: something is there at the end that ``force`` does not replace, made by another build meanwhile.
     """
-    target = target.absolute()
+    named, target = target, target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
     folder = target.parent / f".{target.name}.building-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    with _errors_say(named, folder):
+        folder.mkdir()
+        try:
+            yield folder
+            check_free(target, force)
+            if target.exists():
+                _exchange(folder, target)
+            else:
+                folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _errors_say(target: Path, hidden: Path) -> Iterator[None]:
+    """Errors from within, and what they came from, name ``target`` where they name the hidden place of the moment."""
     try:
-        yield folder
-        check_free(target, force)
-        if target.exists():
-            _exchange(folder, target)
-        else:
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:
+            link.args = tuple(_said(value, target, hidden) for value in link.args)
+            if isinstance(link, OSError):  # its names are no arguments once it is made
+                link.filename, link.filename2 = (_said(name, target, hidden) for name in (link.filename, link.filename2))
+            link = link.__cause__ or link.__context__
+        raise
+
+
+def _said(value: Any, target: Path, hidden: Path) -> Any:
+    return str(value).replace(str(hidden), str(target)) if isinstance(value, str | Path) else value
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -118,8 +140,9 @@ def write_file(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all."""
     check_writable(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")  # another process may write the same file
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _errors_say(path, partial):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -252,12 +252,12 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
                     evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, rows, reading)
-                report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
+            report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
             compiled.artifact = artifact
             _finish(compiled, clock)
             with bars.step("writing"):
                 write_outputs(compiled, view, folder, target)
-        compiled.artifact.folder = target
+        compiled.artifact.move(target)
         if journal is not None:
             journal.remove()
         return compiled

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from surgeon.contract import Pass, Plan
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
+from surgeon.output import write_file
 
 FORMAT = 1
+_ADVICE = "name another file, or pass --force to replace it"
 
 
 class PlannedPass(BaseModel):
@@ -74,12 +76,19 @@ class SavedPlan(BaseModel):
         """The file's text."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
-    def write(self, path: str | Path) -> None:
-        """Write the file; it appears whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(target)
+    def write(self, path: str | Path, *, force: bool = True) -> None:
+        """Write the file; it appears whole or not at all.
+
+        Args:
+            path: of the file.
+            force: replace what is there; a plan that says the same is replaced in any case.
+
+        Raises:
+            PlanError: another plan is there, an edited one perhaps, and ``force`` is False.
+        """
+        if not force and Path(path).exists() and SavedPlan.read(path).model_copy(update={"surgeon": self.surgeon}) != self:
+            raise PlanError(f"{path}: holds other decisions than were made now, edited ones perhaps; {_ADVICE}")
+        write_file(Path(path), self.to_json())
 
     def matched(self, graph: Graph, passes: Sequence[Pass[Any]]) -> list[Plan[Any]]:
         """The plans as objects, after checking that they belong to this model and these passes.
@@ -111,6 +120,22 @@ class SavedPlan(BaseModel):
             except ValidationError as error:
                 raise PlanError(f"passes.{number} ({step.name}): the plan cannot be read: {first_problem(error)}") from error
         return plans
+
+
+def check_replaceable(path: Path, passes: Sequence[Pass[Any]]) -> None:
+    """Refuse a file that a plan of these passes would replace by something else, as far as that is known before it is made.
+
+    Raises:
+        PlanError: the file holds no plan, or one of other passes or options.
+    """
+    if not path.exists():
+        return
+    try:
+        planned = [(step.name, step.fields) for step in SavedPlan.read(path).passes]
+    except PlanError as error:
+        raise PlanError(f"{error}; {_ADVICE}") from error
+    if planned != [(step.name, step.model_dump(mode="json")) for step in passes]:
+        raise PlanError(f"{path}: holds a plan of other passes or options than the recipe's; {_ADVICE}")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -16,7 +16,7 @@ from surgeon.graph import Port
 def port_data(port: Port) -> dict[str, Any]:
     """A port as the manifest holds it."""
     entry = {"name": port.name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}
-    return entry | ({"role": port.role} if port.role else {})
+    return entry | ({"role": port.role} if port.role else {}) | ({"most": list(port.most)} if port.most else {})
 
 
 def port_of(entry: Mapping[str, Any]) -> Port:
@@ -28,7 +28,7 @@ def port_of(entry: Mapping[str, Any]) -> Port:
     dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise LowerError(f"the manifest's port {entry['name']!r} has dtype {entry['dtype']!r}, unknown to torch")
-    return Port(str(entry["name"]), dtype, tuple(entry["shape"]), str(entry.get("role", "")))
+    return Port(str(entry["name"]), dtype, tuple(entry["shape"]), str(entry.get("role", "")), tuple(entry.get("most", ())))
 
 
 def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -43,7 +43,8 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
         One tensor per port, by name.
 
     Raises:
-        LowerError: an input is missing, unknown, or of another type or shape; dynamic dimensions of one name must agree.
+        LowerError: an input is missing, unknown, or of another type or shape, or longer than the model's tables of positions;
+            dynamic dimensions of one name must agree.
     """
     problem = misfit(ports, inputs)
     if problem:
@@ -62,6 +63,8 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
             raise LowerError(f"input {port.name!r} must be {port.dtype}, found {value.dtype}")
         if not all(isinstance(want, str) or want == have for want, have in zip(port.shape, value.shape, strict=True)):
             raise LowerError(f"input {port.name!r} must have shape {list(port.shape)}, found {list(value.shape)}")
+        if problem := port.beyond(value.shape):
+            raise LowerError(f"{problem}: give a shorter sequence")
         for want, have in zip(port.shape, value.shape, strict=True):
             if isinstance(want, str) and want != "?" and sizes.setdefault(want, (have, port.name))[0] != have:
                 first, other = sizes[want]
@@ -94,10 +97,11 @@ class InputCheck:
                 len(port.shape),
                 [(axis, size) for axis, size in enumerate(port.shape) if isinstance(size, int)],
                 [(axis, size) for axis, size in enumerate(port.shape) if isinstance(size, str) and size != "?"],
+                [(axis, most) for axis, most in enumerate(port.most) if most is not None],
             )
             for port in self.ports
         ]
-        named = {size for *_, dynamic in self._facts for _, size in dynamic}
+        named = {size for *_, dynamic, _ in self._facts for _, size in dynamic}
         parts = {total: total.split(SUM) for total in named if SUM in total}
         self._sums = [(total, terms) for total, terms in parts.items() if named.issuperset(terms)]
 
@@ -114,7 +118,7 @@ class InputCheck:
         if len(inputs) != len(self._facts):
             return False
         sizes: dict[str, int] = {}
-        for name, dtype, rank, fixed, dynamic in self._facts:
+        for name, dtype, rank, fixed, dynamic, bounds in self._facts:
             value = inputs.get(name)
             if not isinstance(value, Tensor) or value.dtype != dtype:
                 return False
@@ -123,6 +127,9 @@ class InputCheck:
                 return False
             for axis, size in fixed:
                 if shape[axis] != size:
+                    return False
+            for axis, most in bounds:
+                if shape[axis] > most:
                     return False
             for axis, dimension in dynamic:
                 if sizes.setdefault(dimension, shape[axis]) != shape[axis]:

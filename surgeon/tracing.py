@@ -23,7 +23,7 @@ from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import default_dims
 from surgeon.export import Dims, export, first_lines, identifier, is_symbol, placeholders, refuse_specialised
 from surgeon.graph import Dim, Graph, Port
-from surgeon.positions import table_length
+from surgeon.positions import bounded, table_length
 from surgeon.projections import flatten_projections
 from surgeon.raising import raise_attention, raise_mixtures
 from surgeon.rounding import fits_in_float64, in_float64, widened
@@ -104,6 +104,7 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
         loaded.notes += tuple(f"{name}: attention over a cache stays as it is: {why}" for name, why in spelled.items())
         if fake:  # no numbers to compare
             return graph
+        graph = bounded(graph)
         if (length := table_length(graph)) is not None:
             graph = graph.with_source(generation={**graph.source.generation, "table_length": length})
         _compare(graph, loaded, expected, example, "the example")

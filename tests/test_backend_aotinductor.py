@@ -130,6 +130,24 @@ def test_grouped_experts_equal_dense_ones() -> None:
     assert relative(found, expected) < 2e-2  # bfloat16 has 8 bits
 
 
+@pytest.mark.slow
+def test_what_a_package_says_behind_a_build_names_where_it_lies(tmp_path: Path) -> None:
+    class Residual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = x + self.down(torch.relu(self.up(x)))
+            return y
+
+    compiled = surgeon.compile(
+        Residual(), [], inputs={"x": torch.randn(2, 4)}, backend="aotinductor", output=tmp_path / "out", progress=False
+    )
+    with pytest.raises(LowerError, match=f"^{tmp_path / 'out' / 'model.pt2'}: .* missing: x"):
+        compiled()
+
+
 STATIC = """
 import pathlib, sys
 import torch

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from torch import nn
 
 import surgeon
 from surgeon.backends._hf_skeleton import auto_class
 from surgeon.backends.huggingface import HuggingFace
 from surgeon.contract import Refusal
+from surgeon.data import load_data
 from surgeon.errors import LowerError, RecipeError
 from surgeon.graph import Graph
 from surgeon.plans import SavedPlan
 from surgeon.registry import make_backend
+from tests.conditional import conditional
 from tests.conftest import MODELS, Patient
 from tests.models import VOCABULARY, inputs_for, layer_list, minilm_path, tiny, with_layer_deleted
 
@@ -82,8 +85,6 @@ def family(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 def operated(name: str) -> Patient:
     module, inputs = family(name)
     graph = surgeon.trace(module, inputs)
-    from surgeon.data import load_data
-
     return Patient(graph, surgeon.discover(graph), load_data([inputs], graph))
 
 
@@ -211,6 +212,24 @@ def test_what_a_checkpoint_cannot_say_is_refused_by_name(patient: Any) -> None:
         make_backend({"huggingface": {"shard": "big"}})
 
 
+def test_a_number_that_the_class_makes_of_a_changed_size_is_refused() -> None:
+    """Gemma multiplies embeddings by the root of its hidden size; it was compared after it had been written."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    module, inputs = tf.GemmaForCausalLM(tf.GemmaConfig(**common)).eval(), inputs_for("llama")
+    graph = surgeon.trace(module, inputs)
+    before = Patient(graph, surgeon.discover(graph), load_data([inputs], graph))
+    (refusal,) = refused(before.operate({"drop_channels": {"keep": 48, "criterion": "random"}}).graph)
+    assert refusal.node == "model.embed_tokens.scalar_embed_scale"
+    assert "GemmaForCausalLM makes it of its configuration: 6.9282 under hidden_size: 48" in refusal.reason
+    assert "the graph computes with 8; the engines" in refusal.reason
+    assert refused(before.operate({"drop_neurons": {"keep": 48, "criterion": "random", "refit": False}}).graph) == []
+    assert refused(dropped(before, 1).graph) == []
+
+
 def test_other_modules_are_refused() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     graph = surgeon.trace(module, {"input": torch.randn(2, 4)})
@@ -237,6 +256,26 @@ def test_low_bit_weights_are_compressed_tensors(patient: Any, tmp_path: Path) ->
     assert codes + floats < weights < 1.35 * (codes + floats)  # names of single experts take the rest in a model this small
     zeros = patient("llama").operate({"quantize": {"scheme": "int8", "group": 16, "symmetric": False, "blocks": 0}})
     assert all("zero points" in r.reason for r in refused(zeros.graph))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBRARY, reason="needs compressed-tensors")
+def test_a_class_that_reads_weights_as_it_is_loaded_gets_them_then(tmp_path: Path) -> None:
+    """The T5 classes initialise by way of ``module.q.weight`` at every load, where packed linears have none."""
+    module, folder = conditional("t5"), tmp_path / "t5"
+    module.save_pretrained(folder)  # type: ignore[operator]  # of the library
+    one = {"quantize": {"scheme": "int4", "group": 32}}
+    compiled = surgeon.compile(str(folder), [one], backend="huggingface", output=tmp_path / "out", progress=False)
+    assert compiled.report.artifact["details"]["low_bit"] == 2 * 7 + 2 * 11
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight itself" in str(compiled.report.artifact["details"]["notes"])
+    assert all(value < 1e-4 for row in compiled.report.comparisons for value in row.relative_error.values())  # caches too
+    assert any("past_key_values.0.key" in row.shapes for row in compiled.report.comparisons)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("decoder.block.1.layer.2.DenseReluDense.wo.weight_packed").dtype == torch.int32
+
+    two = [{"quantize": {"scheme": scheme, "group": 32, "blocks": blocks}} for scheme, blocks in (("int4", ":3"), ("int8", 3))]
+    with pytest.raises(LowerError, match=r"decoder\.block\.1.*it has 8 bits.* reads encoder.*q\.weight itself.*same scheme"):
+        surgeon.compile(str(folder), two, backend="huggingface", output=tmp_path / "two", progress=False)
 
 
 @pytest.mark.slow
@@ -309,6 +348,7 @@ def test_a_damaged_checkpoint_does_not_load_in_part(patient: Any, tmp_path: Path
 def test_automatic_classes() -> None:
     wanted = {
         "LlamaForCausalLM": "AutoModelForCausalLM", "GPT2LMHeadModel": "AutoModelForCausalLM", "BertModel": "AutoModel",
+        "T5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
         "ViTForImageClassification": "AutoModelForImageClassification", "NoSuchModel": None,
     }  # fmt: skip
     assert {name: auto_class(name) for name in wanted} == wanted

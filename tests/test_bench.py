@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgeon
 from surgeon import cli
-from surgeon.bench import BenchResult, bench, sizes
+from surgeon.bench import BenchResult, bench, bench_artifacts, sizes
 from surgeon.bench_views import bench_html, check_plot, render_bench
 from surgeon.caches import PAST, POSITIONS
 from surgeon.candidates import ArtifactCandidate, Case, EagerCandidate, inputs_for
@@ -155,6 +156,40 @@ def test_cases_behind_the_table_of_positions_are_left_out_with_the_reason(tmp_pa
     )
     assert len(result.rows) == 12
     assert all((row.median_ms is None) == ((row.phase, row.sequence) in left) for row in result.rows)
+
+
+def test_cases_behind_the_table_of_an_encoder_are_left_out_too(tmp_path: Path) -> None:
+    module, inputs = tiny("bert")
+    surgeon.compile(module, [], inputs=inputs, output=tmp_path / "out", progress=False)
+    artefact = ArtifactCandidate.open(tmp_path / "out", "artefact")
+    eager = EagerCandidate.beside(load_source(module, inputs), artefact)
+    result = bench([eager, artefact], sequences=(128, 129), threads=1, seconds=0.0, warmup=0)
+    said = [row.problem for row in result.rows]
+    words = "this case needs 129 positions, and the model's table of positions holds 128: give a shorter sequence"
+    assert said == [None, None, words, words]
+
+
+def test_each_candidate_is_bounded_by_its_own_table(tmp_path: Path) -> None:
+    """The first artefact comes from another model, with a shorter table than the one in eager torch."""
+    for name, positions in (("short", 64), ("long", 96)):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=160, n_positions=positions, n_embd=16, n_layer=1, n_head=2)).eval()
+        model.save_pretrained(tmp_path / f"{name}-model")
+        surgeon.compile(model, [], task="text-generation", output=tmp_path / name, progress=False)
+    result = bench_artifacts(
+        [tmp_path / "short", tmp_path / "long"], against=str(tmp_path / "long-model"), batches=(2,), sequences=(64, 96, 97),
+        threads=1, seconds=0.0,
+    )  # fmt: skip
+    said = {(row.phase, row.sequence, row.candidate): row.problem for row in result.rows}
+    fits = {(phase, name) for (phase, length, name), problem in said.items() if length == 64 and problem is None}
+    both = {(phase, name) for phase in ("prefill", "decode") for name in ("eager torch", "long")}
+    assert fits == {*both, ("prefill", "short")}
+    assert [name for name in ("eager torch", "short", "long") if said["prefill", 96, name]] == ["short"]
+    assert said["prefill", 97, "eager torch"] == (
+        "the model looks up row 96 of transformer.wpe, which has 96: give a shorter sequence"
+    )
+    assert said["decode", 96, "eager torch"] == said["prefill", 97, "eager torch"]
+    assert "holds 96" in str(said["prefill", 97, "long"])
+    assert "holds 64" in str(said["prefill", 97, "short"])
 
 
 def test_sizes_that_are_fixed_are_not_timed_as_others() -> None:

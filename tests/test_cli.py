@@ -240,6 +240,27 @@ def test_a_plan_is_written_repeated_edited_and_refused_elsewhere(run: Run, recip
     assert "plan.json" in refused(run("compile", recipe, "--plan", plan, "--force"))
 
 
+def test_a_plan_replaces_another_only_where_it_is_told_to(run: Run, recipe: Path) -> None:
+    plan = recipe.parent / "plan.json"
+    assert run("plan", recipe, "-o", plan).code == 0
+    written = plan.read_bytes()
+    assert run("plan", recipe, "-o", plan).code == 0  # says the same
+    edited = written.replace(b'"site": "blocks.', b'"site": "blocks.9')
+    assert edited != written
+    plan.write_bytes(edited)
+    assert "plan.json: holds other decisions than were made now" in refused(run("plan", recipe, "-o", plan))
+    # known before anything is loaded: the model is not there either
+    other = ("--set", "model.path=nobody/no-such-model", "--set", "passes.0.drop_blocks.count=2")
+    message = refused(run("plan", recipe, "-o", plan, *other))
+    assert "holds a plan of other passes or options than the recipe's; name another file, or pass --force" in message
+    assert plan.read_bytes() == edited
+    assert run("plan", recipe, "-o", plan, "--force").code == 0
+    assert plan.read_bytes() == written
+    plan.write_text("notes")
+    assert "not a plan file" in refused(run("plan", recipe, "-o", plan, *other))
+    assert plan.read_text() == "notes"
+
+
 def test_set_changes_a_value(run: Run, recipe: Path) -> None:
     saved = json.loads(run("plan", recipe, "--set", "passes.0.drop_blocks.count=2", "--set", "passes.1.low_rank.ratio=0.3").out)
     assert saved["passes"][0]["fields"]["count"] == 2

@@ -20,7 +20,7 @@ from surgeon.channel_moments import ChannelMoments
 from surgeon.contract import Plan
 from surgeon.data import load_data
 from surgeon.discovery import discover
-from surgeon.errors import LowerError, PlanError, VerifyError
+from surgeon.errors import LowerError, PlanError
 from surgeon.numerics import NumericsError, kept_energy, principal_basis, read_columns, zero_sum_basis
 from surgeon.observe import observe
 from surgeon.registry import make_pass
@@ -459,11 +459,10 @@ def test_a_checkpoint_that_a_new_bias_would_need_is_refused(tmp_path: Path) -> N
 
 def test_a_checkpoint_whose_class_scales_by_its_hidden_size_is_refused(tmp_path: Path) -> None:
     """Gemma multiplies its embeddings by the root of the hidden size, which a narrower one changes."""
-    subject, inputs = family("gemma", torch.float32)
-    result = drop(subject, ratio=0.25)
-    artifact = HuggingFace().lower(result.graph, tmp_path)
-    with pytest.raises(VerifyError, match="does not compute what the graph does"):
-        compare_artifact(artifact, result.graph, [inputs], 1e-3)
+    subject, _ = family("gemma", torch.float32)
+    with pytest.raises(LowerError, match=r"embed_scale: GemmaForCausalLM makes it of its configuration: 4\.89898 under"):
+        HuggingFace().lower(drop(subject, ratio=0.25).graph, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_mixtral"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -19,10 +20,11 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon import building, lowering, pipeline
+from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
 from surgeon.backends.onnxruntime import OnnxRuntime
 from surgeon.data import load_data
 from surgeon.errors import LowerError, ObserveError, PlanError, RecipeError, SurgeonError, TraceError, VerifyError
-from surgeon.output import check_writable, staged
+from surgeon.output import check_writable, staged, write_file
 from surgeon.passes.drop_blocks import DropBlocks
 from surgeon.progress import Progress
 from surgeon.recipe import load_recipe
@@ -78,6 +80,8 @@ def test_save_and_load(compiled: surgeon.Compiled, tmp_path: Path) -> None:
         surgeon.load(saved)
     with pytest.raises(LowerError, match="no artefact here"):
         surgeon.load(tmp_path)
+    with pytest.raises(LowerError, match=r"plan\.json: a file, needed the folder that a build wrote"):
+        surgeon.load(saved / "plan.json")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +127,40 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> Non
         (folder / "surgeon.json").write_text("second")
     assert (target / "surgeon.json").read_text() == "second"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_errors_name_the_folder_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the hidden one beside it in which a build writes, whoever says it and however deep."""
+    target = tmp_path / "out"
+
+    def write(folder: Path) -> None:
+        try:
+            (folder / "missing" / "file").write_text("")
+        except OSError as error:
+            raise LowerError(f"{folder}: bad") from error
+
+    with pytest.raises(LowerError, match=f"^{target}: bad") as raised, staged(target) as folder:
+        write(folder)
+    cause = raised.value.__cause__
+    assert isinstance(cause, OSError)
+    assert cause.filename == str(target / "missing" / "file")
+
+    def fails(self: OnnxRuntimeArtifact, inputs: object) -> dict[str, torch.Tensor]:
+        raise LowerError(f"{self.path}: the runtime failed")
+
+    monkeypatch.setattr(OnnxRuntimeArtifact, "run", fails)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LowerError, match="^out/model.onnx: the runtime failed"):  # as it was named
+        surgeon.compile(tiny("llama")[0], [], output="out", progress=False)
+
+    def full(self: Path, *args: object, **kwargs: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space") as unwritten:
+        write_file(tmp_path / "plan.json", "{}")
+    assert unwritten.value.filename == str(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,10 +583,13 @@ def test_a_text_to_evaluate_that_the_model_cannot_read_is_refused_before_anythin
     assert said.endswith("give a smaller evaluate.length")
 
 
-def test_warnings_name_the_folder_that_stays(tmp_path: Path) -> None:
+def test_warnings_name_the_folder_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: OnnxRuntimeArtifact, inputs: object) -> Callable[[], object]:
+        raise LowerError(f"{self.path}: the runtime failed")
+
+    monkeypatch.setattr(OnnxRuntimeArtifact, "stepping", fails)
     module, inputs = tiny("bert")
-    longer = module.config.max_position_embeddings + 1
-    section = {"latency": [1], "length": longer, "threads": 1}
+    section = {"latency": [1], "length": 8, "threads": 1}
     compiled = surgeon.compile(module, [], inputs=inputs, evaluate=section, output=tmp_path / "out", progress=False)
     (line,) = [line for line in compiled.report.warnings if line.startswith("not timed")]
     assert f"{tmp_path / 'out'}/model.onnx" in line
