@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon import cli
+from surgeon.building import compile_recipe
+from surgeon.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "examples" / "models"
@@ -79,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, shallow_llama: Path) -> Path
     """A folder with a recipe and its output, built once."""
     folder = tmp_path_factory.mktemp("built")
     (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(shallow_llama)))
-    surgeon.building.compile_recipe(surgeon.recipe.load_recipe(folder / "recipe.yaml"), progress=False)
+    compile_recipe(load_recipe(folder / "recipe.yaml"), progress=False)
     return folder
 
 

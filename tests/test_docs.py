@@ -21,6 +21,7 @@ from typer.main import get_command
 
 import surgeon
 from surgeon import registry
+from surgeon.building import compile_recipe
 from surgeon.cli import app, main
 from surgeon.errors import LowerError, PlanError
 from surgeon.recipe import load_recipe, parse_recipe
@@ -277,7 +278,7 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     assert set(names) & {"drop_blocks", "drop_experts", "merge_experts", "moefy_ffn", "low_rank"}
     assert recipe.evaluate is not None
     assert recipe.evaluate.text == ROOT / "examples" / "sentences.txt"
-    compiled = surgeon.building.compile_recipe(recipe, output=tmp_path / "minilm", progress=False)
+    compiled = compile_recipe(recipe, output=tmp_path / "minilm", progress=False)
     report = compiled.report
     assert report.bytes[1] <= 0.35 * report.bytes[0]
     assert sum(file.stat().st_size for file in (tmp_path / "minilm").glob("model.*")) == report.bytes[1]
