@@ -7,6 +7,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# Each process takes half of the tests in order, and from the other's when it is done: what tests of a file share, and models
+# that several files trace, are made once, not once per process.
 # One thread per process: the tests share the machine's cores, and small tensors do not want more.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
@@ -25,10 +27,10 @@ demo: $(READY)
 	$(BIN)/surgeon compile examples/minilm.yaml --force
 
 test: lint
-	$(PYTEST) -n $(WORKERS) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 quick: $(READY)
-	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for CUDA run on the CPU here; read when they are defined
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from surgeon.contract import Pass, Plan
 from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
@@ -99,6 +103,20 @@ def _trained(name: str) -> Trained:
     rows = tokenize_file(MODELS / "heldout.txt", graph, 128, None, lines=False, limit=32, seed=1)
     held_out = collate(rows, graph, tokenizer_for(graph))
     return Trained(graph, discover(graph), data, held_out=held_out)
+
+
+@pytest.fixture(scope="session")
+def shallow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-llama without its last three layers: half of the work, where neither depth nor what it has learnt matters."""
+    folder, layers = tmp_path_factory.mktemp("models") / "shallow-llama", 3
+    shutil.copytree(MODELS / "tiny-llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    weights = load_file(folder / "model.safetensors")
+    gone = [name for name in weights if (found := re.search(r"\.layers\.(\d+)\.", name)) and int(found[1]) >= layers]
+    kept = {name: weight for name, weight in weights.items() if name not in gone}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -106,9 +106,9 @@ class Driven:
         self.decoder = captured.CapturedDecoder(run, package, graph.inputs, graph.outputs, CPU)
 
 
-@pytest.fixture(params=["qwen3", "gemma3", "bloom", "deepseek_v3"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma3", "bloom", "deepseek_v3"])
 def graph(request: pytest.FixtureRequest) -> Graph:
-    return surgeon.trace(causal(request.param), task="text-generation")
+    return surgeon.trace(causal(request.param, layers=2), task="text-generation")
 
 
 def test_a_text_goes_on_as_it_does_in_the_graph(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_a_step_may_be_another_than_the_next(graph: Graph, monkeypatch: pytest.M
 
 def test_what_depends_on_the_length_of_a_cache_is_refused() -> None:
     """A bias that is cut from the end of a table by the number of cached positions."""
-    graph = surgeon.trace(causal("mpt"), task="text-generation")
+    graph = surgeon.trace(causal("mpt", layers=2), task="text-generation")
     assert shared.refusals(graph) == []
     reasons = {refusal.reason for refusal in shared.refusals(graph, started=True)}
     assert reasons == {"aten.slice.Tensor depends on the number of cached positions by the size of a cache"}

@@ -68,7 +68,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_the_package_equals_the_graph(
     name: str, passes: list[dict[str, Any]], fused: set[str], tolerance: float, tmp_path: Path
 ) -> None:
-    module, inputs = tiny(name)
+    module, inputs = tiny(name, layers=2)
     compiled = surgeon.compile(
         module, passes, inputs=inputs, backend="aotinductor", output=tmp_path / "out", progress=False
     )

@@ -26,11 +26,13 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon import cli
+from surgeon.building import compile_recipe
+from surgeon.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "examples" / "models"
 RECIPE = f"""\
-model: {MODELS / "tiny-llama"}
+model: MODEL
 calibration: {{text: {MODELS / "calibration.txt"}, samples: 8, length: 64}}
 passes:
   - drop_blocks: {{count: 1}}
@@ -68,18 +70,18 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path: Path, shallow_llama: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE.replace("MODEL", str(shallow_llama)))
     return path
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory, shallow_llama: Path) -> Path:
     """A folder with a recipe and its output, built once."""
     folder = tmp_path_factory.mktemp("built")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    surgeon.building.compile_recipe(surgeon.recipe.load_recipe(folder / "recipe.yaml"), progress=False)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(shallow_llama)))
+    compile_recipe(load_recipe(folder / "recipe.yaml"), progress=False)
     return folder
 
 
@@ -147,15 +149,15 @@ def test_schema_is_json(run: Run, tmp_path: Path) -> None:
 # -- inspect ------------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_prints_json_and_a_page(run: Run, tmp_path: Path) -> None:
+def test_inspect_prints_json_and_a_page(run: Run, tmp_path: Path, shallow_llama: Path) -> None:
     page = tmp_path / "model.html"
-    text = run("inspect", MODELS / "tiny-llama", "--html", page)
+    text = run("inspect", shallow_llama, "--html", page)
     assert text.code == 0
     assert "attention" in text.out
-    data = json.loads(run("inspect", MODELS / "tiny-llama", "--json").out)
-    weights = load_file(MODELS / "tiny-llama" / "model.safetensors")
+    data = json.loads(run("inspect", shallow_llama, "--json").out)
+    weights = load_file(shallow_llama / "model.safetensors")
     assert data["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    config = json.loads((MODELS / "tiny-llama" / "config.json").read_text())
+    config = json.loads((shallow_llama / "config.json").read_text())
     assert len(data["blocks"]) == config["num_hidden_layers"]
     assert "<svg" in page.read_text()
 
@@ -179,14 +181,14 @@ def test_inspect_refuses(run: Run, arguments: list[str], words: str) -> None:
     assert words in refused(run(*arguments))
 
 
-def test_inspect_fixes_dimensions(run: Run) -> None:
+def test_inspect_fixes_dimensions(run: Run, shallow_llama: Path) -> None:
     fixed = ["--dynamic", "input_ids=[rows,null]", "--dynamic", "attention_mask=[rows]"]
-    data = json.loads(run("inspect", MODELS / "tiny-llama", "--task", "forward", "--json", *fixed).out)
+    data = json.loads(run("inspect", shallow_llama, "--task", "forward", "--json", *fixed).out)
     shapes = {port["name"]: port["shape"] for port in data["inputs"]}
     length = shapes["input_ids"][1]
     assert isinstance(length, int)
     assert shapes == {"input_ids": ["rows", length], "attention_mask": ["rows", length]}
-    graph = surgeon.trace(MODELS / "tiny-llama", task="forward", dynamic={name: {0: "rows"} for name in shapes})
+    graph = surgeon.trace(shallow_llama, task="forward", dynamic={name: {0: "rows"} for name in shapes})
     assert shapes == {port.name: list(port.shape) for port in graph.inputs}
 
 
@@ -311,10 +313,10 @@ def _pickled(folder: Path) -> None:
     ("break_it", "words"), [(_without_weights, "safetensors"), (_truncated, "model.safetensors"), (_pickled, "pickle")]
 )
 def test_a_broken_checkpoint_is_one_clear_error(
-    run: Run, recipe: Path, break_it: Callable[[Path], None], words: str
+    run: Run, recipe: Path, shallow_llama: Path, break_it: Callable[[Path], None], words: str
 ) -> None:
     folder = recipe.parent / "broken"
-    shutil.copytree(MODELS / "tiny-llama", folder)
+    shutil.copytree(shallow_llama, folder)
     break_it(folder)
     message = refused(run("compile", recipe, "--set", f"model.path={folder}"))
     assert words in message

@@ -16,10 +16,12 @@ from surgeon.compiled import Compiled
 from surgeon.continued import source_of
 from surgeon.data import load_data
 from surgeon.errors import RecipeError
+from surgeon.graph import Graph
 from surgeon.observe import Batch
 from surgeon.recipe import Calibration
 from surgeon.tracing import trace
 from tests.conftest import MODELS
+from tests.models import tiny
 
 LLAMA, TEXT = MODELS / "tiny-llama", MODELS / "calibration.txt"
 CALIBRATION = {"text": str(TEXT), "samples": 48, "length": 64}
@@ -31,13 +33,18 @@ def _loss(compiled: Compiled, batch: Batch) -> Tensor:
 
 
 @cache
+def _graph() -> Graph:
+    return trace(LLAMA)
+
+
+@cache
 def _recovered() -> tuple[Compiled, float, float]:
     """A model without a quarter of its neurons, fine-tuned; its loss on text that neither saw, before and after."""
     pruned = surgeon.compile(
         LLAMA, [{"drop_neurons": {"ratio": 0.5, "criterion": "random", "refit": False}}], calibration=CALIBRATION,
         backend=None, progress=False,
     )  # fmt: skip
-    data = load_data(Calibration(text=TEXT, samples=48, length=64), trace(LLAMA))
+    data = load_data(Calibration(text=TEXT, samples=48, length=64), _graph())
     full = [batch for batch in data.calibration if batch["attention_mask"].all()]
     *training, held_back = full
     with torch.no_grad():
@@ -116,18 +123,19 @@ def test_a_fine_tuned_graph_becomes_a_checkpoint(tmp_path: Path) -> None:
 )
 def test_what_says_how_to_trace_comes_too_late(given: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        surgeon.compile(trace(LLAMA), [], backend=None, progress=False, **given)
+        surgeon.compile(_graph(), [], backend=None, progress=False, **given)
 
 
 def test_an_opened_artefact_has_no_graph(tmp_path: Path) -> None:
-    surgeon.compile(LLAMA, [], output=tmp_path / "out", progress=False)
+    module, inputs = tiny("gpt2", layers=1)
+    surgeon.compile(module, [], inputs=inputs, output=tmp_path / "out", progress=False)
     with pytest.raises(RecipeError, match="holds no graph to operate on"):
         surgeon.compile(surgeon.load(tmp_path / "out"), [], backend=None, progress=False)
 
 
 def test_a_graph_is_timed_where_an_artefact_runs() -> None:
     """A copy over other weights, of which the graph itself notices nothing; ``meta`` stands for a device."""
-    graph = trace(LLAMA)
+    graph = _graph()
     module = source_of(graph).module
     names = graph.parameters()
     copied = copy.deepcopy(module, {id(tensor): tensor.detach().to("meta") for tensor in names.values()})

@@ -43,7 +43,7 @@ def assert_same(model: surgeon.Compiled, module: nn.Module, new: int = 20, batch
         assert len(set(expected[0, ids.shape[1] :].tolist())) > 1  # the model says something
 
 
-def source(name: str) -> nn.Module:
+def source(name: str | Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     module: nn.Module = AutoModelForCausalLM.from_pretrained(MODELS / name)
@@ -307,7 +307,7 @@ def test_the_larger_of_two_sizes_is_written() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_generate_the_same_tokens(name: str) -> None:
-    module = causal(name, layers=4 if name.startswith("gemma") else 2)
+    module = causal(name, layers=4 if name in ("gemma3n", "gemma4") else 2)  # half of theirs read the caches of the others
     model = surgeon.compile(module, [], task="text-generation", progress=False)
     assert model.artifact is not None
     assert_same(model, module)
@@ -414,18 +414,18 @@ def test_a_tokenizer_that_is_not_the_recorded_one_is_refused(folder: Path, tmp_p
         surgeon.load(copy)
 
 
-def test_a_folder_for_genai_generates_the_same_tokens(tmp_path: Path) -> None:
+def test_a_folder_for_genai_generates_the_same_tokens(shallow_llama: Path, tmp_path: Path) -> None:
     """Of a model whose blocks differ: one is gone, one has experts, one is factored."""
     from surgeon.backends._onnx_genai import tokens
 
     text = {"text": MODELS / "calibration.txt", "samples": 8, "length": 64}
     steps = [
         {"drop_blocks": {"count": 1}},
-        {"moefy_ffn": {"experts": 4, "top_k": 2, "blocks": [0, 3]}},
+        {"moefy_ffn": {"experts": 4, "top_k": 2, "blocks": [0]}},
         {"low_rank": {"ratio": 0.6, "blocks": [1], "names": "*.ffn.*"}},
     ]
     model = surgeon.compile(
-        MODELS / "tiny-llama", steps, calibration=text, backend={"onnxruntime": {"genai": True}},
+        shallow_llama, steps, calibration=text, backend={"onnxruntime": {"genai": True}},
         output=tmp_path / "out", progress=False,
     )  # fmt: skip
     assert model.folder is not None

@@ -35,9 +35,9 @@ CALIBRATION = {"text": str(MODELS / "calibration.txt"), "samples": 8, "length": 
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> surgeon.Compiled:
+def compiled(tmp_path_factory: pytest.TempPathFactory, shallow_llama: Path) -> surgeon.Compiled:
     return surgeon.compile(
-        MODELS / "tiny-llama",
+        shallow_llama,
         [DropBlocks(count=1), {"quantize": {"scheme": "int8"}}],
         calibration=CALIBRATION,
         output=tmp_path_factory.mktemp("build") / "artefact",
@@ -169,34 +169,35 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, monk
         check_writable(tmp_path / "plan.json")
 
 
-def test_a_saved_plan_repeats_and_can_be_edited(compiled: surgeon.Compiled, tmp_path: Path) -> None:
+def test_a_saved_plan_repeats_and_can_be_edited(compiled: surgeon.Compiled, shallow_llama: Path, tmp_path: Path) -> None:
     assert compiled.plan is not None
     path = tmp_path / "plan.json"
     compiled.plan.write(path)
     steps = [{"drop_blocks": {"count": 1}}, {"quantize": {"scheme": "int8"}}]
-    again = surgeon.compile(MODELS / "tiny-llama", steps, plan=path, backend=None, progress=False)
+    again = surgeon.compile(shallow_llama, steps, plan=path, backend=None, progress=False)
     assert compiled.graph is not None
     assert torch.equal(again(**batch())["logits"], compiled.graph(**batch())["logits"])
     data = json.loads(path.read_text())
     data["passes"][0]["plan"]["decisions"][0]["site"] = "blocks.0"
     data["passes"] = data["passes"][:1]
     path.write_text(json.dumps(data))
-    edited = surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+    source = surgeon.trace(shallow_llama)
+    edited = surgeon.compile(source, steps[:1], plan=path, backend=None, progress=False)
     assert edited.report.passes[0].removed_blocks == [0]
     with pytest.raises(PlanError, match="made for another model"):
         surgeon.compile(MODELS / "tiny-mixtral", steps[:1], plan=path, backend=None, progress=False)
     with pytest.raises(PlanError, match="made with other options"):
-        surgeon.compile(MODELS / "tiny-llama", [{"drop_blocks": {"count": 2}}], plan=path, backend=None, progress=False)
+        surgeon.compile(source, [{"drop_blocks": {"count": 2}}], plan=path, backend=None, progress=False)
     decisions = data["passes"][0]["plan"]["decisions"]
     decisions.append(decisions[0])
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match=r"passes\.0 \(drop_blocks\): .*blocks\.0 decided more than once"):
-        surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+        surgeon.compile(source, steps[:1], plan=path, backend=None, progress=False)
     decisions.pop()
     decisions[0]["site"] = "blocks.17"
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match="passes.0 .drop_blocks.*blocks.17"):
-        surgeon.compile(MODELS / "tiny-llama", steps[:1], plan=path, backend=None, progress=False)
+        surgeon.compile(source, steps[:1], plan=path, backend=None, progress=False)
 
 
 def test_outputs_that_become_nan_are_refused() -> None:
@@ -277,7 +278,7 @@ def test_a_module_of_no_library_needs_only_inputs() -> None:
         (lambda a: a.update(passes=[{"drop_block": {"count": 1}}]), SurgeonError, "drop_blocks"),
         (lambda a: a.update(passes=[{"drop_blocks": {"cuont": 1}}]), RecipeError, "count"),
         (lambda a: a.update(passes=[{"drop_blocks": {"count": "many"}}]), RecipeError, "count"),
-        (lambda a: a.update(passes=[{"drop_blocks": {"count": 6}}]), PlanError, "at least one block must remain"),
+        (lambda a: a.update(passes=[{"drop_blocks": {"count": 3}}]), PlanError, "at least one block must remain"),
         (lambda a: a.update(calibration=None), RecipeError, "calibration"),
         (lambda a: a.update(calibration=[]), ObserveError, "calibration is empty"),
         (lambda a: a.update(calibration="no-such-file.txt"), ObserveError, "no such file"),
@@ -288,7 +289,7 @@ def test_a_module_of_no_library_needs_only_inputs() -> None:
     ],
 )
 def test_errors_say_what_and_leave_nothing(
-    change: Callable[[dict[str, Any]], None], error: type[Exception], message: str, tmp_path: Path
+    change: Callable[[dict[str, Any]], None], error: type[Exception], message: str, shallow_llama: Path, tmp_path: Path
 ) -> None:
     arguments: dict[str, Any] = {
         "passes": [{"drop_blocks": {"count": 1}}],
@@ -299,7 +300,7 @@ def test_errors_say_what_and_leave_nothing(
     change(arguments)
     steps = arguments.pop("passes")
     with pytest.raises(error, match=message):
-        surgeon.compile(MODELS / "tiny-llama", steps, progress=False, **arguments)
+        surgeon.compile(shallow_llama, steps, progress=False, **arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -314,9 +315,11 @@ def test_errors_say_what_and_leave_nothing(
         ([], {"dtype": torch.int8}, TraceError, r"unknown dtype torch\.int8: known: bfloat16, float16"),
     ],
 )
-def test_arguments_of_the_wrong_kind(passes: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_arguments_of_the_wrong_kind(
+    passes: Any, given: dict[str, Any], error: type[Exception], message: str, shallow_llama: Path
+) -> None:
     with pytest.raises(error, match=message):
-        surgeon.compile(MODELS / "tiny-llama", passes, progress=False, **given)
+        surgeon.compile(shallow_llama, passes, progress=False, **given)
 
 
 @pytest.mark.parametrize(
@@ -357,33 +360,35 @@ def test_text_for_a_model_of_images_is_refused_as_that(patient: Callable[[str], 
         load_data(given, patient("vit").graph)
 
 
-def test_dimensions_that_do_not_vary(tmp_path: Path) -> None:
+def test_dimensions_that_do_not_vary(shallow_llama: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"inputs": batch(2, 9), "backend": None, "progress": False}
     dynamic: dict[str, dict[int, str]] = {"input_ids": {0: "rows"}, "attention_mask": {0: "rows"}}
-    compiled = surgeon.compile(MODELS / "tiny-llama", [], dynamic=dynamic, **arguments)
+    compiled = surgeon.compile(shallow_llama, [], dynamic=dynamic, **arguments)
     assert compiled.graph is not None
     assert [port.shape for port in compiled.graph.inputs] == [("rows", 9)] * 2
     with pytest.raises(TraceError, match=r"'input_ids' must have the shape \['rows', 9\] .*found \[2, 10\]"):
         compiled(**batch(2, 10))
     recipe = tmp_path / "recipe.yaml"
     dims = {"input_ids": ["rows", None], "attention_mask": ["rows", None]}
-    model = {"path": str(MODELS / "tiny-llama"), "task": "forward", "dynamic": dims}
+    model = {"path": str(shallow_llama), "task": "forward", "dynamic": dims}
     recipe.write_text(json.dumps({"model": model, "passes": [], "backend": None}))
     graph = building.compile_recipe(load_recipe(recipe), progress=False).graph
     assert graph is not None
     assert [port.shape for port in graph.inputs] == [("rows", 7)] * 2
 
 
-def test_types_that_the_backend_does_not_take_are_refused_before_any_pass_works() -> None:
-    steps = [{"drop_blocks": {"count": 5}}]  # which the pass would refuse
+def test_types_that_the_backend_does_not_take_are_refused_before_any_pass_works(shallow_llama: Path) -> None:
+    steps = [{"drop_blocks": {"count": 3}}]  # which the pass would refuse
     with pytest.raises(LowerError, match=r"bfloat16 has no kernels .* dtype=\"float32\" from Python"):
-        surgeon.compile(MODELS / "tiny-llama", steps, calibration=CALIBRATION, dtype="bfloat16", progress=False)
+        surgeon.compile(shallow_llama, steps, calibration=CALIBRATION, dtype="bfloat16", progress=False)
 
 
-def test_an_artefact_that_is_too_far_is_built_with_less_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_artefact_that_is_too_far_is_built_with_less_rounding(
+    monkeypatch: pytest.MonkeyPatch, shallow_llama: Path, tmp_path: Path
+) -> None:
     """Unless the user chose how much: then the error says what brings it nearer."""
     monkeypatch.setattr(OnnxRuntime, "low_bit_tolerance", 1e-4)
-    recipe = {"model": {"path": str(MODELS / "tiny-llama")}, "passes": [{"quantize": {"scheme": "int4"}}]}
+    recipe = {"model": {"path": str(shallow_llama)}, "passes": [{"quantize": {"scheme": "int4"}}]}
     path, output = tmp_path / "recipe.yaml", tmp_path / "out"
     path.write_text(json.dumps({**recipe, "backend": {"onnxruntime": {"threads": 1}}, "output": str(output)}))
     compiled = building.compile_recipe(load_recipe(path), progress=False)
@@ -400,9 +405,9 @@ def test_an_artefact_that_is_too_far_is_built_with_less_rounding(monkeypatch: py
     assert not (tmp_path / "b").exists()
 
 
-def test_dynamic_quantization_of_a_model_with_caches() -> None:
+def test_dynamic_quantization_of_a_model_with_caches(shallow_llama: Path) -> None:
     steps = [{"quantize": {"scheme": "int8_dynamic"}}]
-    compiled = surgeon.compile(MODELS / "tiny-llama", steps, backend=None, progress=False)
+    compiled = surgeon.compile(shallow_llama, steps, backend=None, progress=False)
     assert compiled.graph is not None
     assert any("+" in str(size) for port in compiled.graph.inputs for size in port.shape)  # past + sequence
     assert OnnxRuntime().accepted_error(compiled.graph) == OnnxRuntime.dynamic_tolerance  # it moves by less than that
@@ -441,14 +446,14 @@ def test_the_signature_is_what_is_documented() -> None:
         assert first in inspect.signature(function).parameters
 
 
-def test_a_recipe_path_stands_for_its_passes_data_and_limits(tmp_path: Path) -> None:
+def test_a_recipe_path_stands_for_its_passes_data_and_limits(shallow_llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: elsewhere\ncalibration: {{text: {MODELS / 'calibration.txt'}, samples: 8, length: 48}}\n"
         "passes:\n  - drop_blocks: {count: 1}\nverify: {max_kl: 0.0}\n"
     )
     with pytest.raises(VerifyError, match="max_kl"):
-        surgeon.compile(MODELS / "tiny-llama", recipe, backend=None, progress=False)
+        surgeon.compile(shallow_llama, recipe, backend=None, progress=False)
 
 
 def test_calibration_text_needs_a_tokenizer_of_somewhere(tiny_llama: Trained) -> None:
@@ -479,11 +484,11 @@ def test_the_artefact_is_compared_on_shapes_of_its_own(compiled: surgeon.Compile
     ("scheme", "level", "tolerance"), [("int8", 4, 2e-2), ("int4", 0, 1e-5)]
 )
 def test_low_bit_artefacts_equal_the_graph_and_weigh_their_bits(
-    scheme: str, level: int, tolerance: float, tmp_path: Path
+    scheme: str, level: int, tolerance: float, shallow_llama: Path, tmp_path: Path
 ) -> None:
     """At level 0 activations stay float (1e-6 measured), at level 4 they are rounded to 8 bits (about 1e-2)."""
     result = surgeon.compile(
-        MODELS / "tiny-llama",
+        shallow_llama,
         [{"quantize": {"scheme": scheme, "group": 32, "embeddings": True}}],
         backend={"onnxruntime": {"accuracy_level": level, "threads": 1}},
         output=tmp_path / "out",
@@ -498,7 +503,7 @@ def test_low_bit_artefacts_equal_the_graph_and_weigh_their_bits(
         assert (found - expected).norm() / expected.norm() < tolerance
     # bits x weights of all matrices and a float32 scale per 32 weights, and the vectors, which stay float32
     bits = int(scheme.removeprefix("int"))
-    weights = load_file(MODELS / "tiny-llama" / "model.safetensors").values()
+    weights = load_file(shallow_llama / "model.safetensors").values()
     matrices = sum(w.numel() for w in weights if w.dim() == 2)
     vectors = sum(w.numel() for w in weights if w.dim() == 1)
     wanted = matrices * bits / 8 + matrices / 32 * 4 + vectors * 4
@@ -603,9 +608,9 @@ def test_an_evaluation_without_an_artefact_is_said_to_be_left_out() -> None:
     assert not surgeon.compile(module, [], inputs=inputs, backend=None, progress=False).report.warnings
 
 
-def test_a_language_model_is_evaluated_as_one_whatever_passes_did(tmp_path: Path) -> None:
+def test_a_language_model_is_evaluated_as_one_whatever_passes_did(shallow_llama: Path) -> None:
     compiled = surgeon.compile(
-        MODELS / "tiny-llama", [{"quantize": {"scheme": "int8_dynamic"}}], calibration=CALIBRATION,
+        shallow_llama, [{"quantize": {"scheme": "int8_dynamic"}}], calibration=CALIBRATION,
         evaluate={"text": CALIBRATION["text"], "unit": "window", "length": 256}, progress=False,
     )  # fmt: skip
     names = {name for name in compiled.report.quality if not name.startswith("artifact_")}

@@ -163,7 +163,7 @@ def _replaced() -> tuple[bool, int]:
         return torch.equal(away, changed(**batch)["logits"]), copies
 
 
-def _refused(kind: str) -> str:
+def _refused(kind: str, model: str = "") -> str:
     device = stand_in_device.NAME
     module, ids = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4)), torch.arange(6).reshape(2, 3)
     try:
@@ -172,7 +172,7 @@ def _refused(kind: str) -> str:
         elif kind == "memory":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(pipeline, "_outputs", _overflowing)
-                surgeon.compile(str(MODELS / LLAMA), [], backend=None, device=device, progress=False)
+                surgeon.compile(model, [], backend=None, device=device, progress=False)
     except (TraceError, ObserveError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -229,8 +229,8 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
     assert len(stand_in_device.run(_unlike)) == 4
 
 
-def test_a_build_reports_where_it_observed_and_hands_out_a_graph_of_the_host(tmp_path: Path) -> None:
-    found = stand_in_device.run(_compiled, str(MODELS / LLAMA), tmp_path)
+def test_a_build_reports_where_it_observed_and_hands_out_a_graph_of_the_host(shallow_llama: Path, tmp_path: Path) -> None:
+    found = stand_in_device.run(_compiled, str(shallow_llama), tmp_path)
     assert found["device"] == stand_in_device.NAME
     assert found["placement"] is None
     assert found["logits"]
@@ -282,12 +282,14 @@ def test_a_model_on_a_device_is_told_where_it_belongs() -> None:
     assert "model.cpu()" in said
 
 
-def test_a_large_model_on_the_cpu_is_told_of_an_idle_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_on_the_cpu_is_told_of_an_idle_accelerator(
+    shallow_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline, "accelerator", lambda: "cuda")
 
     def warnings() -> list[str]:
         calibration = {"text": str(TEXT), "samples": 4, "length": 16}
-        built = surgeon.compile(str(MODELS / LLAMA), [], calibration=calibration, backend=None, progress=False)
+        built = surgeon.compile(str(shallow_llama), [], calibration=calibration, backend=None, progress=False)
         return [line for line in built.report.warnings if "device: cuda" in line]
 
     assert not warnings()
@@ -295,8 +297,8 @@ def test_a_large_model_on_the_cpu_is_told_of_an_idle_accelerator(monkeypatch: py
     assert len(warnings()) == 1
 
 
-def test_too_little_memory_there_is_no_traceback() -> None:
-    said = stand_in_device.run(_refused, "memory")
+def test_too_little_memory_there_is_no_traceback(shallow_llama: Path) -> None:
+    said = stand_in_device.run(_refused, "memory", str(shallow_llama))
     assert said.startswith("ObserveError: device 'away' has too little free memory (tried to allocate 2 GiB)")
 
 

@@ -22,7 +22,8 @@ STEPS: list[dict[str, Any]] = [{"drop_blocks": {"count": 1}}, {"low_rank": {"rat
 class Interrupted:
     """Counts the passes that are run, and ends the process' patience at one of them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = model
         self.ran: list[str] = []
         self.at: str | None = None
         real = pipeline.operate
@@ -40,24 +41,24 @@ class Interrupted:
         self.ran, self.at = [], at
         options = {"calibration": CALIBRATION, "resume": True, "progress": False, "output": output, **more}
         if at is None:
-            self.built: Compiled = surgeon.compile(MODELS / "tiny-llama", steps or STEPS, **options)
+            self.built: Compiled = surgeon.compile(self.model, steps or STEPS, **options)
         else:
             with pytest.raises(KeyboardInterrupt):
-                surgeon.compile(MODELS / "tiny-llama", steps or STEPS, **options)
+                surgeon.compile(self.model, steps or STEPS, **options)
         return self.ran
 
 
 @pytest.fixture
-def process(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
-    return Interrupted(monkeypatch)
+def process(shallow_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Interrupted:
+    return Interrupted(shallow_llama, monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def left(shallow_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a build to ``out`` was interrupted at its last pass."""
     folder = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch:
-        process = Interrupted(patch)
+        process = Interrupted(shallow_llama, patch)
         assert process.build(folder / "out", at="quantize") == ["drop_blocks", "low_rank"]
     return folder
 
@@ -122,9 +123,9 @@ def test_half_of_what_was_kept_is_not_taken(process: Interrupted, output: Path, 
     assert len(process.build(output)) == 3
 
 
-def test_without_an_output_there_is_nowhere_to_keep_it() -> None:
+def test_without_an_output_there_is_nowhere_to_keep_it(shallow_llama: Path) -> None:
     with pytest.raises(RecipeError, match="resume: .* name a folder"):
-        surgeon.compile(MODELS / "tiny-llama", [], calibration=CALIBRATION, resume=True, progress=False)
+        surgeon.compile(shallow_llama, [], calibration=CALIBRATION, resume=True, progress=False)
 
 
 def test_nothing_is_kept_unless_asked(process: Interrupted, tmp_path: Path) -> None:
@@ -132,10 +133,12 @@ def test_nothing_is_kept_unless_asked(process: Interrupted, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_goes_on_too(process: Interrupted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_goes_on_too(
+    process: Interrupted, shallow_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {MODELS / 'tiny-llama'}\ncalibration: {{text: {CALIBRATION['text']}, samples: 8, length: 32}}\n"
+        f"model: {shallow_llama}\ncalibration: {{text: {CALIBRATION['text']}, samples: 8, length: 32}}\n"
         "passes:\n  - drop_blocks: {count: 1}\n  - quantize: {scheme: int8}\noutput: out\n"
     )
 

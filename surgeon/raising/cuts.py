@@ -180,7 +180,7 @@ def routings(flow: Flow, exit: fx.Node, x: fx.Node, tokens: int, experts: set[in
     for node in behind:
         shape = operators.shape(node)
         value = node.meta["val"]
-        count = value.numel() if isinstance(value.numel(), int) else operators.hint(value.numel())
+        count = _numel(shape)
         if not shape or count % tokens or count == 0:
             continue
         share = count // tokens

@@ -12,6 +12,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from surgeon.discovery import operators
 from surgeon.discovery.flow import Flow
 
+_OF_DATA = "known_only_from_data"
+
 
 class Region:
     """The nodes between a cut and an exit, to be run on any values of the cut and any weights.
@@ -120,17 +122,24 @@ def _path(node: fx.Node, reader: Mapping[fx.Node, fx.Node | None]) -> frozenset[
 def is_size(node: fx.Node) -> bool:
     """Whether a node's value is a number that is known without running the graph."""
     value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        return False
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return not free_unbacked_symbols(value)
+        return not _of_data(node)
     return isinstance(value, int | float | bool)
 
 
 def is_sized(node: fx.Node) -> bool:
     """Whether a node's value is a tensor whose shape does not depend on data."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and not free_unbacked_symbols(value)
+    return isinstance(node.meta.get("val"), Tensor) and not _of_data(node)
+
+
+def _of_data(node: fx.Node) -> bool:
+    """Whether the node's value, a number or a tensor's shape, is known only from data."""
+    value = node.meta["val"]
+    known = node.meta.get(_OF_DATA)  # looks through expressions, and is asked for again and again
+    if known is None or known[0] is not value:
+        known = node.meta[_OF_DATA] = (value, bool(free_unbacked_symbols(value)))
+    found: bool = known[1]
+    return found
 
 
 def _type(node: fx.Node) -> tuple[Any, ...]:
