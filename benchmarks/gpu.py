@@ -158,7 +158,8 @@ def collect(
     """Run every variant on every runtime that is asked for, each in a process of its own.
 
     ``keep`` gets the results so far after each variant.  The processes of a variant build side by side, and those of the next
-    variants with them; they are timed one after the other, when all of the variant have built, while those of the next ones stand still.
+    variants with them; they are timed one after the other, when all of the variant have built, while those of the next ones
+    stand still.
     Eager and torch.compile do not know quantization: what they do for ``int4`` is what they do for ``whole``.
     """
     rate, known = (0.0, "none: a rehearsal") if rehearse else bandwidth()
