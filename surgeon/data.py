@@ -256,7 +256,9 @@ def synthetic_batches(graph: Graph, seed: int = 0) -> list[Batch]:
     """
     generator = torch.Generator().manual_seed(seed)
     batches: list[Batch] = []
-    for rows, length in ((2, 24), (1, 11), (3, 17)):
+    longest = (graph.source.generation or {}).get("table_length")
+    for rows, wanted in ((2, 24), (1, 11), (3, 17)):
+        length = wanted if longest is None else min(wanted, longest)
         batch: dict[str, Tensor] = {}
         for port in graph.inputs:
             if port.role in OPTIONAL:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.data import synthetic_batches
 from surgeon.errors import LowerError, TraceError
 from surgeon.ports import InputCheck
 from tests.conditional import conditional, encoder_inputs
@@ -78,3 +80,16 @@ def test_the_text_of_an_encoder_in_front_of_a_decoder(tmp_path: Path) -> None:
     longer = {name: torch.cat([value, value[:, -1:]], 1) for name, value in fits.items()}
     with pytest.raises(LowerError, match=r"'input_ids' has 129 positions, and .* holds 128: give a shorter sequence"):
         model.generate(**longer, max_new_tokens=2)
+
+
+def test_a_model_of_few_positions_is_built_with_data_that_fit_in_its_table(tmp_path: Path) -> None:
+    """Random inputs of the checks, and the continuations of them, are no longer than the table."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_positions=16, n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    built = surgeon.compile(
+        model, [], task="text-generation", backend="onnxruntime", output=tmp_path / "out", progress=False
+    )
+    assert max(batch["input_ids"].shape[1] for batch in synthetic_batches(built.graph)) == 16
