@@ -114,7 +114,7 @@ def experts(
 ) -> Tensor:
     """``surgeon::moe``; its weights may be packed.  ``used`` counts the forms."""
     from surgeon.backends._cuda_gates import gate_of
-    from surgeon.backends._cuda_many import many_rows, many_rows_gated
+    from surgeon.backends._cuda_many import has_large_blocks, many_rows, many_rows_gated
     from surgeon.backends._cuda_rows import PAIRS, few_rows, few_rows_gated, parts_of
 
     (first, form_in), (second, form_out) = _parts(w_in), _parts(w_out)
@@ -168,9 +168,9 @@ def experts(
         return form(rows, chosen, share, _whole(parts[:3], w_in), _whole(parts[3:], w_out), bias_in, bias_out, activation)
 
     def larger(*operands: Any) -> Tensor:
+        below = operands[1].shape[0] * k <= LARGE_BLOCKS * count if has_large_blocks(x.device) else False
         # without a grouped product every row would go through every expert
-        below = operands[1].shape[0] * k <= LARGE_BLOCKS * count if grouped else True
-        out: Tensor = either(below, over_codes(True), many, list(operands))
+        out: Tensor = either(below if grouped else True, over_codes(True), many, list(operands))
         return out
 
     def more(*operands: Any) -> Tensor:

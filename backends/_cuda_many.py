@@ -32,8 +32,14 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, device: torch.device, many: bool) -> Form:
         """What was fastest on an H200 for about 64 rows of each matrix, and for 512; the first is small enough for any card."""
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        return cls(128, 256, 8, 3) if many and hopper else cls(128, 64, 8, 4 if hopper else 2)
+        if not has_large_blocks(device):
+            return cls(128, 64, 8, 2)
+        return cls(128, 256, 8, 3) if many else cls(128, 64, 8, 4)
+
+
+def has_large_blocks(device: torch.device) -> bool:
+    """Whether a multiprocessor has room for a large block and multiplies from registers: those of Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @triton.jit
