@@ -22,6 +22,7 @@ from surgeon.ops import (
     moe_dense,
     moe_gathered,
 )
+from surgeon.ops.grouped import sort_by_expert
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 # torch's own deep copy of a pytree specification warns about itself
@@ -357,3 +358,13 @@ def test_low_bit_operators_export_and_decompose() -> None:
     x = torch.randn(9, 21)
     assert torch.equal(exported.module()(x), layer(x))
     torch.testing.assert_close(aten.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("experts", [8, 256, 300, 40_000])
+def test_pairs_are_sorted_alike_on_a_device_and_on_the_host(experts: int) -> None:
+    """There in the smallest type that holds all experts."""
+    index = torch.randint(0, experts, (500, 2), generator=torch.Generator().manual_seed(0))
+    on_device, on_host = (sort_by_expert(index, experts, each) for each in (True, False))
+    for found, wanted in zip(on_device[:4], on_host[:4], strict=True):
+        assert found.dtype in (torch.int32, torch.int64)
+        assert torch.equal(found.long(), wanted)

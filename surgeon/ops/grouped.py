@@ -49,7 +49,10 @@ def sort_by_expert(index: Tensor, experts: int, on_device: bool, weight: Tensor 
     k = index.shape[1]
     flat = index.reshape(-1)
     if on_device:
-        expert, order = flat.sort(stable=True)
+        # a device sorts some bits at a time, and most of those of an int64 say nothing here
+        key = torch.uint8 if experts <= 256 else torch.int16 if experts <= 2**15 else flat.dtype
+        keys, order = flat.to(key).sort(stable=True)
+        expert = keys.to(flat.dtype)
         ends = torch.searchsorted(expert, torch.arange(experts, device=index.device), right=True)
         return Groups(order, order.div(max(k, 1), rounding_mode="floor"), expert, ends.to(torch.int32), None)
     if flat.numel():
