@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from surgeon.candidates import ArtifactCandidate, EagerCandidate
 from surgeon.contract import Artifact
 from surgeon.data import collate, tokenize_file, tokenizer_for
 from surgeon.errors import ObserveError
-from surgeon.evaluate import Reading, compare
+from surgeon.evaluate import Outputs, Reading, compare
 from surgeon.export import first_lines
 from surgeon.formatting import case_title
 from surgeon.graph import Graph
+from surgeon.progress import Progress
 from surgeon.report import Latency, Report
 from surgeon.sampling import Settings
 from surgeon.source import calling
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 ROWS_PER_BATCH = 16
 
 
-def text_rows(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: Any) -> list[dict[str, Any]]:
+def text_rows(section: Evaluate, run: Callable[..., Outputs], graph: Graph, tokenizer: Any) -> list[dict[str, Any]]:
     """Read the section's text, and refuse one on which the source model cannot be run: its longest row is run.
 
     Args:
-        section: as below, as are the others.
-        source: the source model.
+        section: as below.
+        run: runs the source model on keyword inputs.
         graph: the graph whose inputs are filled.
         tokenizer: see ``surgeon.data.tokenizer_for``.
 
@@ -56,7 +57,7 @@ def text_rows(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: 
     pad = tokenizer_for(graph, tokenizer)
     try:
         with torch.no_grad():
-            source.outputs(**collate([longest], graph, pad))
+            run(**collate([longest], graph, pad))
     except Exception as error:  # a model's forward may raise anything
         raise ObserveError(
             f"evaluate.text: the model fails on a row of {len(longest[TOKENS])} tokens: {type(error).__name__}: "
@@ -67,7 +68,8 @@ def text_rows(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: 
 
 def evaluate_section(
     section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any,
-    rows: Sequence[dict[str, Any]] = (), reading: Reading | None = None,
+    rows: Sequence[dict[str, Any]] = (), reading: Reading | None = None, run: Callable[..., Outputs] | None = None,
+    bars: Progress | None = None,
 ) -> None:  # fmt: skip
     """Measure the artefact as the recipe asks and put the figures into the report.
 
@@ -82,12 +84,15 @@ def evaluate_section(
         rows: of the section's text, from :func:`text_rows`.
         reading: what the source's outputs are; by default those of ``graph``, where it cannot be told if activations share
             one scale per tensor (``int8_dynamic``): every token moves every other then, as in no causal model.
+        run: runs the source model on keyword inputs; by default it does so in eager torch, where it is.
+        bars: progress.
     """
     if rows:
         pad = tokenizer_for(graph, tokenizer)
         batches = [collate(rows[i : i + ROWS_PER_BATCH], graph, pad) for i in range(0, len(rows), ROWS_PER_BATCH)]
-        with torch.no_grad():
-            reference = [source.outputs(**batch) for batch in batches]
+        outputs = run or source.outputs
+        # one batch at a time: the logits of a whole text would be larger than the model
+        reference = (outputs(**batch) for batch in (bars or Progress(False)).track(batches, "reading the text", len(batches)))
         figures = compare(
             reference, lambda **inputs: artifact.run_on_host(inputs), batches,
             reading=reading or Reading.of(graph), real=True,

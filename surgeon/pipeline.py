@@ -150,7 +150,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         # reference outputs, recorded once so that the source's weights can go as they are replaced
         with bars.step("reference outputs"), clock.phase("reference"):
             evaluated = request.evaluate if request.backend is not None and lower else None
-            rows = text_rows(evaluated, source, graph, request.tokenizer) if evaluated is not None else []
+            whole = graph.clone() if evaluated is not None and placement is not None else None  # runs the source on the device
+            rows = text_rows(evaluated, whole or source.outputs, graph, request.tokenizer) if evaluated is not None else []
             data = load_data(request.calibration, graph, request.tokenizer)
             reading = Reading.of(graph)
             reference = _reference(graph, data)
@@ -251,7 +252,9 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
-                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, rows, reading)
+                    evaluate_section(
+                        request.evaluate, source, graph, artifact, report, request.tokenizer, rows, reading, whole, bars
+                    )
             report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
             compiled.artifact = artifact
             _finish(compiled, clock)
