@@ -28,6 +28,10 @@ class LowRank:
     tail: float
 
 
+_RESOLVED = 1e-7
+"""Share of the largest singular value that eigenvalues in float64 tell from none: about the root of their precision."""
+
+
 def truncated_svd(weight: Tensor, rank: int) -> LowRank:
     """Factor a weight with the least Frobenius error (Eckart-Young).
 
@@ -42,10 +46,13 @@ def truncated_svd(weight: Tensor, rank: int) -> LowRank:
         NumericsError: the rank is out of range, an entry is not finite or the decomposition does not converge.
     """
     _check(weight, rank)
-    u, s, vt = _svd(weight.detach().double())
+    w = weight.detach().double()
+    u, s = _left_singular(w)
+    left = u[:, :rank]
     root = s[:rank].sqrt()
-    left, right = u[:, :rank] * root, root[:, None] * vt[:rank]
-    return LowRank(left.to(weight.dtype), right.to(weight.dtype), _norm(s[rank:]))
+    balance = torch.where(root > 0, root, torch.ones_like(root))
+    right = (left.T @ w) / balance[:, None]
+    return LowRank((left * balance).to(weight.dtype), right.to(weight.dtype), _norm(s[rank:]))
 
 
 def whitened_svd(weight: Tensor, second_moment: Tensor, rank: int) -> LowRank:
@@ -78,13 +85,13 @@ def whitened_svd(weight: Tensor, second_moment: Tensor, rank: int) -> LowRank:
             f"weight of shape {list(weight.shape)}"
         )
     w = weight.detach().double()
-    u, s = _svd(w @ _root(second_moment.to(weight.device)))[:2]
-    seen = min(int((s > s.max() * max(w.shape) * torch.finfo(torch.float64).eps).sum()), rank)
+    u, s = _left_singular(w @ _root(second_moment.to(weight.device)))
+    seen = min(int((s > s.max() * _RESOLVED).sum()), rank)
     left = u[:, :seen]
     right = left.T @ w
     if seen < rank:
         remainder = w - left @ right
-        extra = _svd(remainder)[0][:, : rank - seen]
+        extra = _left_singular(remainder)[0][:, : rank - seen]
         # The product is taken with the remainder, not with W: where that is zero, `extra` is an arbitrary basis.
         left, right = torch.cat([left, extra], 1), torch.cat([right, extra.T @ remainder], 0)
     balance = right.norm(dim=1).sqrt()
@@ -150,12 +157,24 @@ def _root(second_moment: Tensor) -> Tensor:
     return root
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors [out, m], orthonormal, and singular values [m], largest first, of [out, in]; m = min(out, in).
+
+    By the eigenvectors of the smaller of M M^T and M^T M, which takes a fifth to four fifths of the time of an SVD (one thread,
+    1024 x 2816 and its transpose).
+    Vectors of singular values below ``_RESOLVED`` of the largest are any basis of what is left.
+    """
+    out, width = matrix.shape
     try:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        gram = matrix @ matrix.T if out <= width else matrix.T @ matrix
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
     except LinAlgError as error:
-        raise NumericsError(f"low rank: the SVD of a {list(matrix.shape)} matrix does not converge: {error}") from error
-    return u, s, vt
+        raise NumericsError(f"low rank: eigenvalues of a {list(gram.shape)} matrix do not converge: {error}") from error
+    if out <= width:
+        return vectors, (vectors.T @ matrix).norm(dim=1)
+    images = matrix @ vectors
+    # those of small singular values are orthogonal to the others only after this
+    return torch.linalg.qr(images).Q, images.norm(dim=0)
 
 
 def _norm(values: Tensor) -> float:
