@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -154,14 +154,14 @@ class Quality:
 
 
 def compare(
-    source: Sequence[Outputs],
+    source: Iterable[Outputs],
     candidate: Callable[..., Outputs],
     batches: Sequence[Batch],
     *,
     reading: Reading,
     real: bool,
 ) -> dict[str, float]:
-    """Divergence of ``candidate`` from recorded outputs of the source over the batches; see ``Quality.summary``."""
+    """Divergence of ``candidate`` from outputs of the source, recorded or made one by one; see ``Quality.summary``."""
     quality = Quality(reading, real)
     with torch.no_grad():
         for expected, batch in zip(source, batches, strict=True):

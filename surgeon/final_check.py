@@ -18,6 +18,7 @@ from surgeon.evaluate import Reading, compare
 from surgeon.export import first_lines
 from surgeon.formatting import case_title
 from surgeon.graph import Graph
+from surgeon.progress import Progress
 from surgeon.report import Latency, Report
 from surgeon.sampling import Settings
 from surgeon.source import calling
@@ -67,7 +68,7 @@ def text_rows(section: Evaluate, source: LoadedSource, graph: Graph, tokenizer: 
 
 def evaluate_section(
     section: Evaluate, source: LoadedSource, graph: Graph, artifact: Artifact, report: Report, tokenizer: Any,
-    rows: Sequence[dict[str, Any]] = (), reading: Reading | None = None,
+    rows: Sequence[dict[str, Any]] = (), reading: Reading | None = None, bars: Progress | None = None,
 ) -> None:  # fmt: skip
     """Measure the artefact as the recipe asks and put the figures into the report.
 
@@ -82,14 +83,14 @@ def evaluate_section(
         rows: of the section's text, from :func:`text_rows`.
         reading: what the source's outputs are; by default those of ``graph``, where it cannot be told if activations share
             one scale per tensor (``int8_dynamic``): every token moves every other then, as in no causal model.
+        bars: where to show progress.
     """
     if rows:
         pad = tokenizer_for(graph, tokenizer)
         batches = [collate(rows[i : i + ROWS_PER_BATCH], graph, pad) for i in range(0, len(rows), ROWS_PER_BATCH)]
-        with torch.no_grad():
-            reference = [source.outputs(**batch) for batch in batches]
-        figures = compare(
-            reference, lambda **inputs: artifact.run_on_host(inputs), batches,
+        shown = (bars or Progress(False)).track(batches, "evaluating: batches", len(batches))
+        figures = compare(  # one batch at a time: logits of a long text over a large vocabulary fill any memory
+            (source.outputs(**batch) for batch in shown), lambda **inputs: artifact.run_on_host(inputs), batches,
             reading=reading or Reading.of(graph), real=True,
         )  # fmt: skip
         report.quality |= {f"artifact_{name}": value for name, value in figures.items()}

@@ -255,7 +255,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             report.bytes = (report.bytes[0], artifact.nbytes)
             if request.evaluate is not None and not artifact.unavailable:
                 with bars.step("evaluating"), clock.phase("evaluate"):
-                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, rows, reading)
+                    evaluate_section(request.evaluate, source, graph, artifact, report, request.tokenizer, rows, reading, bars)
             report.warnings = [line.replace(str(folder), str(target)) for line in report.warnings]  # where it will lie
             compiled.artifact = artifact
             _finish(compiled, clock)
