@@ -104,7 +104,7 @@ def filled_in(counted: Counted, then: Counted) -> list[str]:
     pattern = f", 2:4 in {patterned} of {len(before)} before and {patterned_after} of {len(after)} now" if patterned else ""
     return [
         f"zeros among the weights of linears and experts: {100 * share:.1f} % before this pass, {100 * share_after:.1f} % "
-        f"now{pattern}; weights that a pass computes anew or puts in another order do not keep them, so sparsify comes behind it"
+        f"now{pattern}; weights that a pass computes anew or moves do not keep them, so sparsify comes behind it"
     ]
 
 
