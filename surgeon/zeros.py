@@ -22,8 +22,8 @@ _ROWS = 64
 _SPARSE = 0.01
 """Share of zeros from which on a matrix counts as sparse."""
 _LOST = 0.1
-"""Share of zeros by which a matrix may fall without being filled in: what a pass removes because it matters little may hold more
-of them than the rest."""
+"""Share of zeros by which a matrix may fall without being filled in: what a pass removes because it matters little may hold
+more of them than the rest."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -616,13 +616,16 @@ def test_a_language_model_is_evaluated_as_one_whatever_passes_did(
     shallow_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
-    for owner, method in ((LoadedSource, "outputs"), (OnnxRuntimeArtifact, "run_on_host")):
 
-        def logged(self: Any, *given: Any, _run: Any = getattr(owner, method), _name: str = method, **inputs: Any) -> Any:
-            log.append(_name)
-            return _run(self, *given, **inputs)
+    def logged(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **inputs: Any) -> Any:
+            log.append(name)
+            return run(*given, **inputs)
 
-        monkeypatch.setattr(owner, method, logged)
+        return call
+
+    monkeypatch.setattr(LoadedSource, "outputs", logged("outputs", LoadedSource.outputs))
+    monkeypatch.setattr(OnnxRuntimeArtifact, "run_on_host", logged("run_on_host", OnnxRuntimeArtifact.run_on_host))
     compiled = surgeon.compile(
         shallow_llama, [{"quantize": {"scheme": "int8_dynamic"}}], calibration=CALIBRATION,
         evaluate={"text": CALIBRATION["text"], "unit": "window", "length": 256}, progress=False,
