@@ -136,10 +136,19 @@ class OnnxRuntime(Backend):
         return max(super().accepted_error(graph), 2 * rounding_response(graph))
 
     def nearer(self, graph: Graph) -> tuple[OnnxRuntime | None, str]:
-        """Activations that stay in the model's type, where low-bit products round them."""
-        low_bit = any(str(node.target) == "surgeon.dequantize.default" for node in graph.module.graph.nodes)
-        if self.accuracy_level != 4 or not low_bit or self.provider == "tensorrt":
+        """Activations that stay in the model's type, where low-bit products, and kernels of low-bit experts, round them."""
+        codes = [node for node in graph.module.graph.nodes if str(node.target) == "surgeon.dequantize.default"]
+        if not codes or self.provider == "tensorrt":
             return None, ""
+        if self.accuracy_level != 4:
+            experts = any(str(reader.target) == "surgeon.moe.default" for node in codes for reader in node.users)
+            if self.experts != "fused" or not experts:
+                return None, ""
+            advice = (
+                "experts: fused rounds the inputs of low-bit experts at every accuracy_level; experts: sorted keeps them in "
+                "the model's type"
+            )
+            return (None if "experts" in self.model_fields_set else self.model_copy(update={"experts": "sorted"})), advice
         advice = (
             "accuracy_level: 4 rounds the inputs of low-bit products, which changes the choice where experts have nearly "
             "equal scores; accuracy_level: 0 keeps them in the model's type"

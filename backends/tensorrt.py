@@ -30,9 +30,9 @@ from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.discovery import discover
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
-from surgeon.numerics import Zeros
 from surgeon.ports import check_inputs, port_of
 from surgeon.verify import relative_error
+from surgeon.zeros import two_of_four
 
 FILE = "model.engine"
 FLAVOURS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -122,7 +122,7 @@ class TensorRT(Backend):
             path = Path(scratch) / "model.onnx"
             model = onnx_dialect.write(graph, experts, path)
             checked = _check_onnx(graph, path, self.accepted_error(graph))
-            sparse = two_of_four(graph) if self.sparse_weights is not False else []
+            sparse = sparse_linears(graph) if self.sparse_weights is not False else []
             engine, layers = self._build(library, flavour, graph, path, profile, self.sparse_weights or bool(sparse))
             (folder / FILE).write_bytes(engine)
             nodes, operators = len(model.graph), operators_of(model)
@@ -348,14 +348,12 @@ def _has_experts(graph: Graph) -> bool:
     return any(node.target is torch.ops.surgeon.moe.default for node in graph.module.graph.nodes)
 
 
-def two_of_four(graph: Graph) -> list[str]:
+def sparse_linears(graph: Graph) -> list[str]:
     """Names of the weights of linears of whose every four consecutive inputs two at least are zero."""
-    pattern = Zeros.semi_structured(2, 4)
     found = []
     for site in discover(graph).linears:
         weight = graph.tensor(site.part.weight).detach()
-        matrix = weight.T if site.part.transposed else weight
-        if weight.is_floating_point() and matrix.shape[1] % 4 == 0 and pattern.hold(matrix[:1]) and pattern.hold(matrix):
+        if weight.is_floating_point() and two_of_four(weight.T if site.part.transposed else weight):
             found.append(site.part.weight)
     return found
 

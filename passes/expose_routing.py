@@ -107,7 +107,7 @@ class ExposeRouting(Pass[ExposeRoutingPlan]):
             with editor.after(moe.node):
                 if like is not None:
                     lead = editor.sizes(like)[:-1]
-                    values = [editor.call(aten.reshape.default, value, [*lead, moe.top_k]) for value in values]
+                    values = [editor.call(aten.reshape.default, value, [*lead, -1]) for value in values]  # k may change
             for name, value in zip(recorded_names(site.name), values, strict=True):
                 editor.add_output(name, value, RECORDED)
 

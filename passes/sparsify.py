@@ -204,7 +204,8 @@ class Sparsify(Pass[SparsifyPlan]):
             if found[1] != decision.weights or abs(found[0] - decision.reached) > _SLACK:
                 raise PlanError(
                     f"{decision.site}: {_asked(decision)} makes the share {found[0]} of {found[1]} weights zero; the plan says "
-                    f"reached: {decision.reached} of weights: {decision.weights}"
+                    f"reached: {decision.reached} of weights: {decision.weights}. Where that is what was asked for, write "
+                    f"reached: {round(found[0], 4)}, weights: {found[1]}"
                 )
             for name in _names(part):
                 other = asked.setdefault(memory(graph.tensor(name)), decision)

@@ -196,14 +196,25 @@ def _names(file: Path) -> set[str]:
         ) from error
 
 
+_INSTEAD = {
+    "adapter_config.json": "it holds an adapter: merge it into its base model first",
+    "graph.json": "it holds a saved graph: surgeon.load_graph reads it, and surgeon.compile takes what that returns",
+    "surgeon.json": "it holds an artefact, whose graph is not kept: give the model that it was built from; "
+    "surgeon.save_graph keeps a graph",
+}
+"""What a folder may hold in place of a checkpoint, by a file of it, and what to do then."""
+
+
 def _config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        adapter = (
-            " (it holds an adapter: merge it into its base model first)" if (path / "adapter_config.json").is_file() else ""
-        )
+        instead = ""
+        for name, what in _INSTEAD.items():
+            if (path / name).is_file():
+                instead = f" ({what})"
+                break
         raise TraceError(
-            f"{path} holds no config.json{adapter}; a checkpoint is a directory with config.json and *.safetensors"
+            f"{path} holds no config.json{instead}; a checkpoint is a directory with config.json and *.safetensors"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -136,6 +136,7 @@ class Compiled:
         Raises:
             GenerateError: the model has no caches, an argument is out of range, or prompt and continuation are longer than
                 the model's table of positions.
+            LowerError: the artefact does not run on this machine.
 
         Warns:
             SurgeonWarning: they are longer than what the model's configuration says it was made for.
@@ -156,6 +157,8 @@ class Compiled:
         sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
         named = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         if self.artifact is not None:
+            if self.artifact.unavailable:
+                raise LowerError(f"{self.artifact.folder}: {self.artifact.unavailable}")
             decoder = self.artifact.decoder()
         else:
             assert self.graph is not None

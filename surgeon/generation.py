@@ -143,6 +143,19 @@ def decoder_of(graph: Graph) -> Decoder:
     return ConditionalDecoder(encode, steps, encoder.inputs, decoder.inputs)
 
 
+def require_caches(ports: Sequence[Port]) -> None:
+    """Refuse a model that cannot generate.
+
+    Raises:
+        GenerateError: it was traced without caches.
+    """
+    if not has_caches(ports):
+        raise GenerateError(
+            "this model was traced without caches (task 'forward'), so it cannot generate; build it with task "
+            "'text-generation' (task: text-generation under model: in a recipe)"
+        )
+
+
 def generate(
     decoder: Decoder,
     ports: Sequence[Port],
@@ -173,11 +186,7 @@ def generate(
     Raises:
         GenerateError: there is nothing to continue, or the model cannot be continued, or not so far.
     """
-    if not has_caches(ports):
-        raise GenerateError(
-            "this model was traced without caches (task 'forward'), so it cannot generate; build it with task "
-            "'text-generation' (task: text-generation under model: in a recipe)"
-        )
+    require_caches(ports)
     if max_new_tokens < 1:
         raise GenerateError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     given_on = next((value.device for value in inputs.values() if isinstance(value, Tensor)), torch.device("cpu"))

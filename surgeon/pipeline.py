@@ -50,6 +50,7 @@ from surgeon.verify import (
     check_structure,
     check_thresholds,
 )
+from surgeon.zeros import count_zeros, filled_in
 
 _LARGE = 100_000_000
 """Weights from which on running a model on the CPU takes so long that an idle accelerator is worth a word."""
@@ -168,6 +169,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 graph.placement = placement
                 structure, current = discover(graph), _outputs(graph, data.held_back)
                 report.warnings.append(kept.note)
+        zeros = count_zeros(graph, structure)
         for number, step in enumerate(request.steps):
             if number < len(applied):
                 continue
@@ -189,6 +191,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                 exact = step.exact(plan)
                 divergence = {"exact_error": check_exact(step, previous, current)} if exact else {}
                 divergence |= compare(reference, _replay(current), data.held_back, reading=reading, real=data.real)
+                zeros_before, zeros = zeros, count_zeros(graph, structure)
+                lost = filled_in(zeros_before, zeros)
             applied.append(plan)
             report.passes.append(
                 PassReport(
@@ -202,7 +206,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     active_parameters=(active_parameter_count(before), active_parameter_count(graph)),
                     bytes=(before.nbytes(), graph.nbytes()),
                     divergence=divergence,
-                    notes=list(plan.notes),
+                    notes=[*plan.notes, *lost],
                     plan=plan.model_dump(mode="json"),
                     removed_blocks=_removed_blocks(structure_before, structure, graph),
                 )

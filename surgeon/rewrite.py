@@ -264,6 +264,7 @@ class Editor:
             self.settle()
         if self._numbers:
             routes.renumber(self.graph, self._numbers)
+        routes.resize(self.graph, self._nodes.output_node())
         try:
             self._nodes.lint()
         except Exception as error:  # fx raises bare RuntimeErrors

@@ -69,6 +69,15 @@ def renumber(graph: Graph, blocks: Mapping[int, int]) -> None:
     graph.inputs, graph.outputs = tuple(inputs), tuple(map(named, graph.outputs))
 
 
+def resize(graph: Graph, output: fx.Node) -> None:
+    """Say in the ports of recorded decisions how many experts a token has now; edits in place."""
+    values: Any = output.args[0]
+    graph.outputs = tuple(
+        replace(port, shape=(*port.shape[:-1], int(value.meta["val"].shape[-1]))) if port.role == RECORDED else port
+        for port, value in zip(graph.outputs, values, strict=True)
+    )
+
+
 def ordered(ports: Sequence[Port], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs with every token's recorded experts in ascending order: runtimes need not agree on any other."""
     found = dict(outputs)

@@ -201,7 +201,7 @@ def _quality(report: Report) -> Table:
     table.add_column("", ratio=1)
     columns = [
         (title, position)
-        for title, position in (("graph", 1), ("artefact", 2))
+        for title, position in (("graph, held-back data", 1), ("artefact, evaluation text", 2))
         if any(row[position] is not None for row in rows)
     ]
     for title, _ in columns:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from surgeon.errors import GenerateError
+from surgeon.generation import require_caches
 from surgeon.halves import has_halves
 from surgeon.sampling import Settings
 
@@ -35,7 +36,10 @@ def load_tokenizer(folder: Path) -> Any:
         GenerateError: there is none, or it cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise GenerateError(f"{folder}: no tokenizer here; the model was not built from a checkpoint that has one")
+        raise GenerateError(
+            f"{folder}: no tokenizer here; one is copied beside artefacts that generate text, where the "
+            "checkpoint that they were built from has one"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -83,6 +87,7 @@ def continue_text(
     except UnicodeEncodeError as error:  # what is no UTF-8 reaches us as surrogates
         before = text[: error.start][-20:]
         raise GenerateError(f"the prompt is not UTF-8 text at character {error.start}, behind {before!r}") from error
+    require_caches(model.ports)
     tokenizer = model.tokenizer
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if not text or ids.numel() == 0:

@@ -83,6 +83,7 @@ def trace(
 
 def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str] | None] | None = None) -> Graph:
     """Trace a source that is loaded already; see :func:`trace`."""
+    _refuse_quantized(loaded)
     dims = _dims(loaded.inputs, dynamic, loaded.causal.dims if loaded.causal else loaded.dims)
     example = _at_least_two(loaded.inputs, dims)
     with calling(loaded.module):
@@ -114,6 +115,18 @@ def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str
             reference = _call(loaded, other, f"inputs of {where} (fix a dimension that cannot vary with dynamic=)")
             _compare(graph, loaded, reference, other, where)
     return graph
+
+
+def _refuse_quantized(loaded: LoadedSource) -> None:
+    """Raise where a checkpoint's weights are codes of few bits that its class unpacks as it runs."""
+    quantizer = getattr(loaded.module, "hf_quantizer", None)  # gone where they were unpacked as they were loaded
+    if quantizer is not None:
+        method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
+        raise TraceError(
+            f"{loaded.source.description}: its weights are quantized already ({getattr(method, 'value', method)}, see "
+            "quantization_config in config.json), and a pass works on floats: give the checkpoint that it was made from; where "
+            "its library can unpack them, save the unpacked model first"
+        )
 
 
 # -- dimensions -------------------------------------------------------------------------------------------------------

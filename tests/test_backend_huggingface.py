@@ -18,7 +18,7 @@ from surgeon.backends._hf_skeleton import auto_class
 from surgeon.backends.huggingface import HuggingFace
 from surgeon.contract import Refusal
 from surgeon.data import load_data
-from surgeon.errors import LowerError, RecipeError
+from surgeon.errors import LowerError, RecipeError, TraceError
 from surgeon.graph import Graph
 from surgeon.plans import SavedPlan
 from surgeon.registry import make_backend
@@ -250,6 +250,8 @@ def test_low_bit_weights_are_compressed_tensors(patient: Any, tmp_path: Path) ->
     groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
     assert sorted(group["weights"]["num_bits"] for group in groups.values()) == [4, 8]
     assert difference(model, graph, inputs_for("mixtral", 3, 11)) < 1e-5
+    with pytest.raises(TraceError, match="quantized already .compressed-tensors.*give the checkpoint that it was made from"):
+        surgeon.trace(tmp_path)
     codes = sum(t.numel() for name, t in graph.parameters().items() if "_codes" in name)
     weights = (tmp_path / "model.safetensors").stat().st_size
     floats = sum(t.nbytes for name, t in graph.parameters().items() if "_codes" not in name and "inv_freq" not in name)

@@ -767,3 +767,16 @@ def test_every_opset_computes_the_same(tmp_path: Path, opset: int) -> None:
     with torch.no_grad():
         wanted = graph(**inputs)
     assert error(artifact.run(inputs)["logits"], wanted["logits"]) < 1e-5
+
+
+def test_what_brings_low_bit_experts_nearer(patient: Any) -> None:
+    graph = patient("mixtral").operate({"quantize": {"scheme": "int8", "group": 16, "names": "*.moe"}}).graph
+    first, _ = OnnxRuntime().nearer(graph)
+    assert first == OnnxRuntime(accuracy_level=0)
+    assert first is not None
+    second, advice = first.nearer(graph)
+    assert second == OnnxRuntime(accuracy_level=0, experts="sorted")
+    assert "experts: sorted keeps" in advice
+    assert second is not None
+    assert second.nearer(graph) == (None, "")
+    assert OnnxRuntime(accuracy_level=0, experts="fused").nearer(graph) == (None, advice)

@@ -16,7 +16,7 @@ import torch
 import surgeon
 from surgeon.backends import _trt_dialect as dialect
 from surgeon.backends._trt_cache import Entry
-from surgeon.backends.tensorrt import TensorRT, two_of_four
+from surgeon.backends.tensorrt import TensorRT, sparse_linears
 from surgeon.caches import PAST, PRESENT, SUM
 from surgeon.contract import ArtifactFile
 from surgeon.errors import LowerError, RecipeError
@@ -112,11 +112,11 @@ def test_weights_for_sparse_tensor_cores_are_found(patient: Callable[[str], Pati
     for name, sites in (("llama", 7), ("gpt2", 4)):  # gpt2 stores weights the other way round
         fields = {"criterion": "magnitude", "blocks": 1}
         graph = patient(name).operate({"sparsify": {**fields, "pattern": "2:4"}}).graph
-        found = two_of_four(graph)
+        found = sparse_linears(graph)
         assert len(found) == sites
         for weight in found:
             assert float((graph.tensor(weight) == 0).double().mean()) == 0.5
-        assert not two_of_four(patient(name).operate({"sparsify": {**fields, "sparsity": 0.5}}).graph)
+        assert not sparse_linears(patient(name).operate({"sparsify": {**fields, "sparsity": 0.5}}).graph)
 
 
 @pytest.mark.slow

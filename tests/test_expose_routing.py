@@ -178,3 +178,17 @@ def test_a_mixture_made_dense_takes_its_ports_along() -> None:
     names = {port.name for port in (*dense.graph.inputs, *dense.graph.outputs) if port.role in (RECORDED, REPLAYED)}
     assert names == {f"{start}blocks.1.moe.{kind}" for start in ("", "replay.") for kind in ("experts", "weights")}
     assert relative_error(run(dense.graph, inputs("mixtral"))["logits"], run(subject.graph, inputs("mixtral"))["logits"]) > 0
+
+
+def test_fewer_experts_per_token_are_what_is_recorded(tiny_mixtral: Trained) -> None:
+    built = surgeon.compile(
+        tiny_mixtral.graph, ["expose_routing", {"skip_experts": {"top_k": 1}}], backend=None, progress=False
+    )
+    assert built.graph is not None
+    ids = torch.arange(5, 17).reshape(2, 6)
+    outputs = built(input_ids=ids, attention_mask=torch.ones_like(ids))
+    recorded = [port for port in built.graph.outputs if port.role == RECORDED]
+    assert len(recorded) == 8
+    for port in recorded:
+        assert port.shape == ("batch", "sequence", 1)
+        assert outputs[port.name].shape == (2, 6, 1)

@@ -489,3 +489,24 @@ def test_the_command_adds_as_many_tokens_as_there_are_positions(
             model, "x" * prompt, max_new_tokens=told, temperature=None, top_k=None, top_p=None, seed=None, stop=(), write=print
         )
     assert asked == [added, 7]
+
+
+def test_an_artefact_for_another_machine_is_refused_before_anything_is_moved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = surgeon.load(folder)
+    monkeypatch.setattr(type(model.artifact), "unavailable", "it runs on an NVIDIA GPU, and none is here")
+    with pytest.raises(LowerError, match="llama: it runs on an NVIDIA GPU"):
+        model.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2)
+
+
+def test_a_model_without_caches_is_not_asked_for_its_tokenizer(patient: Any) -> None:
+    from surgeon.text import continue_text
+
+    model = surgeon.compile(patient("llama").graph, [], backend=None, progress=False)
+    with pytest.raises(GenerateError, match="traced without caches"):
+        continue_text(
+            model, "x", max_new_tokens=2, temperature=None, top_k=None, top_p=None, seed=None, stop=(), write=print
+        )
+    with pytest.raises(GenerateError, match="one is copied beside artefacts that generate text"):
+        _ = model.tokenizer

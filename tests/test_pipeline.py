@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 
 import surgeon
@@ -28,6 +30,8 @@ from surgeon.output import check_writable, staged, write_file
 from surgeon.passes.drop_blocks import DropBlocks
 from surgeon.progress import Progress
 from surgeon.recipe import load_recipe
+from surgeon.source import LoadedSource
+from surgeon.terminal import render_terminal
 from tests.conftest import MODELS, Patient, Trained
 from tests.models import tiny
 
@@ -608,7 +612,20 @@ def test_an_evaluation_without_an_artefact_is_said_to_be_left_out() -> None:
     assert not surgeon.compile(module, [], inputs=inputs, backend=None, progress=False).report.warnings
 
 
-def test_a_language_model_is_evaluated_as_one_whatever_passes_did(shallow_llama: Path) -> None:
+def test_a_language_model_is_evaluated_as_one_whatever_passes_did(
+    shallow_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    def logged(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **inputs: Any) -> Any:
+            log.append(name)
+            return run(*given, **inputs)
+
+        return call
+
+    monkeypatch.setattr(LoadedSource, "outputs", logged("outputs", LoadedSource.outputs))
+    monkeypatch.setattr(OnnxRuntimeArtifact, "run_on_host", logged("run_on_host", OnnxRuntimeArtifact.run_on_host))
     compiled = surgeon.compile(
         shallow_llama, [{"quantize": {"scheme": "int8_dynamic"}}], calibration=CALIBRATION,
         evaluate={"text": CALIBRATION["text"], "unit": "window", "length": 256}, progress=False,
@@ -616,3 +633,7 @@ def test_a_language_model_is_evaluated_as_one_whatever_passes_did(shallow_llama:
     names = {name for name in compiled.report.quality if not name.startswith("artifact_")}
     assert "kl" in names
     assert {f"artifact_{name}" for name in names} <= set(compiled.report.quality)
+    assert log[-6:] == ["outputs", "run_on_host"] * 3  # the outputs of one batch at a time are in memory
+    printed = io.StringIO()
+    render_terminal(compiled.report, Console(width=80, file=printed))
+    assert re.search(r" graph, held-back data +artefact, evaluation text\n", printed.getvalue())

@@ -334,7 +334,7 @@ def test_plans_can_be_edited_and_are_checked(patient: MakePatient) -> None:
     _, weight = next(matrices(changed))
     assert int((weight == 0).sum()) == weight.numel() // 4
     for changes, reason in (
-        ({"pattern": "3:4"}, "pattern 3:4 makes the share 0.25 of 4096 weights zero; the plan says reached: 0.5"),
+        ({"pattern": "3:4"}, "pattern 3:4 makes the share 0.25 .*says reached: 0.5 .*write reached: 0.25"),
         ({"pattern": "4:2"}, "pattern '4:2' is not \"n:m\""),
         ({"pattern": "5:15"}, "rows of 64 weights are no whole number of groups of 15"),
         ({"pattern": None}, "needed is either sparsity or pattern"),

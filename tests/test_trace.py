@@ -464,6 +464,10 @@ def test_no_weights_and_no_config(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TraceError, match=r"no config\.json"):
         trace(tmp_path / "empty")
+    for name, reason in (("surgeon.json", "holds an artefact.*give the model"), ("graph.json", "surgeon.load_graph reads it")):
+        (tmp_path / "empty" / name).write_text("{}")  # a saved graph has both
+        with pytest.raises(TraceError, match=reason):
+            trace(tmp_path / "empty")
     (copied / "config.json").write_text("{")
     with pytest.raises(TraceError, match=r"config\.json is not JSON"):
         trace(copied)
