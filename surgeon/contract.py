@@ -215,6 +215,25 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
         """What to measure at the selected sites; nothing by default."""
         return {}
 
+    def survey(self, structure: Structure) -> Mapping[str, Observer]:
+        """What a pass of scope ``block`` measures once on the whole model as it is, to decide with ``plan_whole``; {} by
+        default, and then each block is planned as the sweep reaches it.
+        """
+        return {}
+
+    def plan_whole(self, graph: Graph, structure: Structure, statistics: Statistics) -> P:
+        """Decide for all blocks at once, before the sweep, which then applies that plan as it does a saved one.
+
+        Args:
+            graph: the model as it is before the pass.
+            structure: its structure.
+            statistics: what ``survey`` asked for.
+
+        Raises:
+            PlanError: what was asked cannot be done on this model; names the site.
+        """
+        raise NotImplementedError(f"{self.name}: a pass that has a survey plans the whole model with it")
+
     @abc.abstractmethod
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> P:
         """Decide what to do at the selected sites.  Pure: reads weights, changes nothing.
