@@ -140,7 +140,7 @@ class Share:
         bits: bits per weight.
         codes: numbers that are stored at so many bits, with those that fill the last group of a row; 0 where another site's
             codes are read.
-        errors: what each number of bits costs, for all that read the weight; None where the data say nothing of it.
+        errors: what each number of bits costs, for all that read the weight, to four digits; None where the data say nothing of it.
     """
 
     bits: int
@@ -227,7 +227,7 @@ def share_out(
     shares = {}
     for entry, choice in [*zip(free, taken, strict=True), *((entry, usual) for entry in rest)]:
         scale = 1 / max(tokens, 1) if metric == "loss" else 1.0
-        costs = {bits: error * scale for bits, error in zip(choices, entry.errors, strict=True)} if entry.known else None
+        costs = {bits: float(f"{error * scale:.4g}") for bits, error in zip(choices, entry.errors, strict=True)} if entry.known else None
         for number, name in enumerate(entry.readers):
             shares[name] = Share(choices[choice], 0 if number else entry.codes, costs)
     notes += [f"{name}: calibration data say nothing of it; {choices[usual]} bits" for each in rest for name in each.readers]
