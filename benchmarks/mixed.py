@@ -4,7 +4,7 @@
     python benchmarks/mixed.py --only "*: 3 bits*"
 
 Cross entropy of held-out text, nats per token: 64 windows of 128 tokens; 32 others to calibrate.  All linears and experts of
-the blocks, routers apart, in groups of 32; with ``nearest`` and with ``gptq``.  *loss* and *output* are the two metrics of
+the blocks, routers apart, in groups of 32; with ``nearest`` and with ``gptq``.  *model* and *site* are the two metrics of
 ``quantize: {scheme: mixed}``; *4 bits in the first blocks* has 2 in the last half of them, *in the last blocks* the other way
 round; *by lot* is the mean of three draws of 2, 4 and 8 bits whose average is within 2 % of it.  *average* is what came of it
 in bits per stored code (scales and zero points come on top), *estimated* what the plan says the loss rises by.
@@ -38,7 +38,7 @@ ORDERS = ("4 bits in the first blocks", "4 bits in the last blocks", "by lot")
 ROWS = (
     "whole model",
     *(f"{bits} bits: everywhere" for bits in (2, 4, 8)),
-    *(f"{bits:g} bits: {metric}" for bits in AVERAGES for metric in ("loss", "output")),
+    *(f"{bits:g} bits: {metric}" for bits in AVERAGES for metric in ("model", "site")),
     *(f"3 bits: {order}" for order in ORDERS),
 )
 
@@ -77,7 +77,7 @@ def measured(row: str, algorithm: str, graph: Graph, data: Data, judge: Judge) -
     if way == "everywhere":
         fields |= {"scheme": f"int{bits}"}
     else:
-        fields |= {"scheme": "mixed", "bits": float(bits), "metric": way if way in ("loss", "output") else "loss"}
+        fields |= {"scheme": "mixed", "bits": float(bits), "metric": way if way in ("model", "site") else "model"}
     step = make_pass({"quantize": fields})
     structure = discover(graph)
 
@@ -92,7 +92,7 @@ def measured(row: str, algorithm: str, graph: Graph, data: Data, judge: Judge) -
         return {"loss": statistics.mean(losses), "average": statistics.mean(map(average, plans))}
     if way == "everywhere":
         return {"loss": judge(changed), "average": float(bits)}
-    estimate = {"estimated": sum((d.errors or {})[d.bits] for d in plan.decisions)} if way == "loss" else {}
+    estimate = {"estimated": sum((d.errors or {})[d.bits] for d in plan.decisions)} if way == "model" else {}
     return {"loss": judge(changed), "average": average(plan), **estimate}
 
 
@@ -100,8 +100,8 @@ def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [
         "# What bits that are chosen for each weight are worth",
         "",
-        "Made by `python benchmarks/mixed.py`, which says what is measured: by how much the cross entropy of held-out text rises, "
-        "in nats per token.",
+        "Made by `python benchmarks/mixed.py`, which says what is measured: by how much the cross entropy of held-out text "
+        "rises, in nats per token.",
     ]
     for model in MODELS:
         found = models.get(model, {})

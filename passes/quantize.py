@@ -23,14 +23,13 @@ Units:
 Reads:
     ``nearest``: nothing.  ``gptq``: the input of each linear and mixture, on the already-changed model, block by block;
     8 in^2 bytes for each input, and ``tokens`` rows for each mixture.  ``mixed``: before that, once, on the model as it is,
-    8 (in + out) bytes for each linear and 2048 tokens of each mixture; of language models gradients too, which hold the
+    8 (in + out) bytes for each linear and 2048 tokens of each mixture, and unless ``metric: site``, gradients, which hold the
     activations of one batch.
 Changes:
     A weight becomes ``dequantize(codes, scales)``; for ``int8_dynamic`` the input passes through
     ``fake_quantize_dynamic``.
 Errors:
-    PlanError for groups that are not a multiple of 16 (codes must fill whole bytes), quantized sites, or ``metric: loss`` of a
-    model that has none.
+    PlanError for groups that are not a multiple of 16 (codes must fill whole bytes), or quantized sites.
 Example:
     ``- quantize: {scheme: int4, algorithm: gptq, group: 128}`` or ``- quantize: {scheme: int8_dynamic, embeddings: true}`` or
     ``- quantize: {scheme: mixed, bits: 3, of: [2, 4, 8], algorithm: gptq}``
@@ -112,8 +111,8 @@ class Quantize(Pass[QuantizePlan]):
     apply_reads_statistics = True
 
     scheme: Literal["int8", "int4", "int2", "mixed", "int8_dynamic", "fp8"]
-    """int8, int4 and int2: weights only; mixed: likewise, each weight in bits that are chosen for it; int8_dynamic: 8-bit weights
-    per row and 8-bit activations, for integer kernels; fp8: 8-bit floats (e4m3), weights only."""
+    """int8, int4 and int2: weights only; mixed: likewise, each weight in bits that are chosen for it; int8_dynamic: 8-bit
+    weights per row and 8-bit activations, for integer kernels; fp8: 8-bit floats (e4m3), weights only."""
     group: Annotated[int, Field(ge=16)] | None = None
     """Inputs per scale, a multiple of 16; 32 by default, and halved where half of it holds a whole row. Linears of
     int8_dynamic have one scale per row instead, and so has every weight of fp8 unless a group is given."""
@@ -125,8 +124,9 @@ class Quantize(Pass[QuantizePlan]):
     of: Annotated[list[Literal[2, 4, 8]], Field(min_length=2)] | None = None
     """For mixed: the bits to choose from; 2, 4 and 8 by default."""
     metric: Metric | None = None
-    """For mixed: what errors are measured by. loss: what they raise the next-token loss by, to second order, the default for
-    causal language models; output: the share of its own output that each site loses, the default for other models."""
+    """For mixed: what errors are measured by. model (the default): what they do to the model, the rise of the next-token loss
+    or, of other models, the change of the outputs, to second order; site: the share of its own output that each site loses,
+    which says less, but needs no run backward."""
     embeddings: bool = False
     """Quantize embedding tables too (and heads tied to them), in groups along the row, to the nearest."""
     algorithm: Literal["nearest", "gptq"] = "nearest"
@@ -166,6 +166,10 @@ class Quantize(Pass[QuantizePlan]):
         return SEARCH if searched and self.scheme != "fp8" else WHOLE_RANGE
 
     @property
+    def _metric(self) -> Metric:
+        return self.metric or "model"
+
+    @property
     def _damping(self) -> float:
         return 0.01 if self.damp is None else self.damp
 
@@ -186,7 +190,7 @@ class Quantize(Pass[QuantizePlan]):
         if self.scheme != "mixed":
             return {}
         tables = structure.selected_embeddings() if self.embeddings else ()
-        return squares_of([*self.linears(structure), *structure.moes(), *tables], self.metric, self.seed or 0)
+        return squares_of([*self.linears(structure), *structure.moes(), *tables], self._metric, self.seed or 0)
 
     def plan_whole(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
         """For mixed: list the sites and share out the bits."""
@@ -204,7 +208,7 @@ class Quantize(Pass[QuantizePlan]):
         choices = choices_of(self.bits, self.of)
         assert self.bits is not None
         shares, notes = share_out(
-            graph, {**sites, **tied}, statistics, rounded, choices=choices, average=self.bits, metric=self.metric
+            graph, {**sites, **tied}, statistics, rounded, choices=choices, average=self.bits, metric=self._metric
         )
         decisions = tuple(each.model_copy(update=vars(shares[each.site])) for each in plan.decisions)
         return plan.model_copy(update={"decisions": decisions, "notes": (*plan.notes, *notes)})

@@ -2,13 +2,15 @@
 
 A weight W that is stored as Q costs, where x is what it is multiplied with and y = W x what comes out of it,
 
-- by ``loss``: what the next-token loss rises by, in nats per token: ``1/2 sum_ij (W - Q)_ij^2 C_j G_i / T`` over T, with
+- to the ``model``: what the next-token loss L rises by, in nats per token: ``1/2 sum_ij (W - Q)_ij^2 C_j G_i / T`` over T, with
   ``C_j = sum_t x_tj^2`` and ``G_i = sum_t (dL/dy_ti)^2``.  That is ``1/2 tr((W - Q)^T H (W - Q))`` of HAWQ-V2 (Dong et al.
   2020, arXiv:1911.03852) with the Fisher information for the Hessian, and for that the diagonals of its Kronecker factors
   (Martens and Grosse 2015, arXiv:1503.05671).  They take 8 (in + out) bytes for each linear, where whole second moments of all
   layers at once would not fit into memory; errors of rounding are about independent of each other, so that what is left
-  out about cancels.
-- by ``output``: the share of its own output's energy that is lost, ``sum_ij (W - Q)_ij^2 C_j / sum_t |y_t|^2``, for any model.
+  out about cancels.  Of models without such a loss L is a random direction of their outputs (``gradients.py``), and the error
+  half of the share of the outputs' energy that is lost.
+- to its ``site``: the share of its own output's energy that is lost, ``sum_ij (W - Q)_ij^2 C_j / sum_t |y_t|^2``, for which the
+  model is run forward only.
 
 A mixture is run with its experts rounded, on a sample of its tokens: its error counts how often each expert is chosen and
 with what weight, as PMQ's does (Huang et al. 2024, arXiv:2410.06270).  All rows of an embedding count alike.
@@ -26,14 +28,13 @@ from torch import Tensor, fx
 
 from surgeon.accounting import Key, memory
 from surgeon.contract import Observer, Seed, Statistics
-from surgeon.errors import PlanError
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
 from surgeon.numerics import QuantizedTensor, cheapest_choices
 from surgeon.samples import GradientSample, Sample
 from surgeon.structure import Embedding, Linear, MoE, Site
 
-Metric = Literal["loss", "output"]
+Metric = Literal["model", "site"]
 Part = Linear | Embedding | MoE
 Rounded = Callable[[Tensor, int], QuantizedTensor]
 """Quantizes a weight [..., out, in] to a number of bits."""
@@ -103,16 +104,23 @@ class Squares(Observer):
 
 
 class SquaresAndGradients(Squares):
-    """The same, and of the loss's derivative by what comes out."""
+    """The same, and of the derivative by what comes out."""
 
     gradient: ClassVar[bool] = True
+    directed: ClassVar[bool] = True
+
+
+class Routed(GradientSample):
+    """A sample of what goes into a mixture and comes out of it, with the derivative."""
+
+    directed: ClassVar[bool] = True
 
 
 def squares_of(
-    sites: Iterable[Site[Linear] | Site[Embedding] | Site[MoE]], metric: Metric | None, seed: Seed
+    sites: Iterable[Site[Linear] | Site[Embedding] | Site[MoE]], metric: Metric, seed: Seed
 ) -> dict[str, Observer]:
     """What :func:`share_out` reads of each site, by its name."""
-    squares, sample = (Squares, Sample) if metric == "output" else (SquaresAndGradients, GradientSample)
+    squares, sample = (Squares, Sample) if metric == "site" else (SquaresAndGradients, Routed)
     found: dict[str, Observer] = {}
     for site in sites:
         part = site.part
@@ -126,12 +134,6 @@ def squares_of(
     return found
 
 
-def _has_loss(observer: Observer) -> bool:
-    if isinstance(observer, Squares):
-        return observer.gradients is not None
-    return isinstance(observer, GradientSample) and observer.has_gradient
-
-
 @dataclass(frozen=True)
 class Share:
     """What one site is given.
@@ -140,7 +142,8 @@ class Share:
         bits: bits per weight.
         codes: numbers that are stored at so many bits, with those that fill the last group of a row; 0 where another site's
             codes are read.
-        errors: what each number of bits costs, for all that read the weight, to four digits; None where the data say nothing of it.
+        errors: what each number of bits costs, for all that read the weight, to four digits; None where the data say
+            nothing of it.
     """
 
     bits: int
@@ -167,11 +170,11 @@ def share_out(
     *,
     choices: Sequence[int],
     average: float,
-    metric: Metric | None,
+    metric: Metric,
 ) -> tuple[dict[str, Share], list[str]]:
     """Bits for every site, of least cost together among those that take no more bytes than ``average`` bits for all would.
 
-    Sites that read one weight get the same.  A weight that data never reached, or that the loss does not depend on, has the
+    Sites that read one weight get the same.  A weight that data never reached, or that outputs do not depend on, has the
     most bits that are not above the average.
 
     Args:
@@ -181,36 +184,26 @@ def share_out(
         rounded: the rounding whose errors are measured.
         choices: bits to choose from, from the least on.
         average: bits per stored code, over all weights; between the least and the most of the choices.
-        metric: what an error is measured by; None for ``loss`` where the model has one.
+        metric: what an error is measured by.
 
     Returns:
         What each site is given, and notes on those that the data say nothing of.
-
-    Raises:
-        PlanError: ``loss``, and the model has none.
     """
-    notes = []
-    if metric != "output" and not any(_has_loss(statistics[name]) for name in sites):
-        if metric == "loss":
-            raise PlanError("metric: loss is for causal language models, and this model predicts no next token; needed: output")
-        metric = "output"
-        notes = ["the model predicts no next token: errors of rounding are shares of each site's output (metric: output)"]
-    metric = metric or "loss"
     weights: dict[tuple[Key, ...], _Weight] = {}
     tokens = max((int(getattr(statistics[name], "tokens", 0)) for name in sites), default=0)
     for name, part in sites.items():
         names = (part.w_in, part.w_out) if isinstance(part, MoE) else (part.weight,)
         entry = weights.setdefault(tuple(memory(graph.tensor(each)) for each in names), _Weight())
-        errors = []
+        costs = []
         for bits in choices:
             codes = [rounded(_matrix(graph, part, each), bits) for each in names]
-            errors.append(_error(graph, part, statistics[name], codes, metric))
+            costs.append(_error(graph, part, statistics[name], codes, metric))
             if not entry.readers:
                 entry.bytes.append(sum(t.numel() * t.element_size() for each in codes for t in each.tensors if t is not None))
                 entry.codes = sum(each.packed.numel() * 8 // bits for each in codes)
             del codes
-        entry.known = entry.known or errors[0] > 0
-        entry.errors = [a + b for a, b in zip(entry.errors or [0.0] * len(errors), errors, strict=True)]
+        entry.known = entry.known or costs[0] > 0
+        entry.errors = [a + b for a, b in zip(entry.errors or [0.0] * len(costs), costs, strict=True)]
         entry.readers.append(name)
 
     # bytes of scales and zero points are the same for every choice
@@ -226,11 +219,11 @@ def share_out(
     )
     shares = {}
     for entry, choice in [*zip(free, taken, strict=True), *((entry, usual) for entry in rest)]:
-        scale = 1 / max(tokens, 1) if metric == "loss" else 1.0
-        costs = {bits: float(f"{error * scale:.4g}") for bits, error in zip(choices, entry.errors, strict=True)} if entry.known else None
+        scale = 1 / max(tokens, 1) if metric == "model" else 1.0
+        errors = {bits: float(f"{error * scale:.4g}") for bits, error in zip(choices, entry.errors, strict=True)}
         for number, name in enumerate(entry.readers):
-            shares[name] = Share(choices[choice], 0 if number else entry.codes, costs)
-    notes += [f"{name}: calibration data say nothing of it; {choices[usual]} bits" for each in rest for name in each.readers]
+            shares[name] = Share(choices[choice], 0 if number else entry.codes, errors if entry.known else None)
+    notes = [f"{name}: calibration data say nothing of it; {choices[usual]} bits" for each in rest for name in each.readers]
     return shares, notes
 
 
@@ -242,7 +235,7 @@ def _matrix(graph: Graph, part: Part, name: str) -> Tensor:
 def _error(
     graph: Graph, part: Part, observer: Observer, codes: Sequence[QuantizedTensor], metric: Metric
 ) -> float:
-    """What a site's output loses, summed over tokens in nats (``loss``) or as a share of its energy (``output``)."""
+    """What a site's output loses, summed over tokens (``model``), or as a share of its energy (``site``)."""
     if isinstance(part, MoE):
         assert isinstance(observer, Sample)
         return _mixture_error(graph, part, observer, codes, metric)
@@ -278,7 +271,7 @@ def _mixture_error(
 
 def _cost(squares: Tensor, energy: float, gradients: Tensor | None, tokens: int, metric: Metric) -> float:
     """What squared errors of a site's outputs, [out], summed over its tokens, cost."""
-    if metric == "output":
+    if metric == "site":
         return float(squares.sum()) / energy if energy > 0 else 0.0
     assert gradients is not None
     return float(squares @ gradients) / (2 * tokens)

@@ -42,6 +42,8 @@ class Observer(abc.ABC):
     Class attributes:
         gradient: the derivative of the loss with respect to the last node is handed to ``update`` too, after the values.
             Such observers see the model as it is before the pass, once, also where the pass is driven block by block.
+        directed: with ``gradient``: where the model has no loss, the derivative is that of a random direction of its outputs
+            (see ``surgeon.gradients``); others get none there.
         whole: ``update`` is handed the values with all their dimensions, padding included, and behind them the numbers of
             the rows of the first one that are no padding, [tokens].
 
@@ -51,6 +53,7 @@ class Observer(abc.ABC):
     """
 
     gradient: ClassVar[bool] = False
+    directed: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     nodes: tuple[fx.Node, ...]
     features: int = -1
