@@ -5,10 +5,11 @@
 
 Cross entropy of held-out text, nats per token: 64 windows of 128 tokens; 32 others to calibrate.  Of MiniLM the mean squared
 distance of 200 sentences' embeddings, of norm 1, from those of the whole model; 64 others to calibrate.  All linears and
-experts of the blocks, routers apart, in groups of 32; with ``nearest`` and with ``gptq``.  *model* and *site* are the two metrics of
-``quantize: {scheme: mixed}``; *4 bits in the first blocks* has 2 in the last half of them, *in the last blocks* the other way
-round; *by lot* is the mean of three draws of 2, 4 and 8 bits whose average is within 2 % of it.  *average* is what came of it
-in bits per stored code (scales and zero points come on top), *estimated* what the plan says the loss rises by with ``nearest``.
+experts of the blocks, routers apart, in groups of 32; with ``nearest`` and with ``gptq``.  *model* and *site* are the metrics
+of ``quantize: {scheme: mixed}``; *4 bits in the first blocks* has 2 in the last half of them, *in the last blocks* the other
+way round; *by lot* is the mean of three draws of 2, 4 and 8 bits whose average is within 2 % of it.  *average* is what came
+of it in bits per stored code (scales and zero points come on top), *estimated* what the plan says the loss rises by with
+``nearest``.
 Writes ``benchmarks/results/mixed.json`` and ``mixed.md``.
 """
 
