@@ -1,9 +1,10 @@
-"""Store weights in 8 or 4 bits, or in 8-bit floats, and optionally multiply in 8-bit integers.
+"""Store weights in 8, 4 or 2 bits, in bits chosen per weight, or in 8-bit floats; optionally multiply in 8-bit integers.
 
 Paper:
     ``nearest`` as in LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339); ``gptq`` (Frantar et al. 2022, arXiv:2210.17323);
     the search for scales as AWQ's for clipping (Lin et al. 2023, arXiv:2306.00978); dynamic activation quantization as
-    ONNX's DynamicQuantizeLinear.
+    ONNX's DynamicQuantizeLinear; ``mixed`` as HAWQ-V2 (Dong et al. 2020, arXiv:1911.03852), and PMQ for mixtures (Huang et al.
+    2024, arXiv:2410.06270).
 Formula:
     ``w ~ (q - z) s`` per group of inputs, q = clamp(round(w / s) + z); symmetric: z = 2^(bits-1).
     ``int8_dynamic``: weights per output row; each activation tensor x is rounded at run time to
@@ -13,20 +14,25 @@ Formula:
     ``gptq``: with ``C = sum_t x_t x_t^T``, inputs are rounded from the largest C_jj to the smallest, and the error of each
     is made up for by those that are left, so that ``||(W - Q) X||`` becomes small.  An expert's C counts its own tokens, by
     the square of their weights.
+    ``mixed``: bits b_i of each weight i, of n_i codes, with ``sum_i n_i b_i <= bits sum_i n_i`` so that ``sum_i error_i(b_i)``
+    is least; error: the second-order estimate of what the loss rises by (``surgeon/bit_budget.py``).
 Shapes:
     W: [out, in] (experts [E, out, in]); codes [out, groups, group * bits / 8] bytes; scales [out, groups].
 Units:
     group: inputs per scale.
 Reads:
     ``nearest``: nothing.  ``gptq``: the input of each linear and mixture, on the already-changed model, block by block;
-    8 in^2 bytes for each input, and ``tokens`` rows for each mixture.
+    8 in^2 bytes for each input, and ``tokens`` rows for each mixture.  ``mixed``: before that, once, on the model as it is,
+    8 (in + out) bytes for each linear and 2048 tokens of each mixture, and unless ``metric: site``, gradients, which hold the
+    activations of one batch.
 Changes:
     A weight becomes ``dequantize(codes, scales)``; for ``int8_dynamic`` the input passes through
     ``fake_quantize_dynamic``.
 Errors:
-    PlanError for groups that are not a multiple of 16 (codes must fill whole bytes) or quantized sites.
+    PlanError for groups that are not a multiple of 16 (codes must fill whole bytes), or quantized sites.
 Example:
-    ``- quantize: {scheme: int4, algorithm: gptq, group: 128}`` or ``- quantize: {scheme: int8_dynamic, embeddings: true}``
+    ``- quantize: {scheme: int4, algorithm: gptq, group: 128}`` or ``- quantize: {scheme: int8_dynamic, embeddings: true}`` or
+    ``- quantize: {scheme: mixed, bits: 3, of: [2, 4, 8], algorithm: gptq}``
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
+from surgeon.bit_budget import Metric, Squares, choices_of, share_out, squares_of
 from surgeon.codes import CodedWeights, read_in_several_blocks
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
@@ -78,13 +85,17 @@ class QuantizeWeight(Decision):
         dynamic: the input is quantized to 8 bits at run time too.
         float8: codes are 8-bit floats.
         compensated: the errors of inputs that are rounded are made up for by those that are not yet, on calibration data.
+        codes: of ``mixed``: numbers that are stored at so many bits; 0 where another site's codes are read.
+        errors: of ``mixed``: what each number of bits was estimated to cost, for who edits the plan.
     """
 
-    bits: Literal[4, 8]
+    bits: Literal[2, 4, 8]
     group: int
     dynamic: bool = False
     float8: bool = False
     compensated: bool = False
+    codes: int | None = None
+    errors: dict[int, float] | None = None
 
 
 class QuantizePlan(Plan[QuantizeWeight]):
@@ -92,21 +103,30 @@ class QuantizePlan(Plan[QuantizeWeight]):
 
 
 class Quantize(Pass[QuantizePlan]):
-    """Quantize weights to 8 or 4 bits per group, to 8-bit floats, or to 8 bits with 8-bit activations."""
+    """Quantize weights to 8, 4 or 2 bits per group, to 8-bit floats, or to 8 bits with 8-bit activations."""
 
     name = "quantize"
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = QuantizePlan
     apply_reads_statistics = True
 
-    scheme: Literal["int8", "int4", "int8_dynamic", "fp8"]
-    """int8 and int4: weights only; int8_dynamic: 8-bit weights per row and 8-bit activations, for integer kernels; fp8: 8-bit
-    floats (e4m3), weights only."""
+    scheme: Literal["int8", "int4", "int2", "mixed", "int8_dynamic", "fp8"]
+    """int8, int4 and int2: weights only; mixed: likewise, each weight in bits that are chosen for it; int8_dynamic: 8-bit
+    weights per row and 8-bit activations, for integer kernels; fp8: 8-bit floats (e4m3), weights only."""
     group: Annotated[int, Field(ge=16)] | None = None
     """Inputs per scale, a multiple of 16; 32 by default, and halved where half of it holds a whole row. Linears of
     int8_dynamic have one scale per row instead, and so has every weight of fp8 unless a group is given."""
     symmetric: bool = True
     """One fixed zero point (True), or one per group (False), which is better for skewed weights."""
+    bits: float | None = None
+    """For mixed: bits per weight on average over all weights that are quantized; scales and zero points come on top, as many
+    bytes as they are at any one number of bits."""
+    of: Annotated[list[Literal[2, 4, 8]], Field(min_length=2)] | None = None
+    """For mixed: the bits to choose from; 2, 4 and 8 by default."""
+    metric: Metric | None = None
+    """For mixed: what errors are measured by. model (the default): what they do to the model, the rise of the next-token loss
+    or, of other models, the change of the outputs, to second order; site: the share of its own output that each site loses,
+    which says less, but needs no run backward."""
     embeddings: bool = False
     """Quantize embedding tables too (and heads tied to them), in groups along the row, to the nearest."""
     algorithm: Literal["nearest", "gptq"] = "nearest"
@@ -120,7 +140,7 @@ class Quantize(Pass[QuantizePlan]):
     tokens: Annotated[int, Field(ge=32)] | None = None
     """For gptq: calibration tokens that are kept for each mixture of experts; 16384 by default."""
     seed: Seed | None = None
-    """For gptq: seed of that sample; 0 by default."""
+    """For gptq and mixed: seed of the samples of tokens; 0 by default."""
 
     @model_validator(mode="after")
     def _group_fits(self) -> Quantize:
@@ -130,7 +150,12 @@ class Quantize(Pass[QuantizePlan]):
             raise ValueError("8-bit floats have no zero point; leave out symmetric: false")
         if self.scheme == "fp8" and self.scales == "search":
             raise ValueError("8-bit floats lose nothing by a scale that covers all weights; leave out scales: search")
-        for field in ("damp", "tokens", "seed"):
+        if self.scheme == "mixed":
+            choices_of(self.bits, self.of)
+        for field in ("bits", "of", "metric"):
+            if getattr(self, field) is not None and self.scheme != "mixed":
+                raise ValueError(f"{field} is for scheme mixed; scheme is {self.scheme}")
+        for field in ("damp", "tokens", *(() if self.scheme == "mixed" else ("seed",))):
             if getattr(self, field) is not None and self.algorithm != "gptq":
                 raise ValueError(f"{field} is for algorithm gptq; algorithm is {self.algorithm}")
         return self
@@ -139,6 +164,10 @@ class Quantize(Pass[QuantizePlan]):
     def _shrink(self) -> Sequence[float]:
         searched = self.scales == "search" or (self.scales is None and self.algorithm == "gptq")
         return SEARCH if searched and self.scheme != "fp8" else WHOLE_RANGE
+
+    @property
+    def _metric(self) -> Metric:
+        return self.metric or "model"
 
     @property
     def _damping(self) -> float:
@@ -156,9 +185,38 @@ class Quantize(Pass[QuantizePlan]):
             found[moe.name] = Sample(*operands, limit=self.tokens or 16384, seed=self.seed or 0)
         return found
 
+    def survey(self, structure: Structure) -> Mapping[str, Observer]:
+        """For mixed: sums of squares around each linear and table, and tokens of mixtures."""
+        if self.scheme != "mixed":
+            return {}
+        tables = structure.selected_embeddings() if self.embeddings else ()
+        return squares_of([*self.linears(structure), *structure.moes(), *tables], self._metric, self.seed or 0)
+
+    def plan_whole(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
+        """For mixed: list the sites and share out the bits."""
+        plan = self.plan(graph, structure, statistics)
+        parts = self._parts(structure)
+        sites = {decision.site: parts[decision.site] for decision in plan.decisions}
+        tables = {memory(graph.tensor(part.weight)) for part in sites.values() if isinstance(part, Embedding)}
+        tied = {site.name: site.part for site in self.linears(structure) if memory(graph.tensor(site.part.weight)) in tables}
+        group = self.group or 32
+
+        def rounded(matrix: torch.Tensor, bits: int) -> QuantizedTensor:
+            decision = QuantizeWeight(site="", bits=bits, group=group)
+            return self._quantized(matrix, decision, None)
+
+        choices = choices_of(self.bits, self.of)
+        assert self.bits is not None
+        shares, notes = share_out(
+            graph, {**sites, **tied}, statistics, rounded, choices=choices, average=self.bits, metric=self._metric
+        )
+        decisions = tuple(each.model_copy(update=vars(shares[each.site])) for each in plan.decisions)
+        return plan.model_copy(update={"decisions": decisions, "notes": (*plan.notes, *notes)})
+
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
         """List the sites."""
-        bits: Literal[4, 8] = 4 if self.scheme == "int4" else 8
+        widths: dict[str, Literal[2, 4, 8]] = {"int4": 4, "int2": 2}
+        bits = widths.get(self.scheme, 8)
         dynamic = self.scheme == "int8_dynamic"
         float8 = self.scheme == "fp8"
         group = self.group or (PER_ROW if float8 else 32)
@@ -210,8 +268,8 @@ class Quantize(Pass[QuantizePlan]):
         """Whether a site is fitted to data: calibration data reached it."""
         if self.algorithm != "gptq":
             return False
-        observer = statistics[key]
-        assert isinstance(observer, SecondMoment | Sample)
+        observer = statistics[site if self.scheme == "mixed" else key]
+        assert isinstance(observer, SecondMoment | Sample | Squares)
         if observer.tokens == 0:
             notes.append(f"{site}: calibration data never reached it (no unmasked token); rounded to the nearest")
         return observer.tokens > 0
@@ -373,7 +431,10 @@ class Quantize(Pass[QuantizePlan]):
         """Number of sites by scheme; an edited plan may give some of them another."""
         fitted = f" ({self.algorithm})" if self.algorithm != "nearest" else ""
         found = Counter(_scheme(decision, self.scheme) for decision in plan.decisions) or {self.scheme: 0}
-        return ", ".join(f"{count} weights in {scheme}" for scheme, count in found.items()) + fitted
+        listed = ", ".join(f"{count} weights in {scheme}" for scheme, count in sorted(found.items()))
+        codes = sum(decision.codes or 0 for decision in plan.decisions)
+        spent = sum((decision.codes or 0) * decision.bits for decision in plan.decisions)
+        return f"{listed}{f': {spent / codes:.2f} bits on average' if codes else ''}{fitted}"
 
     @staticmethod
     def _parts(structure: Structure) -> dict[str, _Part]:

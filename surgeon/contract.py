@@ -42,6 +42,8 @@ class Observer(abc.ABC):
     Class attributes:
         gradient: the derivative of the loss with respect to the last node is handed to ``update`` too, after the values.
             Such observers see the model as it is before the pass, once, also where the pass is driven block by block.
+        directed: with ``gradient``: where the model has no loss, the derivative is that of a random direction of its outputs
+            (see ``surgeon.gradients``); others get none there.
         whole: ``update`` is handed the values with all their dimensions, padding included, and behind them the numbers of
             the rows of the first one that are no padding, [tokens].
 
@@ -51,6 +53,7 @@ class Observer(abc.ABC):
     """
 
     gradient: ClassVar[bool] = False
+    directed: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     nodes: tuple[fx.Node, ...]
     features: int = -1
@@ -214,6 +217,25 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """What to measure at the selected sites; nothing by default."""
         return {}
+
+    def survey(self, structure: Structure) -> Mapping[str, Observer]:
+        """What a pass of scope ``block`` measures once on the whole model as it is, to decide with ``plan_whole``; {} by
+        default, and then each block is planned as the sweep reaches it.
+        """
+        return {}
+
+    def plan_whole(self, graph: Graph, structure: Structure, statistics: Statistics) -> P:
+        """Decide for all blocks at once, before the sweep, which then applies that plan as it does a saved one.
+
+        Args:
+            graph: the model as it is before the pass.
+            structure: its structure.
+            statistics: what ``survey`` asked for.
+
+        Raises:
+            PlanError: what was asked cannot be done on this model; names the site.
+        """
+        raise NotImplementedError(f"{self.name}: a pass that has a survey plans the whole model with it")
 
     @abc.abstractmethod
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> P:

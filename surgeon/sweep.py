@@ -49,23 +49,43 @@ def run_pass(
         ObserveError: the pass needs data and there is none.
         PlanError: the pass refuses, or finds nothing to do.
     """
+    surveyed: Mapping[str, Observer] = step.survey(structure) if saved is None else {}
+    if surveyed:
+        _observe_backward(step, editor, batches, surveyed, progress)
+        _observe_forward(step, editor, batches, surveyed, progress)
+        saved = _some(step, structure, step.plan_whole(editor.graph, structure, surveyed))
+    tokens = _tokens(surveyed)
+    del surveyed
     observers = step.observers(structure) if saved is None or step.apply_reads_statistics else {}
+    backward = _observe_backward(step, editor, batches, observers, progress)
+    if step.scope == "model" or not observers:
+        _observe_forward(step, editor, batches, observers, progress)
+        plan = saved if saved is not None else _some(step, structure, step.plan(editor.graph, structure, observers))
+        step.check(editor.graph, structure, plan)
+        step.apply(editor, structure, plan, observers)
+        return plan, max(tokens, _tokens(observers))
+    return _sweep(step, editor, structure, batches(), backward, saved, progress)
+
+
+def _observe_backward(
+    step: Pass[Any], editor: Editor, batches: Batches, observers: Mapping[str, Observer], progress: Progress
+) -> dict[str, Observer]:
+    """Feed the observers that want gradients, and return them."""
     backward = {key: observer for key, observer in observers.items() if observer.gradient}
     if backward:
         observe_gradients(
             editor.graph, progress.track(batches(), f"{step.name}: gradients", len(batches())), backward
         )
-    if step.scope == "model" or not observers:
-        forward = {key: observer for key, observer in observers.items() if key not in backward}
-        if forward:
-            observe(
-                editor.graph, progress.track(batches(), f"{step.name}: observing", len(batches())), forward
-            )
-        plan = saved if saved is not None else _some(step, structure, step.plan(editor.graph, structure, observers))
-        step.check(editor.graph, structure, plan)
-        step.apply(editor, structure, plan, observers)
-        return plan, _tokens(observers)
-    return _sweep(step, editor, structure, batches(), backward, saved, progress)
+    return backward
+
+
+def _observe_forward(
+    step: Pass[Any], editor: Editor, batches: Batches, observers: Mapping[str, Observer], progress: Progress
+) -> None:
+    """Feed the other observers on the whole model."""
+    forward = {key: observer for key, observer in observers.items() if not observer.gradient}
+    if forward:
+        observe(editor.graph, progress.track(batches(), f"{step.name}: observing", len(batches())), forward)
 
 
 def _sweep(

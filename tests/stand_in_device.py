@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from surgeon.ops.attention import attention
-from surgeon.ops.mixture import moe
+from surgeon.ops.mixture import moe, moe_backward
 from surgeon.ops.quantized import dequantize, fake_quantize_dynamic
 
 NAME = "away"
@@ -29,7 +29,13 @@ _ACROSS = ("_to_copy", "copy_", "_copy_from", "set_", "_has_compatible_shallow_c
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
-_OPERATORS = {"attention": attention, "moe": moe, "dequantize": dequantize, "fake_quantize_dynamic": fake_quantize_dynamic}
+_OPERATORS = {
+    "attention": attention,
+    "moe": moe,
+    "moe_backward": moe_backward,
+    "dequantize": dequantize,
+    "fake_quantize_dynamic": fake_quantize_dynamic,
+}
 
 
 class Away(Tensor):

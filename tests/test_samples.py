@@ -87,3 +87,36 @@ def test_no_batch_is_refused(patient: MakePatient) -> None:
     site = next(iter(subject.structure.ffns())).part
     with pytest.raises(ObserveError, match="no batch"):
         observe_gradients(subject.graph, [], {"x": GradientSample(site.input, limit=9)})
+
+
+def test_a_random_direction_of_outputs_has_their_derivatives(patient: MakePatient) -> None:
+    """Behind the last layer of BERT's FFN the norm alone is left, of which a Jacobian is made here; padding counts nowhere."""
+    subject = patient("bert")
+    batch = inputs_for("bert", batch=3, padded=True)
+    site = list(subject.structure.ffns())[-1].part
+
+    class Directed(GradientSample):
+        directed = True
+
+    observer, plain = Directed(site.down.node, limit=100), GradientSample(site.down.node, limit=100)
+    observe_gradients(subject.graph, [batch], {"x": observer, "plain": plain})
+    assert len(plain.values()) == 1
+    y, gradient = observer.values()
+    valid = int(batch["attention_mask"].sum())
+    assert y.shape == gradient.shape == (valid, 64)
+    assert valid < batch["attention_mask"].numel()
+
+    module, _ = tiny("bert")
+    kept: list[torch.Tensor] = []
+    layer = module.encoder.layer[-1].output
+    layer.dense.register_forward_hook(lambda _, inputs, output: kept.append(output.detach().requires_grad_()) or kept[-1])
+    found = module(**batch)
+    mask = batch["attention_mask"].bool()
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in (found.last_hidden_state[mask], found.pooler_output):
+        rows = rows.double()
+        signs = torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1
+        total = total + (signs * rows).sum() / rows.detach().square().sum(-1).mean().sqrt()
+    (want,) = torch.autograd.grad(total, kept)
+    assert torch.allclose(gradient, want[mask], rtol=1e-4, atol=1e-6)

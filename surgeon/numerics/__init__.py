@@ -1,5 +1,6 @@
 """The mathematics of surgeon: plain functions on tensors that know nothing of graphs, passes or models."""
 
+from surgeon.numerics.allocation import cheapest_choices as cheapest_choices
 from surgeon.numerics.assignment import best_assignment as best_assignment
 from surgeon.numerics.clustering import Clustering as Clustering
 from surgeon.numerics.clustering import balanced_assignment as balanced_assignment
