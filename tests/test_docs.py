@@ -372,7 +372,8 @@ def test_two_commands_are_all_a_newcomer_types() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "last"), [("demo", "surgeon compile examples/minilm.yaml --force"), ("test", "python -m pytest -n 2 --dist worksteal")]
+    ("target", "last"),
+    [("demo", "surgeon compile examples/minilm.yaml --force"), ("test", "python -m pytest -n 2 --dist worksteal")],
 )
 def test_make_sets_everything_up(target: str, last: str, tmp_path: Path) -> None:
     """In a folder without a virtual environment: it is made, filled, and used."""
