@@ -28,9 +28,10 @@ from torch import Tensor, fx
 
 from surgeon.accounting import Key, memory
 from surgeon.contract import Observer, Seed, Statistics
+from surgeon.errors import PlanError
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
-from surgeon.numerics import QuantizedTensor, cheapest_choices
+from surgeon.numerics import NumericsError, QuantizedTensor, cheapest_choices
 from surgeon.samples import GradientSample, Sample
 from surgeon.structure import Embedding, Linear, MoE, Site
 
@@ -188,6 +189,9 @@ def share_out(
 
     Returns:
         What each site is given, and notes on those that the data say nothing of.
+
+    Raises:
+        PlanError: a weight, or what the data make of it, is not finite.
     """
     weights: dict[tuple[Key, ...], _Weight] = {}
     tokens = max((int(getattr(statistics[name], "tokens", 0)) for name in sites), default=0)
@@ -196,8 +200,16 @@ def share_out(
         entry = weights.setdefault(tuple(memory(graph.tensor(each)) for each in names), _Weight())
         costs = []
         for bits in choices:
-            codes = [rounded(_matrix(graph, part, each), bits) for each in names]
+            try:
+                codes = [rounded(_matrix(graph, part, each), bits) for each in names]
+            except NumericsError as error:
+                raise PlanError(f"{name}: {error}") from error
             costs.append(_error(graph, part, statistics[name], codes, metric))
+            if not math.isfinite(costs[-1]):
+                raise PlanError(
+                    f"{name}: in {bits} bits it would cost {costs[-1]}: values or derivatives around it are not finite on the "
+                    "calibration data; leave it out by names, or take other data"
+                )
             if not entry.readers:
                 entry.bytes.append(sum(t.numel() * t.element_size() for each in codes for t in each.tensors if t is not None))
                 entry.codes = sum(each.packed.numel() * 8 // bits for each in codes)
@@ -272,6 +284,6 @@ def _mixture_error(
 def _cost(squares: Tensor, energy: float, gradients: Tensor | None, tokens: int, metric: Metric) -> float:
     """What squared errors of a site's outputs, [out], summed over its tokens, cost."""
     if metric == "site":
-        return float(squares.sum()) / energy if energy > 0 else 0.0
+        return float(squares.sum()) / energy if energy != 0 else 0.0
     assert gradients is not None
     return float(squares @ gradients) / (2 * tokens)

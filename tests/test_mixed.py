@@ -160,6 +160,12 @@ def test_what_data_say_nothing_of_has_the_most_bits_below_the_average(patient: M
         assert shares[unseen].errors is None
         assert notes == [f"{unseen}: calibration data say nothing of it; {own} bits"]
         assert all(shares[name].errors is not None for name in others)
+    broken = statistics[others[0]]
+    assert isinstance(broken, Squares)
+    broken.energy = float("nan")
+    broken.inputs = torch.full((64,), float("nan"), dtype=torch.float64)
+    with pytest.raises(PlanError, match=rf"{others[0]}: in 2 bits it would cost nan.*calibration data"):
+        share_out(subject.graph, sites, statistics, rounded, choices=(2, 4), average=3, metric="site")
 
 
 # -- plans --------------------------------------------------------------------------------------------------------
@@ -274,7 +280,7 @@ def test_errors_say_about_what_the_loss_rises_by(tiny_llama: Trained) -> None:
 
 
 def test_an_artefact_has_the_bytes_of_the_average_and_others_refuse_two_bits(patient: MakePatient, tmp_path: Path) -> None:
-    subject = patient("llama")
+    subject = patient("llama").operate({"drop_blocks": {"count": 2}})
     chosen, four = subject.operate(mixed(3, group=32)), subject.operate({"quantize": {"scheme": "int4"}})
     engine, sizes = make_backend("onnxruntime"), []
     for name, graph in (("mixed", chosen.graph), ("int4", four.graph)):
@@ -286,6 +292,6 @@ def test_an_artefact_has_the_bytes_of_the_average_and_others_refuse_two_bits(pat
             want = graph(**batch)["logits"]
         assert float((artifact.run(batch)["logits"] - want).norm() / want.norm()) < 0.02  # inputs are rounded to 8 bits there
     less = sum(d.codes * (4 - d.bits) for d in chosen.plan.decisions) / 8
-    assert less > 10_000
+    assert less > 5_000
     assert sizes[1] - sizes[0] == pytest.approx(less, rel=0.05)
     assert any("2 bits" in refusal.reason for refusal in make_backend("tensorrt").refuses(chosen.graph))
