@@ -215,8 +215,9 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def is_outer(left: Tensor, right: Tensor) -> bool:
     """Whether a product sums one term each (positions times frequencies): multiplied, it joins the kernels around it."""
-    sizes = (left.shape[-1], right.shape[-2]) if min(left.dim(), right.dim()) > 1 else ()
-    return all(isinstance(size, int) and size == 1 for size in sizes) and sizes != ()
+    if min(left.dim(), right.dim()) < 2:
+        return False
+    return all(isinstance(size, int) and size == 1 for size in (left.shape[-1], right.shape[-2]))
 
 
 def few_of_row(values: Tensor, k: int, dim: int = -1, largest: bool = True, **_: bool) -> bool:

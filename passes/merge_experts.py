@@ -181,8 +181,7 @@ class MergeExperts(Pass[MergeExpertsPlan]):
                 found[f"{site.name}.routing"] = Routing(moe.index, moe.weight, logits, moe.experts)
             compared = self.grouping in ("outputs", "token_outputs", "output_cosines") or self.combination == "search"
             if compared or self.apply_reads_statistics:
-                operands = [argument for argument in moe.node.args[:3] if isinstance(argument, fx.Node)]
-                found[f"{site.name}.sample"] = Sample(*operands, limit=self.tokens, seed=self.seed)
+                found[f"{site.name}.sample"] = Sample(*moe.routed, limit=self.tokens, seed=self.seed)
         return found
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> MergeExpertsPlan:

@@ -181,8 +181,7 @@ class Quantize(Pass[QuantizePlan]):
             site.part.input.name: SecondMoment(site.part.input) for site in self.linears(structure)
         }
         for moe in structure.moes():
-            operands = [argument for argument in moe.part.node.args[:3] if isinstance(argument, fx.Node)]
-            found[moe.name] = Sample(*operands, limit=self.tokens or 16384, seed=self.seed or 0)
+            found[moe.name] = Sample(*moe.part.routed, limit=self.tokens or 16384, seed=self.seed or 0)
         return found
 
     def survey(self, structure: Structure) -> Mapping[str, Observer]:

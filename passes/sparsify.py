@@ -35,7 +35,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 from surgeon.accounting import Key, memory, stored_reads
 from surgeon.codes import read_in_several_blocks
@@ -136,8 +136,7 @@ class Sparsify(Pass[SparsifyPlan]):
         kind = SecondMoment if self.criterion == "sparsegpt" else Energy
         found: dict[str, Observer] = {site.part.input.name: kind(site.part.input) for site in self._linears(structure)}
         for moe in structure.moes():
-            operands = [argument for argument in moe.part.node.args[:3] if isinstance(argument, fx.Node)]
-            found[moe.name] = Sample(*operands, limit=self.tokens or 16384, seed=self.seed or 0)
+            found[moe.name] = Sample(*moe.part.routed, limit=self.tokens or 16384, seed=self.seed or 0)
         return found
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> SparsifyPlan:

@@ -130,8 +130,7 @@ def squares_of(
         elif isinstance(part, Embedding):
             found[site.name] = squares(part.node)
         else:
-            operands = [argument for argument in part.node.args[:3] if isinstance(argument, fx.Node)]
-            found[site.name] = sample(*operands, part.node, limit=TOKENS, seed=seed)
+            found[site.name] = sample(*part.routed, part.node, limit=TOKENS, seed=seed)
     return found
 
 

@@ -184,6 +184,11 @@ class MoE:
     input_scaled: bool = False
     expert_scale: str | None = None
 
+    @property
+    def routed(self) -> tuple[fx.Node, ...]:
+        """What its tokens come with: nodes of x [tokens, hidden], and of experts and weights, [tokens, top_k]."""
+        return tuple(operand for operand in self.node.args[:3] if isinstance(operand, fx.Node))
+
 
 @dataclass(frozen=True)
 class Region:
