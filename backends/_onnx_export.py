@@ -14,6 +14,7 @@ from torch import fx
 
 from surgeon.backends import _onnx_cuda as cuda
 from surgeon.backends import _onnx_fuse as fuse
+from surgeon.backends._onnx_program import export_module
 from surgeon.backends._onnx_support import quiet
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
@@ -34,28 +35,16 @@ def export(graph: Graph, module: fx.GraphModule, opset: int, provider: str) -> i
     Raises:
         LowerError: torch.onnx refuses, or the result has another opset than asked for.
     """
-    example = tuple(graph.example[port.name] for port in graph.inputs)
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
         for port in graph.inputs
     )
-    with quiet(), torch.no_grad():  # a mask that can be trained has another attention kernel, with other strides
+    with quiet():
         try:
-            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                input_names=[port.name for port in graph.inputs],
-                output_names=[port.name for port in graph.outputs],
-                verbose=False,
-                optimize=False,
-            )
+            model = export_module(module, graph, shapes, opset)
         except Exception as error:  # torch.export and torch.onnx raise many unrelated classes
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise LowerError(f"onnxruntime: torch.onnx cannot export the graph: {reason}") from error
-        assert exported is not None
-        model: ir.Model = exported.model
         _optimise(model)
     found = model.opset_imports.get("")
     if found != opset:

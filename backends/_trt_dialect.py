@@ -87,32 +87,20 @@ def write(graph: Graph, experts: Experts, path: Path) -> ir.Model:
     """
     from surgeon.backends._onnx_export import _name_axes, _strip
     from surgeon.backends._onnx_file import SINGLE_FILE_LIMIT, weight_bytes
+    from surgeon.backends._onnx_program import export_module
     from surgeon.backends._onnx_support import quiet
 
     module = Decomposed(graph, experts, {torch.ops.surgeon.dequantize.default: _marker}).eval()
-    example = tuple(graph.example[port.name] for port in graph.inputs)
     # Several names may depend on each other (a mask is as long as past and new tokens), which export finds out itself.
     shapes = tuple(
         {axis: torch.export.Dim.AUTO for axis, size in enumerate(port.shape) if isinstance(size, str)} for port in graph.inputs
     )
     with quiet():
         try:
-            with torch.no_grad():
-                program = torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[port.name for port in graph.inputs],
-                output_names=[port.name for port in graph.outputs],
-                verbose=False,
-                optimize=False,
-            )
+            model = export_module(module, graph, (shapes,), OPSET)
         except Exception as error:  # torch.export and torch.onnx raise many unrelated classes
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise LowerError(f"tensorrt: torch.onnx cannot export the graph: {reason}") from error
-        assert exported is not None
-        model: ir.Model = exported.model
         _dequantize(model)
         _optimise(model)
     _name_axes(model, graph)
