@@ -41,7 +41,7 @@ def export_module(module: nn.Module, graph: Graph, dynamic_shapes: Any, opset: i
     with torch.no_grad():  # a mask that can be trained has another attention kernel, with other strides
         program = torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
         if decompose(program, opset):
-            program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+            program.run_decompositions = lambda *_: program
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -63,17 +63,17 @@ def decompose(program: ExportedProgram, opset: int) -> bool:
         Whether all that is left has one.  Where not, the program computes what it did, and all of it has to be traced anew.
     """
     nodes = program.graph.nodes
-    done = all(_translates(node, opset) or _expand(program.graph, node, opset) for node in list(nodes))
+    done = all(_translates(node, opset) or _expand(program, node, opset) for node in list(nodes))
     program.graph.lint()
     program.graph_module.recompile()
     return done and all(_translates(node, opset) for node in nodes)
 
 
-def _expand(graph: fx.Graph, node: fx.Node, opset: int) -> bool:
+def _expand(program: ExportedProgram, node: fx.Node, opset: int) -> bool:
     """Replace one node by its decomposition; whether that could be done."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    graph, target = program.graph, node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    target, name = node.target, node.name
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
@@ -82,27 +82,31 @@ def _expand(graph: fx.Graph, node: fx.Node, opset: int) -> bool:
         args, kwargs = pytree.tree_unflatten([next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
         return target(*args, **kwargs)
 
-    traced = make_fx(call, dict(_registry(opset)[1]), tracing_mode="symbolic")(*(operand.meta["val"] for operand in operands))
+    try:
+        trace = make_fx(call, dict(_registry(opset)[1]), tracing_mode="symbolic")
+        traced = trace(*(operand.meta["val"] for operand in operands))
+    except Exception:  # of many classes; tracing all of it says what is wrong, if anything is
+        return False
     if any(inner.op not in ("placeholder", "call_function", "output") for inner in traced.graph.nodes):
         return False
     places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with graph.inserting_before(node):
         result = graph.graph_copy(traced.graph, places)
     if isinstance(result, fx.Node):
-        if result in operands and any(user.op == "output" for user in node.users):
-            return False  # an output of a program is known by its name
+        if any(user.op == "output" for user in node.users):
+            if result in operands:
+                return False  # an input, or another output: programs name them otherwise
+            program.graph_signature.replace_all_uses(node.name, result.name)
         node.replace_all_uses_with(result)
     else:
         assert isinstance(result, tuple | list)
-        for user in list(node.users):
-            part = result[user.args[1]]  # of several results each is read by its own node
+        for user in list(node.users):  # of several results each is read by its own node
+            part = result[int(str(user.args[1]))]
             if not isinstance(part, fx.Node) or any(reader.op == "output" for reader in user.users):
                 return False
             user.replace_all_uses_with(part)
             graph.erase_node(user)
     graph.erase_node(node)
-    if isinstance(result, fx.Node) and result not in operands:
-        result._rename(name)
     return True
 
 
