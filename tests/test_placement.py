@@ -64,6 +64,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "skip_experts": (MIXTRAL, {"skip_experts": {"beta": "median"}}),
     "smooth": (LLAMA, {"smooth": {"blocks": "0:2"}}),
     "sparsify": (LLAMA, {"sparsify": {"sparsity": 0.5, "blocks": "1:3"}}),
+    "sparsify: by loss": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "allocation": "loss", "names": ["*.moe", "*.o"]}}),
+    "sparsify: owl": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "allocation": "owl", "criterion": "wanda", "names": "*.moe"}}),
     "sparsify: random": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "criterion": "random", "blocks": 0}}),
     "sparsify: wanda": (MIXTRAL, {"sparsify": {"pattern": "2:4", "criterion": "wanda", "blocks": 0}}),
     "sparsify: of experts": (MIXTRAL, {"sparsify": {"pattern": "2:4", "names": "blocks.0.moe"}}),
