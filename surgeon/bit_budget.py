@@ -101,7 +101,7 @@ def share_out(
     beside = sum(each.sizes[0] - count * choices[0] // 8 for each, count in zip(weights, codes, strict=True))
     budget = beside + math.floor(sum(codes) * average / 8 + 1e-6)
     usual = max(number for number, bits in enumerate(choices) if bits <= average)
-    taken = choose(weights, budget, usual)
+    taken = choose(weights, budget, [usual] * len(weights))
     shares = {}
     for entry, choice, count in zip(weights, taken, codes, strict=True):
         scale = 1 / max(tokens, 1) if metric == "model" else 1.0

@@ -95,7 +95,7 @@ class Routed(GradientSample):
 
 
 def squares_of(
-    sites: Iterable[Site[Linear] | Site[Embedding] | Site[MoE]], metric: Metric, seed: Seed
+    sites: Iterable[Site[Linear] | Site[Embedding] | Site[MoE]], metric: Metric, seed: Seed = 0
 ) -> dict[str, Observer]:
     """What :func:`weigh` reads of each site, by its name."""
     squares, sample = (Squares, Sample) if metric == "site" else (SquaresAndGradients, Routed)
@@ -186,12 +186,12 @@ def weigh(
     return list(weights.values())
 
 
-def choose(weights: Sequence[Weight], budget: int, usual: int) -> list[int]:
-    """The choice of each weight, of least cost together under a budget; ``usual`` where the data say nothing of a weight."""
+def choose(weights: Sequence[Weight], budget: int, usual: Sequence[int]) -> list[int]:
+    """The choice of each weight, of least cost together under a budget; its usual one where the data say nothing of it."""
     free = [each for each in weights if each.known]
-    left = budget - sum(each.sizes[usual] for each in weights if not each.known)
+    left = budget - sum(each.sizes[choice] for each, choice in zip(weights, usual, strict=True) if not each.known)
     taken = iter(cheapest_choices([each.errors for each in free], [each.sizes for each in free], left))
-    return [next(taken) if each.known else usual for each in weights]
+    return [next(taken) if each.known else choice for each, choice in zip(weights, usual, strict=True)]
 
 
 def names_of(part: Part) -> tuple[str, ...]:

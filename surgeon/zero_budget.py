@@ -92,7 +92,7 @@ def by_loss(
         return Changed(made, min(stays, sum(int(torch.count_nonzero(matrix)) for matrix in matrices)))
 
     weights = weigh(graph, sites, statistics, changed, [f"with {100 * share:.0f} % zeros" for share in shares], "model")
-    taken = choose(weights, sum(each.sizes[usual] for each in weights), usual)
+    taken = choose(weights, sum(each.sizes[usual] for each in weights), [usual] * len(weights))
     found = {}
     for entry, choice in zip(weights, taken, strict=True):
         errors = {share: float(f"{error / tokens:.4g}") for share, error in zip(shares, entry.errors, strict=True)}

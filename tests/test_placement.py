@@ -47,6 +47,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop_neurons: of experts": (MIXTRAL, {"drop_neurons": {"ratio": 0.25}}),
     "expose_routing": (MIXTRAL, {"expose_routing": {}}),
     "low_rank": (LLAMA, {"low_rank": {"ratio": 0.5}}),
+    "low_rank: by loss": (LLAMA, {"low_rank": {"ratio": 0.7, "allocation": "loss", "names": "blocks.0.*"}}),
     "merge_experts: zip": (
         MIXTRAL, {"merge_experts": {"groups": 4, "grouping": "token_outputs", "combination": "zip", "refit": True}}
     ),
