@@ -4,7 +4,8 @@
     python benchmarks/sparsify.py --only "*2:4*" "*: dense"
 
 Cross entropy of held-out text, nats per token: 64 windows of 128 tokens; 32 others to calibrate.  All linears and experts of
-the blocks, routers apart, lose the same share, and nothing is trained afterwards; ``random`` is the mean of three lots.
+the blocks, routers apart, lose the same share unless an allocation is named, and nothing is trained afterwards; ``random`` is
+the mean of three lots.
 ``int4`` rows go on with 4-bit weights in groups of 32, whose zeros stay zeros.  Writes ``benchmarks/results/sparsify.json``
 (with the share of zeros that was reached) and ``sparsify.md``.
 """
@@ -32,7 +33,11 @@ SHARES: dict[str, dict[str, Any]] = {
 }
 CRITERIA: dict[str, dict[str, Any]] = {
     "sparsegpt": {},
+    "sparsegpt, allocation: loss": {"allocation": "loss"},
+    "sparsegpt, allocation: owl": {"allocation": "owl"},
     "wanda": {"criterion": "wanda"},
+    "wanda, allocation: loss": {"criterion": "wanda", "allocation": "loss"},
+    "wanda, allocation: owl": {"criterion": "wanda", "allocation": "owl"},
     "wanda, compare: matrix": {"criterion": "wanda", "compare": "matrix"},
     "magnitude": {"criterion": "magnitude"},
     "magnitude, compare: row": {"criterion": "magnitude", "compare": "row"},
@@ -52,7 +57,7 @@ def rows_of() -> dict[str, list[list[dict[str, Any]]]]:
     found: dict[str, list[list[dict[str, Any]]]] = {"dense": [[]]}
     for share, amount in SHARES.items():
         for name, fields in CRITERIA.items():
-            if "compare" in fields and "pattern" in amount:
+            if {"compare", "allocation"} & set(fields) and "pattern" in amount:
                 continue
             seeds: list[dict[str, Any]] = [{"seed": seed} for seed in range(3)] if name == "random" else [{}]
             found[f"{share}: {name}"] = [[{"sparsify": {**amount, **fields, **seed}}] for seed in seeds]

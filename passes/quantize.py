@@ -15,7 +15,7 @@ Formula:
     is made up for by those that are left, so that ``||(W - Q) X||`` becomes small.  An expert's C counts its own tokens, by
     the square of their weights.
     ``mixed``: bits b_i of each weight i, of n_i codes, with ``sum_i n_i b_i <= bits sum_i n_i`` so that ``sum_i error_i(b_i)``
-    is least; error: the second-order estimate of what the loss rises by (``surgeon/bit_budget.py``).
+    is least; error: the second-order estimate of what the loss rises by (``surgeon/sensitivity.py``).
 Shapes:
     W: [out, in] (experts [E, out, in]); codes [out, groups, group * bits / 8] bytes; scales [out, groups].
 Units:
@@ -46,7 +46,7 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from surgeon.accounting import Key, freed_parameter_count, memory, nodes_of
-from surgeon.bit_budget import Metric, Squares, choices_of, share_out, squares_of
+from surgeon.bit_budget import choices_of, share_out
 from surgeon.codes import CodedWeights, read_in_several_blocks
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
 from surgeon.errors import PlanError
@@ -66,6 +66,7 @@ from surgeon.numerics import (
 )
 from surgeon.rewrite import Editor
 from surgeon.samples import Sample
+from surgeon.sensitivity import Metric, Squares, squares_of
 from surgeon.structure import Embedding, Linear, MoE, Selection, Structure
 
 PER_ROW = -1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.bit_budget import Squares, share_out
+from surgeon.bit_budget import share_out
 from surgeon.contract import Observer
 from surgeon.data import Data
 from surgeon.errors import PlanError, RecipeError
@@ -21,6 +21,7 @@ from surgeon.observe import observe
 from surgeon.passes.quantize import QuantizePlan
 from surgeon.registry import make_backend, make_pass
 from surgeon.samples import GradientSample, Sample
+from surgeon.sensitivity import Squares
 from tests.conftest import Patient, Trained
 
 MakePatient = Callable[[str], Patient]

@@ -47,6 +47,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop_neurons: of experts": (MIXTRAL, {"drop_neurons": {"ratio": 0.25}}),
     "expose_routing": (MIXTRAL, {"expose_routing": {}}),
     "low_rank": (LLAMA, {"low_rank": {"ratio": 0.5}}),
+    "low_rank: by loss": (LLAMA, {"low_rank": {"ratio": 0.7, "allocation": "loss", "names": "blocks.0.*"}}),
     "merge_experts: zip": (
         MIXTRAL, {"merge_experts": {"groups": 4, "grouping": "token_outputs", "combination": "zip", "refit": True}}
     ),
@@ -64,6 +65,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "skip_experts": (MIXTRAL, {"skip_experts": {"beta": "median"}}),
     "smooth": (LLAMA, {"smooth": {"blocks": "0:2"}}),
     "sparsify": (LLAMA, {"sparsify": {"sparsity": 0.5, "blocks": "1:3"}}),
+    "sparsify: by loss": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "allocation": "loss", "names": ["*.moe", "*.o"]}}),
+    "sparsify: owl": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "allocation": "owl", "criterion": "wanda", "names": "*.moe"}}),
     "sparsify: random": (MIXTRAL, {"sparsify": {"sparsity": 0.5, "criterion": "random", "blocks": 0}}),
     "sparsify: wanda": (MIXTRAL, {"sparsify": {"pattern": "2:4", "criterion": "wanda", "blocks": 0}}),
     "sparsify: of experts": (MIXTRAL, {"sparsify": {"pattern": "2:4", "names": "blocks.0.moe"}}),

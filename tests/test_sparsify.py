@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.errors import PlanError, RecipeError
 from surgeon.graph import Graph
+from surgeon.moments import Energy
 from surgeon.observe import observe
 from surgeon.passes.sparsify import SparsifyPlan
 from surgeon.recipe import load_recipe
@@ -183,6 +185,77 @@ def test_lots_differ_by_seed_and_by_weight(patient: MakePatient) -> None:
     assert not any(torch.equal(one, other) for i, one in enumerate(masks) for other in masks[:i])
 
 
+def left(plan: Plan[Any]) -> float:
+    """Share of all weights that is zero."""
+    return sum(d.reached * d.weights for d in plan.decisions) / sum(d.weights for d in plan.decisions)
+
+
+@pytest.mark.parametrize("criterion", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize("allocation", ["loss", "owl"])
+def test_shares_hold_the_average_and_their_bounds(allocation: str, criterion: str, patient: MakePatient) -> None:
+    subject = patient("mixtral")
+    fields = {"sparsity": 0.4, "criterion": criterion, "allocation": allocation}
+    sparse = subject.checked({"sparsify": {**fields, "spread": 0.1}})
+    shares = {decision.site: decision.sparsity for decision in sparse.plan.decisions}
+    assert len(set(shares.values())) > 1
+    assert all(0.4 - 0.2 - 1e-6 <= share <= 0.4 + 0.2 + 1e-6 for share in shares.values())
+    if allocation == "loss":
+        assert set(shares.values()) <= {0.3, 0.35, 0.4, 0.45, 0.5}
+    else:
+        assert len({(site.split(".")[1], share) for site, share in shares.items()}) == len(subject.structure.blocks)
+    assert abs(left(sparse.plan) - 0.4) < (0.012 if criterion == "wanda" else 1e-3)  # rows of 48 or 64 are cut at whole weights
+    step = make_pass({"sparsify": fields})
+    assert " % of each" in step.summary(sparse.plan)
+    again = subject.operate({"sparsify": fields}, sparse.plan)
+    assert again.graph.fingerprint(weights=True) == sparse.graph.fingerprint(weights=True)
+
+
+@pytest.mark.parametrize("allocation", ["loss", "owl"])
+def test_shares_that_may_not_differ_are_the_uniform_one(allocation: str, patient: MakePatient) -> None:
+    subject = patient("mixtral")
+    uniform = subject.operate({"sparsify": {"sparsity": 0.3, "criterion": "wanda"}})
+    other = subject.operate({"sparsify": {"sparsity": 0.3, "criterion": "wanda", "allocation": allocation, "spread": 1e-9}})
+    assert other.graph.fingerprint(weights=True) == uniform.graph.fingerprint(weights=True)
+
+
+def test_no_other_shares_of_as_many_zeros_cost_less(patient: MakePatient) -> None:
+    """All 3^6 ways to give six linears their shares, by the errors that the plan states."""
+    step = {"sparsify": {"sparsity": 0.5, "allocation": "loss", "spread": 0.05, "names": ["blocks.0.ffn.*", "blocks.1.ffn.*"]}}
+    plan = patient("llama").operate(step).plan
+    assert len(plan.decisions) == 6
+
+    def cost(shares: tuple[float, ...]) -> float:
+        return sum(each.errors[share] for each, share in zip(plan.decisions, shares, strict=True))
+
+    def stays(shares: tuple[float, ...]) -> float:
+        return sum(each.weights * (1 - share) for each, share in zip(plan.decisions, shares, strict=True))
+
+    found = tuple(each.sparsity for each in plan.decisions)
+    possible = [way for way in itertools.product(*(each.errors for each in plan.decisions)) if stays(way) <= stays((0.5,) * 6)]
+    assert found in possible
+    assert cost(found) <= min(map(cost, possible)) * (1 + 1e-3)
+
+
+def test_owl_is_its_formula(patient: MakePatient) -> None:
+    """Outliers of each block's scores, from activations that are observed here."""
+    subject = patient("gpt2")
+    sites = [site for site in subject.structure.linears if site.block is not None]
+    seen = {site.name: Energy(site.part.input) for site in sites}
+    observe(subject.graph, subject.data.calibration, seen)
+    scores: dict[Any, list[Tensor]] = {}
+    for site in sites:
+        weight = subject.graph.tensor(site.part.weight).detach()
+        matrix = weight.T if site.part.transposed else weight
+        scores.setdefault(site.block, []).append((matrix.abs() * seen[site.name].diagonal.sqrt()).flatten())
+    blocks = [torch.cat(each) for each in scores.values()]
+    outliers = torch.tensor([float((each > 5 * each.mean()).double().mean()) for each in blocks])
+    above = (outliers - outliers.min()) / (outliers.max() - outliers.min()) * 2 * 0.2
+    goes = 1 - (above - above.mean() + 1 - 0.5)
+    plan = subject.operate({"sparsify": {"sparsity": 0.5, "allocation": "owl", "spread": 0.2}}).plan
+    for decision in plan.decisions:
+        assert decision.sparsity == pytest.approx(float(goes[int(decision.site.split(".")[1])]), abs=1e-5)
+
+
 # -- trained models -----------------------------------------------------------------------------------------------
 
 
@@ -197,6 +270,19 @@ def test_the_criteria_in_order(name: str, fields: dict[str, Any], request: pytes
     assert rises[0] < 0.85 * rises[1]
     assert rises[1] < 0.97 * rises[2]
     assert rises[2] < 0.25 * rises[3]
+
+
+@pytest.mark.parametrize(("name", "criterion"), [("tiny_llama", "wanda"), ("tiny_mixtral", "sparsegpt")])
+def test_shares_by_loss_beat_the_uniform_one_and_owl(name: str, criterion: str, request: pytest.FixtureRequest) -> None:
+    """benchmarks/results/sparsify.md has the figures."""
+    subject = request.getfixturevalue(name)
+    dense = subject.loss(subject.held_out)
+    rises = []
+    for allocation in ("loss", "owl", "uniform"):
+        sparse = subject.operate({"sparsify": {"sparsity": 0.6, "criterion": criterion, "allocation": allocation}})
+        assert left(sparse.plan) > 0.59
+        rises.append(subject.loss(subject.held_out) * 0 + sparse.loss(subject.held_out) - dense)
+    assert rises[0] < 0.85 * min(rises[1:])
 
 
 @pytest.mark.parametrize("fields", QUANTIZED, ids=lambda fields: "-".join(map(str, fields.values())))
@@ -357,6 +443,10 @@ def test_refusals(patient: MakePatient) -> None:
         ({"sparsity": 0.5, "criterion": "wanda", "damp": 0.1}, "damp is for criterion sparsegpt"),
         ({"sparsity": 0.5, "criterion": "random", "tokens": 64}, "tokens is for criteria that read data"),
         ({"sparsity": 0.5, "criterion": "magnitude", "seed": 1}, "seed says nothing for criterion magnitude"),
+        ({"pattern": "2:4", "allocation": "loss"}, "shares out zeros by data.* a pattern is the same share everywhere"),
+        ({"sparsity": 0.5, "allocation": "owl", "criterion": "magnitude"}, "magnitude reads no data"),
+        ({"sparsity": 0.5, "spread": 0.1}, "spread is for allocation: loss and owl; allocation is uniform"),
+        ({"sparsity": 0.5, "allocation": "alphas"}, "found \"alphas\"; known: loss, owl, uniform"),
         ({"sparsity": 0.5, "criterion": "obs"}, "found \"obs\"; known: magnitude, random, sparsegpt, wanda"),
     ):
         with pytest.raises(RecipeError, match=reason):

@@ -31,6 +31,7 @@ from surgeon.numerics.importance import split_disjoint as split_disjoint
 from surgeon.numerics.importance import split_overlapping as split_overlapping
 from surgeon.numerics.lowrank import LowRank as LowRank
 from surgeon.numerics.lowrank import rank_for_ratio as rank_for_ratio
+from surgeon.numerics.lowrank import rank_losses as rank_losses
 from surgeon.numerics.lowrank import saves as saves
 from surgeon.numerics.lowrank import truncated_svd as truncated_svd
 from surgeon.numerics.lowrank import whitened_svd as whitened_svd

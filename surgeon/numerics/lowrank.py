@@ -99,6 +99,35 @@ def whitened_svd(weight: Tensor, second_moment: Tensor, rank: int) -> LowRank:
     return LowRank((left * balance).to(weight.dtype), (right / balance[:, None]).to(weight.dtype), _norm(s[rank:]))
 
 
+def rank_losses(weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """What every rank loses of a weight, errors weighted by row and column.
+
+    ``sum_ij (W - W_r)_ij^2 C_j G_i`` of ``W_r = U_r U_r^T W`` with ``W diag(C)^1/2 = U S V^T``: the r-th and later directions
+    lose ``S_k^2 sum_i G_i U_ik^2`` each, so one decomposition tells it of all ranks.
+
+    Args:
+        weight: [out, in].
+        inputs: C, [in], not negative.
+        outputs: G, [out], not negative.
+
+    Returns:
+        [min(out, in) + 1] in float64, of ranks from 0 on; the last is 0.
+
+    Raises:
+        NumericsError: a shape does not fit, an entry is not finite or the decomposition does not converge.
+    """
+    _check(weight, 1)
+    if (len(outputs), len(inputs)) != weight.shape:
+        raise NumericsError(
+            f"rank_losses: {len(outputs)} outputs and {len(inputs)} inputs, needed as many as a weight {list(weight.shape)} has"
+        )
+    require_finite(inputs=inputs, outputs=outputs)
+    u, s = _left_singular(weight.detach().double() * inputs.double().sqrt())
+    full = min(weight.shape)
+    each = s[:full].square() * (outputs.double() @ u[:, :full].square())
+    return torch.cat([each.flip(0).cumsum(0).flip(0), each.new_zeros(1)])
+
+
 def rank_for_ratio(out: int, in_: int, ratio: float) -> int:
     """Return the largest rank whose two factors hold at most ``ratio`` of the parameters of an [out, in] weight.
 
