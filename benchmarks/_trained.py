@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import arguments, earlier, is_wanted, write
 from torch import Tensor
 
 from surgeon.data import Data, collate, load_data, tokenize_file, tokenizer_for
 from surgeon.discovery import discover
+from surgeon.environment import versions_of
 from surgeon.graph import Graph
 from surgeon.pipeline import operate
 from surgeon.progress import Progress
@@ -81,3 +83,36 @@ def sentence_encoder(
 def changed_by(step: dict[str, Any], graph: Graph, data: Data) -> Graph:
     """The model after one pass."""
     return operate(make_pass(step), graph, discover(graph), data, None, Progress(False))[0]
+
+
+def tabulate(
+    name: str,
+    description: str | None,
+    subjects: Mapping[str, Callable[[], tuple[Graph, Data, Judge]]],
+    rows: Sequence[str],
+    measure: Callable[[str, Graph, Data, Judge], dict[str, float]],
+    page: Callable[[dict[str, dict[str, dict[str, float]]]], str],
+) -> None:
+    """Measure the rows that the command line asks for, and write them with those of earlier runs.
+
+    Args:
+        name: of the files of results.
+        description: of the benchmark, for ``--help``.
+        subjects: what makes each model, its data and its judge, by name.
+        rows: what is measured of each of them.
+        measure: the figures of one row.
+        page: from the figures by model and row.
+    """
+    options = arguments(description, f"rows such as '{next(iter(subjects))}: {rows[-1]}'").parse_args()
+    torch.set_num_threads(1)
+    models: dict[str, dict[str, dict[str, float]]] = earlier(f"{name}.json").get("models", {})
+    for model, subject in subjects.items():
+        known = models.setdefault(model, {})
+        wanted = [row for row in rows if is_wanted(options, f"{model}: {row}", row in known)]
+        if not wanted:
+            continue
+        source, data, judge = subject()
+        for row in wanted:
+            known[row] = measure(row, source, data, judge)
+            print(model, row, known[row], flush=True)
+    write(name, page(models), versions_of("torch", "transformers"), models)

@@ -10,14 +10,14 @@ kept.  Writes ``benchmarks/results/low_rank.json`` (with the share of the model'
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
-from _rows import arguments, earlier, is_wanted, write
-from _trained import changed_by, language_model
+from _trained import Judge, changed_by, language_model, tabulate
 
 from surgeon.accounting import parameter_count
-from surgeon.environment import versions_of
+from surgeon.data import Data
+from surgeon.graph import Graph
 
 MODELS = ("tiny-llama", "tiny-mixtral")
 RATIOS = (0.9, 0.8, 0.6, 0.4)
@@ -63,22 +63,12 @@ def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    options = arguments(__doc__, "rows such as 'tiny-llama: 60 %: whitened'").parse_args()
-    torch.set_num_threads(1)
-    models: dict[str, dict[str, dict[str, float]]] = earlier("low_rank.json").get("models", {})
-    for model in MODELS:
-        rows = models.setdefault(model, {})
-        wanted = {row: step for row, step in rows_of().items() if is_wanted(options, f"{model}: {row}", row in rows)}
-        if not wanted:
-            continue
-        source, data, judge = language_model(model, samples=32, windows=64)
-        for row, step in wanted.items():
-            graph = source if step is None else changed_by(step, source, data)
-            rows[row] = {"loss": judge(graph), "parameters": parameter_count(graph) / parameter_count(source)}
-            print(model, row, rows[row], flush=True)
-    write("low_rank", table(models), versions_of("torch", "transformers"), models)
+def measured(row: str, source: Graph, data: Data, judge: Judge) -> dict[str, float]:
+    step = rows_of()[row]
+    graph = source if step is None else changed_by(step, source, data)
+    return {"loss": judge(graph), "parameters": parameter_count(graph) / parameter_count(source)}
 
 
 if __name__ == "__main__":
-    main()
+    subjects = {model: partial(language_model, model, samples=32, windows=64) for model in MODELS}
+    tabulate("low_rank", __doc__, subjects, list(rows_of()), measured, table)

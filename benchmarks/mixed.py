@@ -18,16 +18,14 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from _rows import arguments, earlier, is_wanted, write
-from _trained import Judge, language_model, sentence_encoder
+from _trained import Judge, language_model, sentence_encoder, tabulate
 from torch import Tensor
 
 from surgeon.data import Data
 from surgeon.discovery import discover
-from surgeon.environment import versions_of
 from surgeon.graph import Graph
 from surgeon.passes.quantize import QuantizePlan
 from surgeon.pipeline import operate
@@ -76,8 +74,9 @@ def in_order(plan: QuantizePlan, order: str) -> list[QuantizePlan]:
     return found
 
 
-def measured(row: str, algorithm: str, graph: Graph, data: Data, judge: Judge) -> dict[str, float]:
-    """Loss, average bits and estimate of one row."""
+def measured(key: str, graph: Graph, data: Data, judge: Judge) -> dict[str, float]:
+    """Loss, average bits and estimate of one row with one algorithm."""
+    algorithm, _, row = key.partition(": ")
     if row == "whole model":
         return {"loss": judge(graph)}
     bits, _, way = row.partition(" bits: ")
@@ -135,24 +134,10 @@ def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    options = arguments(__doc__, "rows such as 'tiny-llama: gptq: 3 bits: loss'").parse_args()
-    torch.set_num_threads(1)
-    models: dict[str, dict[str, dict[str, float]]] = earlier("mixed.json").get("models", {})
-    for model in MODELS:
-        rows = models.setdefault(model, {})
-        every = [f"{algorithm}: {row}" for algorithm in ALGORITHMS for row in ROWS]
-        wanted = [row for row in every if is_wanted(options, f"{model}: {row}", row in rows)]
-        if not wanted:
-            continue
-        if model == ENCODER:
-            source, data, judge = sentence_encoder({"samples": 64, "length": 64}, 200, 1, squared_distance)
-        else:
-            source, data, judge = language_model(model, samples=32, windows=64)
-        for key in wanted:
-            algorithm, _, row = key.partition(": ")
-            rows[key] = measured(row, algorithm, source, data, judge)
-            print(model, key, rows[key], flush=True)
-    write("mixed", table(models), versions_of("torch", "transformers"), models)
+    subjects = {model: partial(language_model, model, samples=32, windows=64) for model in MODELS if model != ENCODER}
+    encoder = partial(sentence_encoder, {"samples": 64, "length": 64}, 200, 1, squared_distance)
+    rows = [f"{algorithm}: {row}" for algorithm in ALGORITHMS for row in ROWS]
+    tabulate("mixed", __doc__, {**subjects, ENCODER: encoder}, rows, measured, table)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ the mean of three lots.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
-import torch
-from _rows import arguments, earlier, is_wanted, write
-from _trained import changed_by, language_model
+from _trained import Judge, changed_by, language_model, tabulate
 
+from surgeon.data import Data
 from surgeon.discovery import discover
-from surgeon.environment import versions_of
 from surgeon.graph import Graph
 
 MODELS = ("tiny-llama", "tiny-mixtral")
@@ -98,28 +97,17 @@ def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    options = arguments(__doc__, "rows such as 'tiny-llama: 2:4: wanda'").parse_args()
-    torch.set_num_threads(1)
-    models: dict[str, dict[str, dict[str, float]]] = earlier("sparsify.json").get("models", {})
-    for model in MODELS:
-        rows = models.setdefault(model, {})
-        wanted = {row: lots for row, lots in rows_of().items() if is_wanted(options, f"{model}: {row}", row in rows)}
-        if not wanted:
-            continue
-        source, data, judge = language_model(model, samples=32, windows=64)
-        for row, lots in wanted.items():
-            losses, share = [], 0.0
-            for steps in lots:
-                graph = source
-                for step in steps:
-                    graph = changed_by(step, graph, data)
-                    share = zeros(graph) if "sparsify" in step else share
-                losses.append(judge(graph))
-            rows[row] = {"loss": statistics.mean(losses), "zeros": share}
-            print(model, row, rows[row], flush=True)
-    write("sparsify", table(models), versions_of("torch", "transformers"), models)
+def measured(row: str, source: Graph, data: Data, judge: Judge) -> dict[str, float]:
+    losses, share = [], 0.0
+    for steps in rows_of()[row]:
+        graph = source
+        for step in steps:
+            graph = changed_by(step, graph, data)
+            share = zeros(graph) if "sparsify" in step else share
+        losses.append(judge(graph))
+    return {"loss": statistics.mean(losses), "zeros": share}
 
 
 if __name__ == "__main__":
-    main()
+    subjects = {model: partial(language_model, model, samples=32, windows=64) for model in MODELS}
+    tabulate("sparsify", __doc__, subjects, list(rows_of()), measured, table)
