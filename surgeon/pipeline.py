@@ -36,7 +36,7 @@ from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
 from surgeon.registry import versions
 from surgeon.report import Comparison, PassReport, Report
-from surgeon.resuming import Journal
+from surgeon.resuming import Journal, Sweeping, require_output
 from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Structure
@@ -117,8 +117,13 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         check_free(request.output, request.force)
     if request.backend is not None and lower:
         _require_installed(request.backend)
+    journal = Journal(request.output, request.resume) if request.output is not None and lower else None
+    if request.resume and lower:
+        require_output(request.output)
+    elif journal is not None:
+        journal.mention_leftover()
     placement = Placement.of(request.device)
-    with Progress(progress) as bars, _enough_memory(request.device):
+    with Progress(progress) as bars, _rescued(journal), _enough_memory(request.device):
         # source -> canonical graph -> structure
         with bars.step("loading the model"), clock.phase("load"):
             given = graph_of(
@@ -161,27 +166,30 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         # the passes, but for those that an interrupted build finished
         applied: list[Plan[Any]] = []
         current = reference
-        journal = Journal(request.output, graph, data, request.saved) if request.resume and lower else None
-        kept = journal.read(request.steps) if journal is not None else None
+        kept = journal.open(graph, data, request.saved, request.steps) if journal is not None else None
         if kept is not None:
             with bars.step("going on with an interrupted build"), clock.phase("resume"):
-                graph, applied, report.passes = kept.graph, list(kept.plans), list(kept.reports)
-                graph.placement = placement
-                structure, current = discover(graph), _outputs(graph, data.held_back)
                 report.warnings.append(kept.note)
+                if kept.reports:
+                    graph, applied, report.passes = kept.graph, list(kept.plans), list(kept.reports)
+                    graph.placement = placement
+                    structure, current = discover(graph), _outputs(graph, data.held_back)
         zeros = count_zeros(graph, structure)
         for number, step in enumerate(request.steps):
             if number < len(applied):
                 continue
+            under_way = kept.sweep if kept is not None and number == len(kept.plans) else None
+            sweeping = journal.sweeping(step, under_way) if journal is not None else None
             with bars.step(step.name), clock.phase(f"passes.{number}.{step.name}"):
                 before, structure_before = graph, structure
                 try:
                     graph, structure, plan, tokens = operate(
-                        step, before, structure, data, plans[number] if plans else None, bars
+                        step, before, structure, data, plans[number] if plans else None, bars, sweeping
                     )
                 except SurgeonError as error:
                     done = ", ".join(s.name for s in request.steps[:number]) or "none"
                     raise type(error)(f"passes.{number} ({step.name}): {error} [passes before it: {done}]") from error
+            seconds = clock.seconds[f"passes.{number}.{step.name}"] + (under_way.seconds if under_way is not None else 0.0)
             with bars.step(f"{step.name}: verifying"), clock.phase(f"passes.{number}.verify"):
                 check_structure(step, structure_before, structure)
                 check_parameters(step, plan, before, structure_before, graph)
@@ -200,7 +208,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     fields=step.model_dump(mode="json"),
                     summary=step.summary(plan),
                     exact=exact,
-                    seconds=clock.seconds[f"passes.{number}.{step.name}"],
+                    seconds=seconds,
                     observed_tokens=tokens,
                     parameters=(parameter_count(before), parameter_count(graph)),
                     active_parameters=(active_parameter_count(before), active_parameter_count(graph)),
@@ -211,6 +219,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     removed_blocks=_removed_blocks(structure_before, structure, graph),
                 )
             )
+            kept = under_way = sweeping = None
             del before, previous
             if journal is not None:
                 with bars.step(f"{step.name}: keeping what it left"), clock.phase(f"passes.{number}.keep"):
@@ -271,7 +280,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
 
 
 def operate(
-    step: Pass[Any], graph: Graph, structure: Structure, data: Data, saved: Plan[Any] | None, bars: Progress
+    step: Pass[Any], graph: Graph, structure: Structure, data: Data, saved: Plan[Any] | None, bars: Progress,
+    sweeping: Sweeping | None = None,
 ) -> tuple[Graph, Structure, Plan[Any], int]:
     """Run one pass on a clone; the graph handed in stays as it is.
 
@@ -282,6 +292,7 @@ def operate(
         data: what it may observe.
         saved: a plan to repeat instead of planning.
         bars: progress.
+        sweeping: see :func:`surgeon.sweep.run_pass`.
 
     Returns:
         The graph and its structure afterwards, the plan, and how many tokens were observed.
@@ -293,7 +304,7 @@ def operate(
     view = discover(clone)
     view = view.select(step.selection(view))
     editor = Editor(clone)
-    plan, tokens = run_pass(step, editor, view, lambda: _required(data, step), saved, bars)
+    plan, tokens = run_pass(step, editor, view, lambda: _required(data, step), saved, bars, sweeping)
     editor.finish()
     return clone, discover(clone), plan, tokens
 
@@ -330,6 +341,17 @@ def _require_host(module: nn.Module) -> None:
             f"the model is on {', '.join(sorted(devices))}, and surgeon holds its weights on the host: hand it over after "
             "model.cpu(), with device='cuda' to run it on calibration data on the GPU"
         )
+
+
+@contextmanager
+def _rescued(journal: Journal | None) -> Iterator[None]:
+    """What ends the build says how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if journal is not None:
+            journal.rescue(error)
+        raise
 
 
 @contextmanager
