@@ -85,6 +85,7 @@ class Sparsify(Pass[SparsifyPlan]):
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = SparsifyPlan
     apply_reads_statistics = True
+    heals = False
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each weight matrix to set to zero; give this or pattern."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.compiled import Compiled, write_outputs
 from surgeon.continued import graph_of, source_of
-from surgeon.contract import Backend, Pass, Plan, Refusal
+from surgeon.contract import Backend, Pass, Plan
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
@@ -34,6 +34,7 @@ from surgeon.placement import Placement, accelerator
 from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
+from surgeon.refusals import foreseen, refuse
 from surgeon.registry import versions
 from surgeon.report import Comparison, PassReport, Report
 from surgeon.resuming import Journal, Sweeping, require_output
@@ -146,11 +147,14 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         with bars.step("tracing"), clock.phase("trace"):
             graph = trace_source(source, dynamic=request.dynamic) if given is None else given.clone()
         graph.placement = placement
-        if request.backend is not None and lower:
-            _refuse(request.backend, request.backend.refuses_source(graph))
         with bars.step("discovering the structure"), clock.phase("discover"):
             structure = discover(graph)
         plans = request.saved.matched(graph, request.steps) if request.saved is not None else None
+        if request.backend is not None and lower:
+            with bars.step(f"asking {request.backend.name}"), clock.phase("foresee"):
+                rehearsed, refusals = foreseen(request.backend, graph, request.steps, plans)
+                refuse(request.backend, rehearsed, refusals)
+                del rehearsed
         fingerprint = graph.fingerprint()
 
         # reference outputs, recorded once so that the source's weights can go as they are replaced
@@ -252,7 +256,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
-        _refuse(request.backend, request.backend.refuses(graph))
+        refuse(request.backend, graph, request.backend.refuses(graph))
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
         with staged(target, request.force) as folder:
             lowered = lower_and_compare(request.backend, graph, folder, data.held_back, partial(_timed, bars, clock))
@@ -363,12 +367,6 @@ def _enough_memory(device: str) -> Iterator[None]:
             f"device {device!r} has too little free memory ({str(error).splitlines()[0]}): give smaller batches "
             "(calibration: {batch: ...}), fewer or shorter samples, or device: cpu"
         ) from error
-
-
-def _refuse(backend: Backend, refusals: Sequence[Refusal]) -> None:
-    if refusals:
-        listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
-        raise LowerError(f"backend {backend.name} refuses this model: {listing}")
 
 
 def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[int]:

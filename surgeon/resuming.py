@@ -222,7 +222,6 @@ class Journal:
             warnings.warn(f"resume: what {self.folder} holds is not taken: {kept}; the build begins anew", SurgeonWarning, 2)
             return None
         self._finished = [report.name for report in kept.reports]
-        self._on_disk = _so_far(self._finished, kept.sweep and (steps[len(kept.reports)].name, kept.sweep.blocks, kept.sweep.of))
         return kept
 
     def _read(self, source: Graph, tensors: Mapping[str, Tensor], steps: Sequence[Pass[Any]]) -> Kept | str:
@@ -248,8 +247,8 @@ class Journal:
         if under_way is not None:  # once for trial, while there is a way back
             become(Editor(behind.clone()), under_way.graph, under_way.tensors)
         self._graph, self._passes = graph, written["passes"]
-        so_far = _so_far([report.name for report in reports], sweep and (sweep["name"], sweep["blocks"], sweep["of"]))
-        return Kept(behind, plans, reports, under_way, f"taken from a build that was interrupted: {so_far}")
+        self._on_disk = _so_far([name for name, _ in done], _progress(sweep))
+        return Kept(behind, plans, reports, under_way, f"taken from a build that was interrupted: {self._on_disk}")
 
     def mention_leftover(self) -> None:
         """Say what an interrupted build left, which this one is not to go on with.
@@ -260,8 +259,8 @@ class Journal:
         if self.folder.exists():
             size = sum(path.stat().st_size for path in self.folder.rglob("*"))
             warnings.warn(
-                f"an interrupted build left {size / 1e6:,.1f} MB in {self.folder}: --resume (resume=True) goes on with it; this "
-                "build begins anew, and removes that when its output is there",
+                f"an interrupted build left {size / 1e6:,.1f} MB in {self.folder}: --resume (resume=True) goes on with it; "
+                "this build begins anew, and removes that when its output is there",
                 SurgeonWarning,
                 stacklevel=3,
             )
@@ -302,9 +301,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_file(self.folder / _STATE, json.dumps(state) + "\n", lasting=True)
         self._store.keep_only(entry["tensors"] for entry in (self._graph, sweep and sweep["graph"]) if entry is not None)
-        self._on_disk = _so_far(
-            [report["name"] for report in self._passes], sweep and (sweep["name"], sweep["blocks"], sweep["of"])
-        )
+        self._on_disk = _so_far([report["name"] for report in self._passes], _progress(sweep))
 
     def rescue(self, error: BaseException) -> None:
         """The build ends here: keep the blocks that were done since the last time, and tell the error how to go on."""
@@ -313,7 +310,8 @@ class Journal:
                 self._sweeping.write()
             except (OSError, SurgeonError) as other:  # a full disk, say: what was kept before is there still
                 error.add_note(f"the last blocks could not be kept: {other}")
-        done = _so_far(self._finished, self._sweeping and (self._sweeping.name, self._sweeping.blocks, self._sweeping.of))
+        under_way = self._sweeping
+        done = _so_far(self._finished, None if under_way is None else (under_way.name, under_way.blocks, under_way.of))
         if self._on_disk:
             error.add_note(
                 f"kept in {self.folder}: {self._on_disk}; the same build with --resume (resume=True) goes on behind that"
@@ -356,6 +354,10 @@ def _sweep(written: Mapping[str, Any], plan_type: type[Plan[Any]], tensors: Mapp
         graph=written["graph"],
         tensors=tensors,
     )
+
+
+def _progress(sweep: Mapping[str, Any] | None) -> tuple[str, int, int] | None:
+    return None if sweep is None else (sweep["name"], sweep["blocks"], sweep["of"])
 
 
 def _so_far(passes: Sequence[str], sweep: tuple[str, int, int] | None) -> str:

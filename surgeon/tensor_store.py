@@ -91,7 +91,9 @@ class TensorStore:
     def keep_only(self, tables: Iterable[Mapping[str, Any]]) -> None:
         """Remove the files that none of these tables, from :meth:`located`, refers to."""
         named = {entry["memory"].partition("/")[0] for table in tables for entry in table.values()}
-        self._known = {key: known for key, known in self._known.items() if not known.memory.expired()}
+        gone = [key for key, known in self._known.items() if known.memory.expired()]  # type: ignore[no-untyped-call]  # of torch
+        for key in gone:
+            del self._known[key]
         for path in self.folder.glob("*.safetensors"):
             if path.name not in named:
                 path.unlink(missing_ok=True)
@@ -113,7 +115,8 @@ class TensorStore:
         return known.place
 
     def _add(self, memory: torch.UntypedStorage, place: str) -> _Known:
-        return self._known.setdefault(memory._cdata, _Known(StorageWeakRef(memory), place, memory.nbytes()))
+        held = StorageWeakRef(memory)  # type: ignore[no-untyped-call]  # of torch
+        return self._known.setdefault(memory._cdata, _Known(held, place, memory.nbytes()))
 
     def _forget(self, files: set[str]) -> None:
         self._known = {key: known for key, known in self._known.items() if known.place.partition("/")[0] not in files}
