@@ -216,8 +216,8 @@ class Journal:
             return None
         try:
             kept = self._read(source, tensors, steps)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeonError):
-            kept = "it is not whole, or of another version"  # the build starts from the beginning
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeonError) as error:
+            kept = f"it is not whole, or of another version ({type(error).__name__}: {error})"
         if isinstance(kept, str):
             warnings.warn(f"resume: what {self.folder} holds is not taken: {kept}; the build begins anew", SurgeonWarning, 2)
             return None

@@ -211,9 +211,10 @@ def test_files_that_are_mostly_of_no_use_any_more_are_written_anew(mixtral: Pati
     first = {"sparsify": {"sparsity": 0.5, "criterion": "magnitude"}}
     second = {"quantize": {"scheme": "int4", "names": "*.moe"}}
     one = mixtral.operate(first)
+    reports = [report(one.plan, first)]
     two = one.operate(second)
+    reports.append(report(two.plan, second))
     build = Build(mixtral, first, tmp_path / "out")
-    reports = [report(one.plan, first), report(two.plan, second)]
     build.journal.keep(one.graph, reports[:1])
     (before,) = build.files.items()
     build.journal.keep(two.graph, reports)
