@@ -78,7 +78,7 @@ class Request:
         trust_remote_code: see ``surgeon.trace``.
         saved: a plan to repeat.
         force: replace an existing output.
-        resume: keep what finished passes leave beside the output, and go on from what an interrupted build kept.
+        resume: keep what finished passes and blocks leave beside the output, and go on from what an interrupted build kept.
         recipe: the recipe this came from, for the report.
     """
 
