@@ -102,7 +102,7 @@ def _compile(
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what passes and blocks leave until the output is there; go on after an interrupt.")
+        bool, typer.Option("--resume", help="Keep what blocks and passes leave until the output is there, and go on with it.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

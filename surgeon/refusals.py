@@ -10,7 +10,7 @@ from torch import fx
 
 from surgeon.contract import Backend, Pass, Plan, Refusal
 from surgeon.discovery import discover
-from surgeon.errors import LowerError, PlanError, SurgeonError
+from surgeon.errors import LowerError, SurgeonError
 from surgeon.graph import Graph
 from surgeon.rewrite import Editor
 from surgeon.structure import Structure
@@ -57,7 +57,7 @@ def _rehearsed(step: Pass[Any], graph: Graph, plan: Plan[Any] | None) -> Graph:
     try:
         step.rehearse(editor, structure.select(step.selection(structure)), plan)
         editor.finish()
-    except PlanError:  # of a model that passes in front change, perhaps: the pass itself will say
+    except SurgeonError:  # passes in front may change what it finds: the pass itself will say
         return graph
     return clone
 

@@ -196,11 +196,15 @@ class Journal:
             saved: the plan that is repeated, if any.
             steps: the passes.
 
+        Raises:
+            TraceError: the graph has a node that cannot be written down.
+
         Warns:
             SurgeonWarning: something was kept, and it is another build's.
         """
         if not self._keeps:
             return None
+        graph_data(source)  # fails now where it would fail behind hours of work
         tensors = tensors_of(source)
         self._store = TensorStore(self.folder, tensors)
         batches = (batch for part in (data.calibration, data.held_back) for batch in part)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import surgeon
 from surgeon import resuming
@@ -19,11 +20,13 @@ from surgeon.errors import PlanError, SurgeonWarning
 from surgeon.graph import Graph
 from surgeon.passes.quantize import Quantize
 from surgeon.pipeline import operate
+from surgeon.placement import Placement
 from surgeon.progress import Progress
 from surgeon.registry import make_pass
 from surgeon.report import PassReport
 from surgeon.resuming import Journal, Sweeping
 from surgeon.tracing import trace
+from tests import stand_in_device
 from tests.conftest import MODELS, Patient
 from tests.family_table import several_streams
 
@@ -162,6 +165,22 @@ def test_streams_one_behind_the_other_and_side_by_side(name: str, stops: tuple[i
     subject = Patient(family.graph, family.structure, family.data)
     for done in stops:
         compare(subject, step, tmp_path / f"out{done}", partial(stopped_behind, done))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not stand_in_device.available(), reason="this torch has no devices written in Python")
+def test_on_a_device(shallow_llama: Path, tmp_path: Path) -> None:
+    assert stand_in_device.run(_on_a_device, shallow_llama, tmp_path / "out") == 2
+
+
+def _on_a_device(folder: Path, output: Path) -> int:
+    """In the process that has the device."""
+    subject = _patient(folder)
+    subject.graph.placement = Placement(torch.device(stand_in_device.NAME), None)
+    build = compare(subject, GPTQ, output, partial(stopped_behind, 2))
+    assert build.kept is not None
+    assert build.kept.sweep is not None
+    return build.kept.sweep.blocks
 
 
 @pytest.mark.parametrize("step", [GPTQ, {"low_rank": {"ratio": 0.7}}], ids=lambda step: next(iter(step)))
