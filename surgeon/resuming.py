@@ -223,7 +223,8 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeonError) as error:
             kept = f"it is not whole, or of another version ({type(error).__name__}: {error})"
         if isinstance(kept, str):
-            warnings.warn(f"resume: what {self.folder} holds is not taken: {kept}; the build begins anew", SurgeonWarning, 2)
+            said = f"resume: what {self.folder} holds is not taken: {kept}; the build begins anew"
+            warnings.warn(said, SurgeonWarning, stacklevel=3)
             return None
         self._finished = [report.name for report in kept.reports]
         return kept
@@ -240,19 +241,28 @@ class Journal:
             return f"it is of a build whose first passes were others or had other options ({', '.join(dict(done))})"
         graph, sweep = written["graph"], written["sweep"]
         if sweep is not None and [(sweep["name"], sweep["fields"])] != asked[len(done) : len(done) + 1]:
+            if not done:
+                return "its first pass was another or had other options"
+            self._warn_of(sweep, "the pass that is next here is another or has other options")
             sweep = None
-        if not done and sweep is None:
-            return "its first pass was another or had other options"
         tables = [entry["tensors"] for entry in (graph, sweep and sweep["graph"]) if entry is not None]
         found = iter(self._store.read(tables, tensors))
         behind = source if graph is None else graph_of(graph, next(found))
         plans = tuple(step.plan_type.model_validate(report.plan) for report, step in zip(reports, steps, strict=False))
         under_way = None if sweep is None else _sweep(sweep, steps[len(done)].plan_type, next(found))
         if under_way is not None:  # once for trial, while there is a way back
-            become(Editor(behind.clone()), under_way.graph, under_way.tensors)
+            try:
+                become(Editor(behind.clone()), under_way.graph, under_way.tensors)
+            except SurgeonError as error:
+                self._warn_of(sweep, str(error))
+                sweep = under_way = None
         self._graph, self._passes = graph, written["passes"]
         self._on_disk = _so_far([name for name, _ in done], _progress(sweep))
         return Kept(behind, plans, reports, under_way, f"taken from a build that was interrupted: {self._on_disk}")
+
+    def _warn_of(self, sweep: Mapping[str, Any], why: str) -> None:
+        blocks = _so_far([], _progress(sweep))
+        warnings.warn(f"resume: of what {self.folder} holds, {blocks} are not taken: {why}", SurgeonWarning, stacklevel=4)
 
     def mention_leftover(self) -> None:
         """Say what an interrupted build left, which this one is not to go on with.

@@ -328,6 +328,31 @@ def test_another_pass_is_begun_anew(mixtral: Patient, monkeypatch: pytest.Monkey
         assert Build(mixtral, {"quantize": {**GPTQ["quantize"], "scheme": "int8"}}, tmp_path / "out").kept is None
 
 
+def test_another_pass_behind_those_that_finished_is_begun_anew(mixtral: Patient, tmp_path: Path) -> None:
+    first = {"quantize": {"scheme": "int8", "names": "head"}}
+    one = mixtral.operate(first)
+    steps = [make_pass(first), make_pass(GPTQ)]
+    journal = Journal(tmp_path / "out", True)
+    journal.open(mixtral.graph, mixtral.data, None, steps)
+    journal.keep(one.graph, [report(one.plan, first)])
+    sweeping = journal.sweeping(steps[1])
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_behind(2, patch)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            operate(steps[1], one.graph, one.structure, one.data, None, Progress(False), sweeping)
+    journal.rescue(stop.value)
+    other = [steps[0], make_pass({"sparsify": {"pattern": "2:4"}})]
+    with pytest.warns(SurgeonWarning, match="2 of 4 blocks of quantize are not taken: the pass that is next here is another"):
+        kept = Journal(tmp_path / "out", True).open(mixtral.graph, mixtral.data, None, other)
+    assert kept is not None
+    assert kept.sweep is None
+    assert kept.graph.fingerprint(weights=True) == one.graph.fingerprint(weights=True)
+    again = Journal(tmp_path / "out", True).open(mixtral.graph, mixtral.data, None, steps)
+    assert again is not None
+    assert again.sweep is not None
+    assert again.sweep.blocks == 2
+
+
 @pytest.mark.slow
 def test_a_build_goes_on_within_a_pass(tmp_path: Path) -> None:
     steps = [{"drop_experts": {"keep": 6}}, GPTQ]
