@@ -41,14 +41,15 @@ START = "past_length"
 def refusals(graph: Graph, started: bool = False) -> list[Refusal]:
     """Why the caches of this graph cannot be written in place; ``started`` as in :func:`write_in_place`."""
     if not has_caches(graph.inputs):
-        return [Refusal("caches", "the model was traced without caches; build it with task text-generation")]
+        return [Refusal("caches", "the model was traced without caches; build it with task text-generation", lasting=True)]
     if has_halves(graph.inputs):
-        return [Refusal("caches", "an encoder-decoder: only decoders alone are written with shared caches")]
+        reason = "an encoder-decoder: only decoders alone are written with shared caches"
+        return [Refusal("caches", reason, lasting=True)]
     shapes = {port.name: port.shape for port in graph.inputs if port.role != PAST}
     found = []
     if len(shapes.get(TOKENS, ())) != 2 or shapes.get(MASK, ("",))[-1] != f"{PAST}{SUM}{shapes.get(TOKENS, ('',))[-1]}":
         listed = ", ".join(sorted(shapes))
-        found.append(Refusal("caches", f"needs {TOKENS} and an {MASK} over past and new ones, found {listed}"))
+        found.append(Refusal("caches", f"needs {TOKENS} and an {MASK} over past and new ones, found {listed}", True))
     found += [Refusal(port.name, reason) for port, _, _, reason in _caches(graph) if reason]
     return found + [Refusal(node.name, reason) for node, reason in _by_size(graph)] if started and not found else found
 

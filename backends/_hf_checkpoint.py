@@ -61,14 +61,15 @@ def plan(graph: Graph, *, architecture: str, repeat_merged: bool) -> Checkpoint 
     source = graph.source
     if not source.config or not known(source.model_class):
         reason = f"the source is {source.description}, not a model of the transformers library; {ENGINES} take any model"
-        return [Refusal("model", reason)]
+        return [Refusal("model", reason, lasting=True)]
     assert source.model_class is not None
     routed = [port.name for port in (*graph.inputs, *graph.outputs) if port.role in (RECORDED, REPLAYED)]
     if routed:
         return [Refusal(name, f"{source.model_class} has no such input or output; {ENGINES} have it") for name in routed]
     skeleton = Skeleton.build(source.model_class, source.config)
     if isinstance(skeleton, str):
-        return [Refusal("model", f"{source.model_class} cannot be built from the source's configuration: {skeleton}")]
+        reason = f"{source.model_class} cannot be built from the source's configuration: {skeleton}"
+        return [Refusal("model", reason, lasting=True)]
     structure = discover(graph)
     skipping = [site.name for site in structure.moes() if site.part.masked]
     if skipping:

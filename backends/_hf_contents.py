@@ -90,7 +90,7 @@ def read(graph: Graph, known: Collection[str], *, repeat_merged: bool) -> Conten
             _merged(graph, node, contents, repeat_merged)
         elif node.target is _DYNAMIC:
             reason = f"its input is rounded to 8 bits at run time, which transformers does not load; {ENGINES} run it"
-            contents.refusals += [Refusal(_weight_name(reader), reason) for reader in node.users]
+            contents.refusals += [Refusal(_weight_name(reader), reason, lasting=True) for reader in node.users]
     return contents
 
 
@@ -118,7 +118,7 @@ def _low_bit(graph: Graph, node: fx.Node, contents: Contents) -> None:
     shape = (*graph.tensor(codes.packed).shape[:-2], codes.in_features)
     if graph.tensor(codes.packed).dtype == FLOAT8:
         reason = f"it is in 8-bit floats, and low-bit integers are what is written; {ENGINES} run it"
-        contents.refusals.append(Refusal(name, reason))
+        contents.refusals.append(Refusal(name, reason, lasting=True))
         return
     wrong = {str(user.target) for user in node.users if not _multiplies(user, node)}
     if wrong:

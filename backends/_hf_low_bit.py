@@ -36,20 +36,23 @@ def low_bit_refusals(skeleton: Skeleton, contents: Contents) -> list[Refusal]:
     experts = {(codes.bits, codes.group) for name, codes in contents.low_bit.items() if _stacked(contents, name)}
     for name, codes in contents.low_bit.items():
         if library is not None:
-            return [Refusal(name, f"low-bit weights are written as compressed-tensors, and {library}: {INSTALL}")]
+            reason = f"low-bit weights are written as compressed-tensors, and {library}: {INSTALL}"
+            return [Refusal(name, reason, lasting=True)]
+        lasting = False
         if name not in skeleton.linears and not _stacked(contents, name):
             reason = f"it is quantized, and compressed-tensors quantizes torch.nn.Linear only; {ENGINES} run it"
         elif codes.bits not in (4, 8):
-            reason = f"it has {codes.bits} bits; the format is written with 4 and 8; {ENGINES} run it"
+            reason, lasting = f"it has {codes.bits} bits; the format is written with 4 and 8; {ENGINES} run it", True
         elif codes.zero_point is not None:
             reason = "it has zero points, which transformers does not load in this format; quantize with symmetric: true"
+            lasting = True
         elif codes.in_features % codes.group:
             reason = f"its {codes.in_features} inputs are no multiple of the group {codes.group}; quantize with another group"
         elif _stacked(contents, name) and len(experts) > 1:
             reason = f"experts differ in bits and group ({sorted(experts)}), transformers loads one for all; {ENGINES} run it"
         else:
             continue
-        refusals.append(Refusal(name, reason))
+        refusals.append(Refusal(name, reason, lasting))
     return refusals
 
 

@@ -29,9 +29,10 @@ def refusals(graph: Graph) -> list[Refusal]:
     It makes the empty caches itself, all of one shape, and knows three inputs beside them.
     """
     if not has_caches(graph.inputs):
-        return [Refusal("genai", "the model was traced without caches; build it with task text-generation")]
+        return [Refusal("genai", "the model was traced without caches; build it with task text-generation", lasting=True)]
     if has_halves(graph.inputs):
-        return [Refusal("genai", "an encoder-decoder: only decoders alone are described to that library; use generate")]
+        reason = "an encoder-decoder: only decoders alone are described to that library; use generate"
+        return [Refusal("genai", reason, lasting=True)]
     found = []
     shapes = {port.shape[1::2] for port in graph.inputs if port.role == PAST}
     if len(shapes) > 1:
@@ -40,7 +41,8 @@ def refusals(graph: Graph) -> list[Refusal]:
     names = {port.name for port in graph.inputs if port.role != PAST}
     missing, unknown = {"input_ids", "attention_mask"} - names, names - {"input_ids", "attention_mask", "position_ids"}
     if missing or unknown:
-        found.append(Refusal("genai", f"the library feeds input_ids, attention_mask and position_ids; the model's are {names}"))
+        reason = f"the library feeds input_ids, attention_mask and position_ids; the model's are {names}"
+        found.append(Refusal("genai", reason, lasting=True))
     return found
 
 

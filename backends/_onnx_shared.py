@@ -44,13 +44,14 @@ _SAME = frozenset({aten.expand.default, aten.clone.default, aten.alias.default, 
 def refusals(graph: Graph) -> list[Refusal]:
     """Why the caches of this graph cannot be written in place."""
     if not has_caches(graph.inputs):
-        return [Refusal("caches", "the model was traced without caches; build it with task text-generation")]
+        return [Refusal("caches", "the model was traced without caches; build it with task text-generation", lasting=True)]
     if has_halves(graph.inputs):
-        return [Refusal("caches", "an encoder-decoder: only decoders alone are written with shared caches")]
+        reason = "an encoder-decoder: only decoders alone are written with shared caches"
+        return [Refusal("caches", reason, lasting=True)]
     found = []
     names = {port.name for port in graph.inputs if port.role != PAST}
     if MASK not in names or TOKENS not in names:
-        found.append(Refusal("caches", f"needs inputs {TOKENS} and {MASK}, found {', '.join(sorted(names))}"))
+        found.append(Refusal("caches", f"needs inputs {TOKENS} and {MASK}, found {', '.join(sorted(names))}", lasting=True))
     if any(port.role == routes.REPLAYED for port in graph.inputs):
         found.append(Refusal("caches", "routing is replayed: a batch is continued row by row, decisions are not divided"))
     causal: dict[fx.Node, bool] = {}

@@ -51,7 +51,7 @@ def without_kernels(graph: Graph, provider: str) -> list[Refusal]:
                     f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
                     "(model: {dtype: float32}, or dtype=\"float32\" from Python)"
                 )
-                found.setdefault(tensor.dtype, Refusal(node.name, reason))
+                found.setdefault(tensor.dtype, Refusal(node.name, reason, lasting=True))
     return list(found.values())
 
 

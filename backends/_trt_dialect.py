@@ -27,19 +27,21 @@ OPSET = 23
 _DOMAIN = "surgeon.marker"
 
 
+_DYNAMIC = "activations rounded at run time (int8_dynamic) have no TensorRT form; use int4 or int8"
+_ZEROS = "zero points: TensorRT's low-bit weights are symmetric (symmetric: true)"
+
+
 def refusals(graph: Graph) -> list[Refusal]:
     """Low-bit forms that TensorRT has no constants for."""
     found = []
     for node in graph.module.graph.nodes:
         if node.target is torch.ops.surgeon.fake_quantize_dynamic.default:
-            found.append(
-                Refusal(node.name, "activations rounded at run time (int8_dynamic) have no TensorRT form; use int4 or int8")
-            )
+            found.append(Refusal(node.name, _DYNAMIC, lasting=True))
         if node.target is torch.ops.surgeon.dequantize.default:
             packed, _, zero_point, bits, group, in_features = node.args
             groups = packed.meta["val"].shape[-2]
             if zero_point is not None:
-                found.append(Refusal(node.name, "zero points: TensorRT's low-bit weights are symmetric (symmetric: true)"))
+                found.append(Refusal(node.name, _ZEROS, lasting=True))
             elif bits == 4 and in_features != groups * group:
                 found.append(Refusal(node.name, _uneven(group, in_features)))
             elif bits == 8 and groups != 1:
@@ -47,7 +49,7 @@ def refusals(graph: Graph) -> list[Refusal]:
                     Refusal(node.name, f"8 bits in groups of {group}: TensorRT has one scale per row (group: {in_features})")
                 )
             elif bits not in (4, 8):
-                found.append(Refusal(node.name, f"{bits} bits; TensorRT has 4 and 8"))
+                found.append(Refusal(node.name, f"{bits} bits; TensorRT has 4 and 8", lasting=True))
     return found
 
 

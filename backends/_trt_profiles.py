@@ -35,14 +35,15 @@ def refusals(shapes: Mapping[str, Sizes], graph: Graph) -> list[Refusal]:
     known = {size for port in graph.inputs for size in port.shape if isinstance(size, str)}
     for name in sorted(set(shapes) - known):
         listed = ", ".join(sorted(known))
-        found.append(Refusal("shapes", f"the model has no dimension {name!r}; its dynamic ones are {listed}"))
+        found.append(Refusal("shapes", f"the model has no dimension {name!r}; its dynamic ones are {listed}", lasting=True))
     for name in sorted(known):
         sizes = _sizes(shapes, name)
         limit = _limit(graph, name)
         if sizes is None:
-            found.append(Refusal("shapes", f"no sizes for the dimension {name!r}; give shapes: {{{name}: [1, 8, 64]}}"))
+            advice = f"give shapes: {{{name}: [1, 8, 64]}}"
+            found.append(Refusal("shapes", f"no sizes for the dimension {name!r}; {advice}", lasting=True))
         elif name in shapes and limit is not None and sizes[2] > limit:
-            found.append(Refusal("shapes", f"{name} up to {sizes[2]}; the model takes at most {limit}"))
+            found.append(Refusal("shapes", f"{name} up to {sizes[2]}; the model takes at most {limit}", lasting=True))
     return found
 
 

@@ -31,6 +31,7 @@ from surgeon.generation import Decoder
 from surgeon.graph import Graph, assign_tensor
 from surgeon.latency import pinned_threads
 from surgeon.ports import InputCheck, port_of
+from surgeon.refusals import listed
 
 FILE = "model.pt2"
 _LARGE = 1 << 24
@@ -78,9 +79,11 @@ class AotInductor(Backend):
         """A device that is not here, no compiler, and caches and low-bit weights that cannot be handled as asked."""
         found = []
         if self.device == "cuda" and not torch.cuda.is_available():
-            found.append(Refusal("device", "a package for CUDA is compiled on a machine with a CUDA device; none is here"))
+            reason = "a package for CUDA is compiled on a machine with a CUDA device; none is here"
+            found.append(Refusal("device", reason, lasting=True))
         if _compiler() is None:
-            found.append(Refusal("compiler", "AOTInductor needs a C++ compiler (g++ or clang++, or the one CXX names)"))
+            reason = "AOTInductor needs a C++ compiler (g++ or clang++, or the one CXX names)"
+            found.append(Refusal("compiler", reason, lasting=True))
         if self.experts == "grouped" and self.device == "cpu" and _has_experts(graph):
             found.append(Refusal("experts", "torch has no grouped matrix multiplication to compile for the CPU; use auto"))
         if self.caches == "shared":
@@ -104,8 +107,7 @@ class AotInductor(Backend):
         """
         refusals = self.refuses(graph)
         if refusals:
-            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
-            raise LowerError(f"aotinductor cannot express this graph:\n{listed}")
+            raise LowerError("\n  ".join(["aotinductor cannot express this graph:", *listed(refusals, graph)]))
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable

@@ -29,6 +29,7 @@ from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.latency import pinned_threads
 from surgeon.ports import check_inputs, port_of
+from surgeon.refusals import listed
 
 
 class HuggingFace(Backend):
@@ -88,8 +89,7 @@ class HuggingFace(Backend):
 
         found = plan(graph, architecture=self.architecture, repeat_merged=self.merged_experts == "repeat")
         if isinstance(found, list):
-            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in found)
-            raise LowerError(f"a checkpoint cannot express this graph:\n{listed}")
+            raise LowerError("\n  ".join(["a checkpoint cannot express this graph:", *listed(found, graph)]))
         details = write(found, graph, folder, self.shard)
         details["loaded_by"] = auto_class(details["architecture"]) or details["architecture"]
         files = tuple(

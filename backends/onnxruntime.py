@@ -30,6 +30,7 @@ from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.halves import halves, has_halves
 from surgeon.ports import port_of
+from surgeon.refusals import listed
 
 __all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
 
@@ -109,17 +110,11 @@ class OnnxRuntime(Backend):
         found += shared.refusals(graph) if self.caches == "shared" and self.provider == "cpu" else []
         return [*found, *genai.refusals(graph)] if self.genai else found
 
-    def refuses_source(self, graph: Graph) -> list[Refusal]:
-        """Options that mean nothing with this provider, and types that it has no kernels for."""
-        from surgeon.backends._onnx_support import without_kernels
-
-        return [*self._misused(), *([] if self.provider == "tensorrt" else without_kernels(graph, self.provider))]
-
     def _misused(self) -> list[Refusal]:
         gpu = ("shapes", "ep_context")
         elsewhere = {"cpu": gpu, "cuda": ("caches", *gpu), "tensorrt": FUSING}[self.provider]
         return [
-            Refusal(name, f"has no meaning with provider: {self.provider}")
+            Refusal(name, f"has no meaning with provider: {self.provider}", lasting=True)
             for name in elsewhere
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
         ]
@@ -169,8 +164,7 @@ class OnnxRuntime(Backend):
         runtime.runtime(self.provider)
         refusals = self.refuses(graph)
         if refusals:
-            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
-            raise LowerError(f"onnxruntime cannot express this graph:\n{listed}")
+            raise LowerError("\n  ".join(["onnxruntime cannot express this graph:", *listed(refusals, graph)]))
         if self.provider == "tensorrt":
             return self._lower_to_engines(graph, folder)
         whole = OnnxRuntimeArtifact(

@@ -31,6 +31,7 @@ from surgeon.discovery import discover
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.ports import check_inputs, port_of
+from surgeon.refusals import listed
 from surgeon.verify import relative_error
 from surgeon.zeros import two_of_four
 
@@ -90,11 +91,13 @@ class TensorRT(Backend):
         found = onnx_dialect.refusals(graph)
         chosen = self._flavour()
         if self.flavour != "auto" and not _installed(FLAVOURS[self.flavour]):
-            found.append(Refusal("flavour", f"{FLAVOURS[self.flavour]} is not installed: {self.install()}"))
+            found.append(Refusal("flavour", f"{FLAVOURS[self.flavour]} is not installed: {self.install()}", lasting=True))
         elif chosen == "tensorrt" and not torch.cuda.is_available():
-            found.append(Refusal("flavour", "TensorRT builds on a GPU and none is here; flavour: rtx builds anywhere"))
+            reason = "TensorRT builds on a GPU and none is here; flavour: rtx builds anywhere"
+            found.append(Refusal("flavour", reason, lasting=True))
         if chosen == "tensorrt" and self.compute_capability:
-            found.append(Refusal("compute_capability", "TensorRT builds for the GPU it runs on; only flavour: rtx takes these"))
+            reason = "TensorRT builds for the GPU it runs on; only flavour: rtx takes these"
+            found.append(Refusal("compute_capability", reason, lasting=True))
         found += profiles.refusals(self.shapes, graph)
         return found
 
@@ -112,8 +115,7 @@ class TensorRT(Backend):
         """
         refusals = self.refuses(graph)
         if refusals:
-            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in refusals)
-            raise LowerError(f"tensorrt cannot express this graph:\n{listed}")
+            raise LowerError("\n  ".join(["tensorrt cannot express this graph:", *listed(refusals, graph)]))
         flavour = self._flavour()
         library = importlib.import_module(FLAVOURS[flavour])
         profile = profiles.profile(self.shapes, graph)

@@ -77,6 +77,7 @@ class LowRank(Pass[LowRankPlan]):
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = LowRankPlan
     apply_reads_statistics = True
+    heals = False
 
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of the factors; give this or ratio."""
@@ -183,23 +184,24 @@ class LowRank(Pass[LowRankPlan]):
 
     def apply(self, editor: Editor, structure: Structure, plan: LowRankPlan, statistics: Statistics) -> None:
         """Replace each chosen linear by two."""
-        ranks = {decision.site: decision.rank for decision in plan.decisions}
-        for site in structure.linears:
-            if site.name in ranks:
-                self._factor(editor, site, ranks[site.name], statistics)
+        for site, rank in _ranks(structure, plan):
+            weight = editor.tensor(site.part.weight).detach()
+            matrix = weight.T if site.part.transposed else weight
+            factors = self._decompose(editor.graph.placed(matrix), rank, site.part, statistics)
+            left, right = (factor.to(weight.dtype).contiguous() for factor in (factors.left, factors.right))
+            _factor(editor, site.part, left, right)
 
-    def _factor(self, editor: Editor, site: Site[Linear], rank: int, statistics: Statistics) -> None:
-        part = site.part
-        weight = editor.tensor(part.weight).detach()
-        matrix = weight.T if part.transposed else weight
-        factors = self._decompose(editor.graph.placed(matrix), rank, part, statistics)
-        with editor.before(part.node):
-            right = editor.add_tensor(f"{part.weight}_right", factors.right.to(weight.dtype).contiguous())
-            inner = editor.call(torch.ops.aten.linear.default, editor.current(part.input), right)
-            left = editor.add_tensor(f"{part.weight}_left", factors.left.to(weight.dtype).contiguous())
-            bias = (editor.read(part.bias),) if part.bias is not None else ()
-            outer = editor.call(torch.ops.aten.linear.default, inner, left, *bias)
-        editor.replace(part.node, outer)
+    def rehearse(self, editor: Editor, structure: Structure, plan: LowRankPlan | None) -> None:
+        """Two factors of the same ranks, all zero and in no memory to speak of."""
+        if plan is None:
+            plan = self.plan(editor.graph, structure, {})
+            if self.allocation != "uniform":  # some stay whole: that one will not is all that is certain
+                plan = plan.model_copy(update={"decisions": plan.decisions[:1]})
+        self.check(editor.graph, structure, plan)
+        for site, rank in _ranks(structure, plan):
+            part, dtype = site.part, editor.tensor(site.part.weight).dtype
+            left = torch.zeros(1, 1, dtype=dtype).expand(part.out_features, rank)
+            _factor(editor, part, left, torch.zeros(1, 1, dtype=dtype).expand(rank, part.in_features))
 
     def _decompose(self, matrix: Tensor, rank: int, part: Linear, statistics: Statistics) -> Factors:
         if self.method == "svd":
@@ -230,3 +232,20 @@ class LowRank(Pass[LowRankPlan]):
     def _sites(self, structure: Structure) -> Iterator[Site[Linear]]:
         """Linears inside the blocks except routers; with ``names:`` whatever matches."""
         return (site for site in self.linears(structure) if self.names is not None or site.block is not None)
+
+
+def _ranks(structure: Structure, plan: LowRankPlan) -> Iterator[tuple[Site[Linear], int]]:
+    """The linears of a plan with their ranks, in graph order."""
+    ranks = {decision.site: decision.rank for decision in plan.decisions}
+    return ((site, ranks[site.name]) for site in structure.linears if site.name in ranks)
+
+
+def _factor(editor: Editor, part: Linear, left: Tensor, right: Tensor) -> None:
+    """Replace a linear by two, of weights right [r, in] and left [out, r]."""
+    with editor.before(part.node):
+        first = editor.add_tensor(f"{part.weight}_right", right)
+        inner = editor.call(torch.ops.aten.linear.default, editor.current(part.input), first)
+        second = editor.add_tensor(f"{part.weight}_left", left)
+        bias = (editor.read(part.bias),) if part.bias is not None else ()
+        outer = editor.call(torch.ops.aten.linear.default, inner, second, *bias)
+    editor.replace(part.node, outer)

@@ -110,6 +110,7 @@ class Quantize(Pass[QuantizePlan]):
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = QuantizePlan
     apply_reads_statistics = True
+    heals = False
 
     scheme: Literal["int8", "int4", "int2", "mixed", "int8_dynamic", "fp8"]
     """int8, int4 and int2: weights only; mixed: likewise, each weight in bits that are chosen for it; int8_dynamic: 8-bit
@@ -215,6 +216,10 @@ class Quantize(Pass[QuantizePlan]):
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> QuantizePlan:
         """List the sites."""
+        return self._listed(graph, structure, statistics)
+
+    def _listed(self, graph: Graph, structure: Structure, statistics: Statistics | None) -> QuantizePlan:
+        """The sites; without statistics none is fitted to data."""
         widths: dict[str, Literal[2, 4, 8]] = {"int4": 4, "int2": 2}
         bits = widths.get(self.scheme, 8)
         dynamic = self.scheme == "int8_dynamic"
@@ -264,9 +269,9 @@ class Quantize(Pass[QuantizePlan]):
                 decisions.append(QuantizeWeight(site=table.name, bits=bits, group=group, float8=float8))
         return QuantizePlan(decisions=tuple(decisions), notes=tuple(notes))
 
-    def _reached(self, site: str, key: str, statistics: Statistics, notes: list[str]) -> bool:
+    def _reached(self, site: str, key: str, statistics: Statistics | None, notes: list[str]) -> bool:
         """Whether a site is fitted to data: calibration data reached it."""
-        if self.algorithm != "gptq":
+        if self.algorithm != "gptq" or statistics is None:
             return False
         observer = statistics[site if self.scheme == "mixed" else key]
         assert isinstance(observer, SecondMoment | Sample | Squares)
@@ -293,8 +298,30 @@ class Quantize(Pass[QuantizePlan]):
 
     def apply(self, editor: Editor, structure: Structure, plan: QuantizePlan, statistics: Statistics) -> None:
         """Replace weights by codes; weights that several sites share keep one set of codes."""
+        self._store(editor, structure, plan, statistics, CodedWeights(editor))
+
+    def rehearse(self, editor: Editor, structure: Structure, plan: QuantizePlan | None) -> None:
+        """The same codes without their numbers; of ``mixed`` one weight in the fewest bits where some weight must have them."""
+        known = plan is not None
+        if plan is None:
+            plan = self._listed(editor.graph, structure, None)
+        decisions = [decision.model_copy(update={"compensated": False}) for decision in plan.decisions]
+        if self.scheme == "mixed" and not known:
+            fewest, following, *_ = sorted(choices_of(self.bits, self.of))
+            assert self.bits is not None
+            if self.bits >= following:
+                return
+            sizes = {name: _weights(editor.graph, part) for name, part in self._parts(structure).items()}
+            largest = max(decisions, key=lambda decision: sizes[decision.site], default=None)
+            decisions = [] if largest is None else [largest.model_copy(update={"bits": fewest})]
+        rehearsed = QuantizePlan(decisions=tuple(decisions))
+        self.check(editor.graph, structure, rehearsed)
+        self._store(editor, structure, rehearsed, {}, CodedWeights(editor, hollow=True))
+
+    def _store(
+        self, editor: Editor, structure: Structure, plan: QuantizePlan, statistics: Statistics, coded: CodedWeights
+    ) -> None:
         parts = self._parts(structure)
-        coded = CodedWeights(editor)
         compensated = (parts[decision.site] for decision in plan.decisions if decision.compensated)
         moments = totals(editor.graph, (part for part in compensated if isinstance(part, Linear)), statistics)
         for decision in plan.decisions:
@@ -321,7 +348,10 @@ class Quantize(Pass[QuantizePlan]):
         """Read the dequantized weight at the insertion point, quantizing it where that has not been done yet."""
 
         def make(weight: torch.Tensor) -> QuantizedTensor:
-            return made or self._quantized(weight.transpose(-1, -2) if transposed else weight, decision, moment)
+            matrix = weight.transpose(-1, -2) if transposed else weight
+            if coded.hollow:
+                return QuantizedTensor.hollow(matrix, self._levels(decision), _fitting(decision.group, matrix.shape[-1]))
+            return made or self._quantized(matrix, decision, moment)
 
         return coded.read(name, (decision.bits, decision.group, decision.float8), make)
 
@@ -450,6 +480,11 @@ def _scheme(decision: QuantizeWeight, scheme: str) -> str:
         return "fp8"
     kind = f"int{decision.bits}{'_dynamic' if decision.dynamic else ''}"
     return scheme if scheme == f"{kind}_dynamic" else kind  # tables and experts of int8_dynamic keep their activations
+
+
+def _weights(graph: Graph, part: _Part) -> int:
+    names = (part.w_in, part.w_out) if isinstance(part, MoE) else (part.weight,)
+    return sum(graph.tensor(name).numel() for name in names)
 
 
 def _fitting(group: int, in_features: int) -> int:

@@ -75,6 +75,7 @@ class Smooth(Pass[SmoothPlan]):
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = SmoothPlan
     apply_reads_statistics = True
+    heals = False
 
     alpha: Annotated[float, Field(gt=0, le=1)] | Literal["search"] = "search"
     """Share of the range that moves into the weights: one number for all, or for every input what loses least."""

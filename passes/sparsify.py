@@ -94,6 +94,7 @@ class Sparsify(Pass[SparsifyPlan]):
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = SparsifyPlan
     apply_reads_statistics = True
+    heals = False
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the weights to set to zero, of each matrix alike unless allocation says otherwise; give this or pattern."""

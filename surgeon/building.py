@@ -66,8 +66,9 @@ def compile(
         trust_remote_code: run code that a checkpoint brings.
         plan: a saved plan to repeat instead of planning.
         force: replace an output of surgeon that exists.
-        resume: keep what each finished pass leaves in a hidden folder beside ``output`` until that is there, and go on from
-            what an interrupted build of the same model, data and passes kept; takes as much disk as the model.
+        resume: keep what finished passes leave, and finished blocks of passes that go block by block, in a hidden folder
+            beside ``output`` until that is there, and go on from what an interrupted build of the same model, data and passes
+            kept; takes as much disk as the weights that change.
         progress: show progress bars on a terminal.
 
     Returns:

@@ -87,7 +87,7 @@ Examples:
   surgeon compile recipe.yaml --output build/small --force
   surgeon compile recipe.yaml --set passes.0.drop_blocks.count=4
   surgeon compile recipe.yaml --plan plan.json   (repeat it exactly)
-  surgeon compile recipe.yaml --resume           (again after an interrupt: finished passes are not run anew)
+  surgeon compile recipe.yaml --resume           (again after an interrupt: goes on with the next block)
   surgeon compile recipe.yaml --json > report.json
 """,
 )
@@ -102,7 +102,7 @@ def _compile(
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what each pass leaves until the output is there; go on after an interrupt.")
+        bool, typer.Option("--resume", help="Keep what blocks and passes leave until the output is there, and go on with it.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

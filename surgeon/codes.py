@@ -30,8 +30,13 @@ class _Stored(NamedTuple):
 class CodedWeights:
     """The codes that have been added to a graph, by the memory of the weights and their form."""
 
-    def __init__(self, editor: Editor) -> None:
+    def __init__(self, editor: Editor, hollow: bool = False) -> None:
+        """Args:
+        editor: of the graph.
+        hollow: only what codes there are matters, not their numbers.
+        """
         self._editor = editor
+        self.hollow = hollow
         self._stored: dict[tuple[Key, Hashable], _Stored] = {}
 
     def read(self, name: str, form: Hashable, make: Callable[[Tensor], QuantizedTensor]) -> fx.Node:

@@ -165,6 +165,8 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
             observed on the activations that the already-changed model produces.
         plan_type: the pydantic class of its plan.
         apply_reads_statistics: ``apply`` needs the statistics too, so that repeating a saved plan observes again.
+        heals: a backend may take the graph behind the pass where it refuses the one in front of it, since operators, inputs
+            or sizes are others; False lets a build be refused before the passes work for all that is refused of the source.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -173,6 +175,7 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
     scope: ClassVar[Literal["model", "block"]] = "model"
     plan_type: ClassVar[type[Plan[Any]]]
     apply_reads_statistics: ClassVar[bool] = False
+    heals: ClassVar[bool] = True
 
     blocks: str | int | list[int] | None = None
     """Blocks to act on: an index, a list of them, or a Python slice as text such as "4:" or "::2"; all by default."""
@@ -263,6 +266,19 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
     def apply(self, editor: Editor, structure: Structure, plan: P, statistics: Statistics) -> None:
         """Edit the clone that ``editor`` holds; replace tensors, never write into them."""
 
+    def rehearse(self, editor: Editor, structure: Structure, plan: P | None) -> None:
+        """Leave operators of the kinds and sizes that ``apply`` will certainly leave, on tensors of any numbers: a backend is
+        asked about them before hours of work are done.  Nothing by default; no heavy work, no data, little memory.
+
+        Args:
+            editor: of a copy of the graph.
+            structure: its structure, with the pass's selection.
+            plan: what will be done, where that is known already.
+
+        Raises:
+            PlanError: what was asked cannot be done on this model.
+        """
+
     def exact(self, plan: P) -> bool:
         """Whether this plan must leave the outputs as they are (checked numerically by the pipeline)."""
         return not plan.decisions
@@ -303,10 +319,12 @@ class Refusal:
     Attributes:
         node: name of the node, or of the input or option concerned.
         reason: what is not supported, and what is.
+        lasting: no pass could take it away, such as one of a type, an input, an option or the bits of codes.
     """
 
     node: str
     reason: str
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -476,7 +494,7 @@ class Backend(BaseModel, abc.ABC):
 
     def refuses_source(self, graph: Graph) -> list[Refusal]:
         """Those of its refusals that no pass could take away, such as a type or an option; asked before any pass works."""
-        return []
+        return [refusal for refusal in self.refuses(graph) if refusal.lasting]
 
     def nearer(self, graph: Graph) -> tuple[Backend | None, str]:
         """What is done where the artefact is too far from this graph.

@@ -57,6 +57,7 @@ def list_refusals(model: str, as_json: bool, quiet: bool) -> None:
 
     spec = validate(ModelSpec, {"path": model})
 
+    from surgeon.refusals import grouped
     from surgeon.targets import verdicts
     from surgeon.tracing import trace
 
@@ -78,8 +79,8 @@ def list_refusals(model: str, as_json: bool, quiet: bool) -> None:
     for verdict in found:
         answer = Text("yes", style="green") if verdict.takes else Text("no", style="red")
         table.add_row(verdict.backend, answer, "", Text(verdict.missing or ""))
-        for refusal in verdict.refusals:
-            table.add_row("", "", Text(refusal.node), Text(refusal.reason))
+        for place, reason in grouped(verdict.refusals, graph):
+            table.add_row("", "", Text(place), Text(reason))
     Screen().print(table)
 
 

@@ -136,13 +136,29 @@ def check_writable(path: Path) -> None:
         raise RecipeError(f"{path}: the folder {parent} cannot be written to")
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+def write_file(path: Path, text: str, *, lasting: bool = False) -> None:
+    """Write a file that appears whole or not at all.
+
+    Args:
+        path: of the file.
+        text: its content.
+        lasting: return when it would outlast a loss of power.
+    """
     check_writable(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")  # another process may write the same file
     with _errors_say(path, partial):
         try:
-            partial.write_text(text, encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                if lasting:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             partial.replace(path)
+            if lasting:
+                folder = os.open(path.absolute().parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
         finally:
             partial.unlink(missing_ok=True)

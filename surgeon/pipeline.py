@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.compiled import Compiled, write_outputs
 from surgeon.continued import graph_of, source_of
-from surgeon.contract import Backend, Pass, Plan, Refusal
+from surgeon.contract import Backend, Pass, Plan
 from surgeon.data import Data, load_data
 from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
@@ -34,9 +34,10 @@ from surgeon.placement import Placement, accelerator
 from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.recipe import Calibration, Evaluate, Recipe, Verify
+from surgeon.refusals import foreseen, refuse
 from surgeon.registry import versions
 from surgeon.report import Comparison, PassReport, Report
-from surgeon.resuming import Journal
+from surgeon.resuming import Journal, Sweeping, require_output
 from surgeon.rewrite import Editor
 from surgeon.source import load_source
 from surgeon.structure import Structure
@@ -77,7 +78,7 @@ class Request:
         trust_remote_code: see ``surgeon.trace``.
         saved: a plan to repeat.
         force: replace an existing output.
-        resume: keep what finished passes leave beside the output, and go on from what an interrupted build kept.
+        resume: keep what finished passes and blocks leave beside the output, and go on from what an interrupted build kept.
         recipe: the recipe this came from, for the report.
     """
 
@@ -117,8 +118,13 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         check_free(request.output, request.force)
     if request.backend is not None and lower:
         _require_installed(request.backend)
+    journal = Journal(request.output, request.resume) if request.output is not None and lower else None
+    if request.resume and lower:
+        require_output(request.output)
+    elif journal is not None:
+        journal.mention_leftover()
     placement = Placement.of(request.device)
-    with Progress(progress) as bars, _enough_memory(request.device):
+    with Progress(progress) as bars, _rescued(journal), _enough_memory(request.device):
         # source -> canonical graph -> structure
         with bars.step("loading the model"), clock.phase("load"):
             given = graph_of(
@@ -141,11 +147,14 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         with bars.step("tracing"), clock.phase("trace"):
             graph = trace_source(source, dynamic=request.dynamic) if given is None else given.clone()
         graph.placement = placement
-        if request.backend is not None and lower:
-            _refuse(request.backend, request.backend.refuses_source(graph))
         with bars.step("discovering the structure"), clock.phase("discover"):
             structure = discover(graph)
         plans = request.saved.matched(graph, request.steps) if request.saved is not None else None
+        if request.backend is not None and lower:
+            with bars.step(f"asking {request.backend.name}"), clock.phase("foresee"):
+                rehearsed, refusals = foreseen(request.backend, graph, request.steps, plans)
+                refuse(request.backend, rehearsed, refusals)
+                del rehearsed
         fingerprint = graph.fingerprint()
 
         # reference outputs, recorded once so that the source's weights can go as they are replaced
@@ -161,27 +170,30 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         # the passes, but for those that an interrupted build finished
         applied: list[Plan[Any]] = []
         current = reference
-        journal = Journal(request.output, graph, data, request.saved) if request.resume and lower else None
-        kept = journal.read(request.steps) if journal is not None else None
+        kept = journal.open(graph, data, request.saved, request.steps) if journal is not None else None
         if kept is not None:
             with bars.step("going on with an interrupted build"), clock.phase("resume"):
-                graph, applied, report.passes = kept.graph, list(kept.plans), list(kept.reports)
-                graph.placement = placement
-                structure, current = discover(graph), _outputs(graph, data.held_back)
                 report.warnings.append(kept.note)
+                if kept.reports:
+                    graph, applied, report.passes = kept.graph, list(kept.plans), list(kept.reports)
+                    graph.placement = placement
+                    structure, current = discover(graph), _outputs(graph, data.held_back)
         zeros = count_zeros(graph, structure)
         for number, step in enumerate(request.steps):
             if number < len(applied):
                 continue
+            under_way = kept.sweep if kept is not None and number == len(kept.plans) else None
+            sweeping = journal.sweeping(step, under_way) if journal is not None else None
             with bars.step(step.name), clock.phase(f"passes.{number}.{step.name}"):
                 before, structure_before = graph, structure
                 try:
                     graph, structure, plan, tokens = operate(
-                        step, before, structure, data, plans[number] if plans else None, bars
+                        step, before, structure, data, plans[number] if plans else None, bars, sweeping
                     )
                 except SurgeonError as error:
                     done = ", ".join(s.name for s in request.steps[:number]) or "none"
                     raise type(error)(f"passes.{number} ({step.name}): {error} [passes before it: {done}]") from error
+            seconds = clock.seconds[f"passes.{number}.{step.name}"] + (under_way.seconds if under_way is not None else 0.0)
             with bars.step(f"{step.name}: verifying"), clock.phase(f"passes.{number}.verify"):
                 check_structure(step, structure_before, structure)
                 check_parameters(step, plan, before, structure_before, graph)
@@ -200,7 +212,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     fields=step.model_dump(mode="json"),
                     summary=step.summary(plan),
                     exact=exact,
-                    seconds=clock.seconds[f"passes.{number}.{step.name}"],
+                    seconds=seconds,
                     observed_tokens=tokens,
                     parameters=(parameter_count(before), parameter_count(graph)),
                     active_parameters=(active_parameter_count(before), active_parameter_count(graph)),
@@ -211,6 +223,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
                     removed_blocks=_removed_blocks(structure_before, structure, graph),
                 )
             )
+            kept = under_way = sweeping = None
             del before, previous
             if journal is not None:
                 with bars.step(f"{step.name}: keeping what it left"), clock.phase(f"passes.{number}.keep"):
@@ -243,7 +256,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
-        _refuse(request.backend, request.backend.refuses(graph))
+        refuse(request.backend, graph, request.backend.refuses(graph))
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
         with staged(target, request.force) as folder:
             lowered = lower_and_compare(request.backend, graph, folder, data.held_back, partial(_timed, bars, clock))
@@ -271,7 +284,8 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
 
 
 def operate(
-    step: Pass[Any], graph: Graph, structure: Structure, data: Data, saved: Plan[Any] | None, bars: Progress
+    step: Pass[Any], graph: Graph, structure: Structure, data: Data, saved: Plan[Any] | None, bars: Progress,
+    sweeping: Sweeping | None = None,
 ) -> tuple[Graph, Structure, Plan[Any], int]:
     """Run one pass on a clone; the graph handed in stays as it is.
 
@@ -282,6 +296,7 @@ def operate(
         data: what it may observe.
         saved: a plan to repeat instead of planning.
         bars: progress.
+        sweeping: see :func:`surgeon.sweep.run_pass`.
 
     Returns:
         The graph and its structure afterwards, the plan, and how many tokens were observed.
@@ -293,7 +308,7 @@ def operate(
     view = discover(clone)
     view = view.select(step.selection(view))
     editor = Editor(clone)
-    plan, tokens = run_pass(step, editor, view, lambda: _required(data, step), saved, bars)
+    plan, tokens = run_pass(step, editor, view, lambda: _required(data, step), saved, bars, sweeping)
     editor.finish()
     return clone, discover(clone), plan, tokens
 
@@ -333,6 +348,17 @@ def _require_host(module: nn.Module) -> None:
 
 
 @contextmanager
+def _rescued(journal: Journal | None) -> Iterator[None]:
+    """What ends the build says how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if journal is not None:
+            journal.rescue(error)
+        raise
+
+
+@contextmanager
 def _enough_memory(device: str) -> Iterator[None]:
     try:
         yield
@@ -341,12 +367,6 @@ def _enough_memory(device: str) -> Iterator[None]:
             f"device {device!r} has too little free memory ({str(error).splitlines()[0]}): give smaller batches "
             "(calibration: {batch: ...}), fewer or shorter samples, or device: cpu"
         ) from error
-
-
-def _refuse(backend: Backend, refusals: Sequence[Refusal]) -> None:
-    if refusals:
-        listing = "; ".join(f"{refusal.node}: {refusal.reason}" for refusal in refusals[:5])
-        raise LowerError(f"backend {backend.name} refuses this model: {listing}")
 
 
 def _removed_blocks(before: Structure, after: Structure, graph: Graph) -> list[int]:

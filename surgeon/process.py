@@ -71,17 +71,14 @@ class Guarded(TyperGroup):
             raise typer.Exit(_pipe_closed()) from None
         except Exception as error:
             if _signals:  # compiled modules turn an interrupt of their start into errors of their own
-                raise _interrupted() from None
-            if isinstance(error, SurgeonError):
-                say("error", str(error))
-                raise typer.Exit(2) from None
-            said = _machines_doing(error)
+                raise _interrupted(error) from None
+            said = str(error) if isinstance(error, SurgeonError) else _machines_doing(error)
             if said is None:
                 raise
-            say("error", said)
+            say("error", said, error)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            raise _interrupted() from None
+        except KeyboardInterrupt as stop:
+            raise _interrupted(stop) from None
 
 
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -190,8 +187,8 @@ def _again(number: int) -> None:
     timer.start()
 
 
-def _interrupted() -> typer.Exit:
-    say("interrupted", "")
+def _interrupted(stop: BaseException | None = None) -> typer.Exit:
+    say("interrupted", "", stop)
     return typer.Exit(130)
 
 
@@ -201,9 +198,12 @@ def _pipe_closed() -> int:
     return 128 + signal.SIGPIPE
 
 
-def say(what: str, message: str) -> None:
-    """Print a line on standard error."""
+def say(what: str, message: str, error: BaseException | None = None) -> None:
+    """Print a line on standard error, and one for each note of an error, such as how to go on."""
     line = Text(what, style="bold red")
     if message:
         line.append(": ").append(Text(message, style="default not bold"))
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(line)
+    for note in getattr(error, "__notes__", ()):
+        console.print(Text(note))

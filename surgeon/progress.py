@@ -54,12 +54,12 @@ class Progress:
         finally:
             self._bars.remove_task(task)
 
-    def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
-        """Yield the items, moving a bar of ``total`` steps."""
+    def track(self, items: Iterable[T], description: str, total: int, done: int = 0) -> Iterator[T]:
+        """Yield the items, moving a bar of ``total`` steps, of which some may be done."""
         if self._bars is None:
             yield from items
             return
-        task = self._bars.add_task(description, total=total)
+        task = self._bars.add_task(description, total=total, completed=done)
         try:
             for item in items:
                 yield item

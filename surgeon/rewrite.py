@@ -7,7 +7,7 @@ nobody reads, shapes downstream of changed weights, lint, recompile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -127,6 +127,24 @@ class Editor:
     def touch(self, node: fx.Node) -> None:
         """Say that a node's constants were changed, so that shapes behind it are computed again."""
         self._dirty.add(node)
+
+    def hand_in(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors under their names as they are, whatever was there; shapes behind them are computed again."""
+        for name, tensor in tensors.items():
+            assign_tensor(self.graph.module, name, tensor)
+        for node in self._nodes.find_nodes(op="get_attr"):
+            if node.target in tensors or "val" not in node.meta:
+                node.meta["val"] = self._fake(self.graph.tensor(str(node.target)))
+                self._dirty.add(node)
+
+    def stands_for(self, new: fx.Node, old: fx.Node) -> None:
+        """Say that ``new`` is what stands for ``old``, where the edit that made it so was done elsewhere."""
+        if new is not old:
+            self._successor[old] = new
+
+    def replaced(self) -> dict[str, str]:
+        """Names of the nodes that have been replaced, with those of what stands for them now."""
+        return {old.name: self.current(old).name for old in self._successor}
 
     def current(self, node: fx.Node) -> fx.Node:
         """The node that stands for ``node`` after the replacements so far (structures name nodes of before the edit)."""

@@ -3,6 +3,9 @@
 Each block is observed on the activations that the already-changed model produces, so errors of earlier blocks are seen by
 the later ones.  At any moment one set of hidden states per calibration batch is held: the values alive at the block's entry.
 Several streams are swept in the order in which the graph computes them.
+
+A sweep that was interrupted goes on with the first block that was not done: the graph is what it was behind the last one that
+was, and the hidden states are computed again by running the blocks in front, once, as they are now.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from surgeon.errors import ObserveError, PlanError
 from surgeon.gradients import observe_gradients
 from surgeon.observe import Batch, Execution, Stretch, observe, settle
 from surgeon.progress import Progress
+from surgeon.resuming import Sweeping
 from surgeon.rewrite import Editor
 from surgeon.structure import Block, Structure
 
@@ -31,6 +35,7 @@ def run_pass(
     batches: Batches,
     saved: Plan[Any] | None,
     progress: Progress,
+    sweeping: Sweeping | None = None,
 ) -> tuple[Plan[Any], int]:
     """Observe, plan and apply one pass on the clone that the editor holds.
 
@@ -41,6 +46,7 @@ def run_pass(
         batches: gives the calibration batches; called only when something is observed.
         saved: a plan to repeat instead of planning.
         progress: where to show progress.
+        sweeping: told of every block that is done, and where an interrupted sweep left off; None to go through all of them.
 
     Returns:
         The plan that was applied and the number of calibration tokens that were observed.
@@ -49,11 +55,15 @@ def run_pass(
         ObserveError: the pass needs data and there is none.
         PlanError: the pass refuses, or finds nothing to do.
     """
+    sweeping = sweeping or Sweeping(step, None)
     surveyed: Mapping[str, Observer] = step.survey(structure) if saved is None else {}
-    if surveyed:
+    whole: Plan[Any] | None = None
+    if surveyed and sweeping.kept is not None:
+        saved = whole = sweeping.kept.whole
+    elif surveyed:
         _observe_backward(step, editor, batches, surveyed, progress)
         _observe_forward(step, editor, batches, surveyed, progress)
-        saved = _some(step, structure, step.plan_whole(editor.graph, structure, surveyed))
+        saved = whole = _some(step, structure, step.plan_whole(editor.graph, structure, surveyed))
     tokens = _tokens(surveyed)
     del surveyed
     observers = step.observers(structure) if saved is None or step.apply_reads_statistics else {}
@@ -64,7 +74,7 @@ def run_pass(
         step.check(editor.graph, structure, plan)
         step.apply(editor, structure, plan, observers)
         return plan, max(tokens, _tokens(observers))
-    return _sweep(step, editor, structure, batches(), backward, saved, progress)
+    return _sweep(step, editor, structure, batches(), backward, saved, whole, sweeping, progress)
 
 
 def _observe_backward(
@@ -95,18 +105,35 @@ def _sweep(
     batches: Sequence[Batch],
     backward: Mapping[str, Observer],
     saved: Plan[Any] | None,
+    whole: Plan[Any] | None,
+    sweeping: Sweeping,
     progress: Progress,
 ) -> tuple[Plan[Any], int]:
     if not batches:
         raise ObserveError(f"{step.name}: the calibration data holds no batch")
     if saved is not None:
         step.check(editor.graph, structure, saved)
+    blocks = _in_order(editor.graph.module.graph, structure)
     plans: list[Plan[Any]] = []
     tokens = 0
     previous: fx.Node | None = None
+    kept = sweeping.kept
+    if kept is not None:
+        plans, tokens = list(kept.plans), kept.tokens
+        after = blocks[len(plans) - 1][0].exit.next if plans else None
+        kept.restore(editor, structure)
+        previous = after.prev if after is not None else None
     executions = [Execution(editor.graph, batch) for batch in batches]
-    blocks = _in_order(editor.graph.module.graph, structure)
-    for block, interleaved in progress.track(blocks, f"{step.name}: blocks", len(blocks)):
+    if previous is not None and len(plans) < len(blocks) and not blocks[len(plans)][1]:
+        # what blocks that were done elsewhere hand on is what they compute as they are now
+        nodes = list(_between(editor.graph.module.graph, None, previous.next))
+        reaching = Stretch(editor.graph.module.graph, nodes)
+        for execution in progress.track(executions, f"{step.name}: running the blocks that are done", len(executions)):
+            execution.run(reaching)
+    if kept is None and whole is not None:
+        sweeping.passed(len(blocks), editor, structure, plans, whole, tokens)
+    left = blocks[len(plans) :]
+    for block, interleaved in progress.track(left, f"{step.name}: blocks", len(blocks), done=len(plans)):
         if interleaved:
             executions = [Execution(editor.graph, batch) for batch in batches]
             previous = None
@@ -136,6 +163,7 @@ def _sweep(
         for execution in executions:
             execution.run(propagating)
         previous = after.prev
+        sweeping.passed(len(blocks), editor, structure, plans, whole, tokens)
     outside = structure.select(replace(structure.selection, blocks=_only(structure, None)))
     observers = _observed(step.observers(outside), backward)
     executions.clear()

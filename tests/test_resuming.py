@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import surgeon
 from surgeon import cli, pipeline
 from surgeon.compiled import Compiled
-from surgeon.errors import RecipeError
+from surgeon.errors import RecipeError, SurgeonWarning
 from tests.conftest import MODELS
 
 CALIBRATION = {"text": str(MODELS / "calibration.txt"), "samples": 12, "length": 48}
@@ -72,7 +73,8 @@ def output(left: Path, tmp_path: Path) -> Path:
 
 def test_a_build_goes_on_where_it_was_interrupted(process: Interrupted, output: Path, tmp_path: Path) -> None:
     assert not output.exists()
-    assert [path.name for path in (tmp_path / ".out.resume").glob("graph.*")] == ["graph.2"]
+    state = json.loads((tmp_path / ".out.resume" / "kept.json").read_text())
+    assert [report["name"] for report in state["passes"]] == ["drop_blocks", "low_rank"]
     assert process.build(output) == ["quantize"]
     resumed = process.built
     assert not (tmp_path / ".out.resume").exists()
@@ -102,25 +104,27 @@ def test_it_goes_on_with_lowering_and_with_other_passes_behind(process: Interrup
 
 
 @pytest.mark.parametrize(
-    ("steps", "more"),
+    ("steps", "more", "why"),
     [
-        ([{"drop_blocks": {"count": 2}}, *STEPS[1:]], {}),
-        (STEPS, {"calibration": {**CALIBRATION, "seed": 1}}),
-        (STEPS[:1], {}),
+        ([{"drop_blocks": {"count": 2}}, *STEPS[1:]], {}, r"first passes were others or had other options \(drop_blocks"),
+        (STEPS, {"calibration": {**CALIBRATION, "seed": 1}}, "another build, whose data differed"),
+        (STEPS[:1], {}, r"first passes were others .*low_rank\)"),
     ],
     ids=["another pass", "other data", "fewer passes"],
 )
 def test_what_another_build_kept_is_not_taken(
-    process: Interrupted, output: Path, steps: list[dict[str, Any]], more: dict[str, Any]
+    process: Interrupted, output: Path, steps: list[dict[str, Any]], more: dict[str, Any], why: str
 ) -> None:
-    assert process.build(output, steps, **more) == [next(iter(step)) for step in steps]
+    with pytest.warns(SurgeonWarning, match=why):
+        assert process.build(output, steps, **more) == [next(iter(step)) for step in steps]
     assert not any("interrupted" in warning for warning in process.built.report.warnings)
 
 
 def test_half_of_what_was_kept_is_not_taken(process: Interrupted, output: Path, tmp_path: Path) -> None:
-    weights = tmp_path / ".out.resume" / "graph.2" / "weights.safetensors"
+    weights = next((tmp_path / ".out.resume").glob("weights.*"))
     weights.write_bytes(weights.read_bytes()[:100])
-    assert len(process.build(output)) == 3
+    with pytest.warns(SurgeonWarning, match="it is not whole"):
+        assert len(process.build(output)) == 3
 
 
 def test_without_an_output_there_is_nowhere_to_keep_it(shallow_llama: Path) -> None:
@@ -133,6 +137,17 @@ def test_nothing_is_kept_unless_asked(process: Interrupted, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_left_is_mentioned_by_a_build_that_does_not_go_on_with_it(
+    process: Interrupted, output: Path, tmp_path: Path
+) -> None:
+    with pytest.warns(SurgeonWarning, match=r"left \S+ MB in \S+\.out\.resume: --resume .*removes that when its output"):
+        process.build(output, at="quantize", resume=False)
+    assert (tmp_path / ".out.resume").exists()  # this build came to nothing either
+    with pytest.warns(SurgeonWarning, match="left"):
+        assert len(process.build(output, resume=False)) == 3
+    assert not (tmp_path / ".out.resume").exists()
+
+
 def test_the_command_line_goes_on_too(
     process: Interrupted, shallow_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,14 +157,23 @@ def test_the_command_line_goes_on_too(
         "passes:\n  - drop_blocks: {count: 1}\n  - quantize: {scheme: int8}\noutput: out\n"
     )
 
-    def command() -> None:
+    def command(*options: str) -> list[str]:
         with pytest.raises(SystemExit):
-            cli.main(["compile", str(recipe), "--resume", "--quiet"])
+            cli.main(["compile", str(recipe), "--quiet", *options])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return str(err).splitlines()
 
     process.at = "quantize"
-    command()
-    process.at = None
-    command()
-    assert process.ran == ["drop_blocks", "quantize"]
+    assert command() == [
+        "interrupted",
+        "what was done is lost (drop_blocks); with --resume (resume=True) it is kept, and the same build goes on behind it",
+    ]
+    assert command("--resume") == [
+        "interrupted",
+        f"kept in {tmp_path / '.out.resume'}: drop_blocks; the same build with --resume (resume=True) goes on behind that",
+    ]
+    process.at, process.ran = None, []
+    assert command("--resume") == []
+    assert process.ran == ["quantize"]
     assert (tmp_path / "out" / "surgeon.json").exists()
-    assert capsys.readouterr().out == ""
