@@ -360,7 +360,14 @@ class Artifact(abc.ABC):
         inputs: names, dtypes and shapes of the inputs, as in ``Graph.inputs``.
         outputs: likewise.
         details: facts for the report, such as node counts by operator, fused operators, quantization, opset.
+
+    Class attributes:
+        own_caches: caches are the runtime's own: a call hands none in and gets none back, and ``decoder`` continues texts.
+        skips_padding: outputs are 0 at positions that the mask leaves out, whatever the graph computes there.
     """
+
+    own_caches: ClassVar[bool] = False
+    skips_padding: ClassVar[bool] = False
 
     folder: Path
     backend: str

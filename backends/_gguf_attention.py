@@ -1,0 +1,346 @@
+"""Reading the attention of a block: projections, norms of queries and keys, rotary positions, scale and mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
+from surgeon.backends._gguf_parts import AttentionPart, Matrix, Norm, Rotation
+from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, places, read_norm, read_rotation, relative, sized
+from surgeon.backends._gguf_weights import matrix, whole
+from surgeon.caches import MASK, PAST
+from surgeon.discovery.cores import Core, find_cores
+from surgeon.discovery.flow import Flow
+from surgeon.discovery.linears import Linears
+from surgeon.discovery.norms import is_affine, normalised
+from surgeon.graph import Graph
+from surgeon.structure import Attention, Linear, Region
+
+_FAR = 1 << 16
+"""Positions behind which a mask is looked at, where the graph has caches."""
+_LONG = 1 << 11
+"""The same where it has none and all positions are computed."""
+_STEPS = (0, 1, 4, 16, 64, 256, 1024, 4096)
+"""Positions at which rotations are looked at, where positions are an input; otherwise all up to the third of these."""
+
+
+class AttentionReader:
+    """Reads the attentions of one graph.
+
+    Attributes:
+        inputs: tokens and what goes with them, of so many rows and positions.
+    """
+
+    def __init__(self, graph: Graph, flow: Flow, linears: Linears, inputs: Callable[[int, int], dict[str, Tensor]]) -> None:
+        self.graph, self.flow, self.linears, self.inputs = graph, flow, linears, inputs
+        self._turns: dict[tuple[str, int], tuple[Evaluation, list[int]]] = {}
+        self._windows: dict[fx.Node, int | None] = {}
+
+    def read(self, region: Region, site: str, noise: Tensor, run: Evaluation) -> AttentionPart:
+        """The attention of a region.
+
+        Args:
+            region: of kind ``attention``.
+            site: its name.
+            noise: hidden states [rows, length, H].
+            run: evaluates the graph on as many tokens.
+
+        Raises:
+            ValueError: it is none that is known; says what was found.
+        """
+        if len(region.attention) != 1 or region.ffn or region.moe:
+            raise ValueError(f"it holds {len(region.attention)} attentions, needed one")
+        part = region.attention[0]
+        missing = [name for name in "qkvo" if getattr(part, name) is None]
+        if part.cross or part.parts or missing:
+            found = "reads another stream" if part.cross else f"has no single projection for {', '.join(missing) or 'its heads'}"
+            raise ValueError(f"it {found}; needed one each for queries, keys, values and outputs")
+        assert part.q is not None
+        assert part.k is not None
+        assert part.v is not None
+        assert part.o is not None
+        cores = find_cores(self.flow, self.linears, frozenset(self.flow.between(region.entry, region.exit)))
+        if len(cores) != 1:
+            raise ValueError(f"its scores and values meet in {len(cores)} places, needed one")
+        source = part.q.input
+        if part.k.input is not source or part.v.input is not source:
+            raise ValueError("queries, keys and values are projections of different tensors")
+        core = cores[0]
+        pre = self._norm(run, region.entry, source, noise)
+        post = post_norm(run, region, part.o.node, noise)
+        queries, q_norm, q_wide, q_turn, q_factor = self._side(core.q, part.q, run, f"{site}.q", core.head_dim)
+        keys, k_norm, k_wide, k_turn, k_factor = self._side(core.k, part.k, run, f"{site}.k", core.head_dim)
+        values, v_factor = self._moved(core.v, part.v, f"{site}.v")
+        heads, kv_heads, size = self._heads(part, queries, keys, values, core)
+        if (q_norm is None) != (k_norm is None) or q_wide != k_wide:
+            raise ValueError("queries and keys are normalised in different ways")
+        if not _same(q_turn, k_turn):
+            raise ValueError("queries and keys are turned by different angles")
+        scale = self._scale(core, part, run) * q_factor * k_factor
+        found = AttentionPart(
+            site=site,
+            q=self._rows(part.q, queries, f"{site}.q"),
+            k=self._rows(part.k, keys[: kv_heads * size], f"{site}.k"),
+            v=self._rows(part.v, values[: kv_heads * (len(values) // (len(keys) // size))], f"{site}.v"),
+            o=matrix(self.graph, self.flow, part.o, f"{site}.o"),
+            heads=heads, kv_heads=kv_heads, head_dim=size, scale=scale, rotation=q_turn,
+            q_norm=q_norm, k_norm=k_norm, whole=q_wide, pre=pre, post=post, window=self._window(core),
+        )  # fmt: skip
+        if v_factor != 1:
+            found = replace(found, v=replace(found.v, factor=v_factor))
+        return found
+
+    def apply(self, part: AttentionPart, x: Tensor) -> Tensor:
+        """What the sublayer makes of hidden states [rows, length, H], in float32."""
+        rows, length = x.shape[:2]
+        normed = x if part.pre is None else part.pre.apply(x)
+        q, k, v = (side.apply(normed) for side in (part.q, part.k, part.v))
+        if part.q_norm is not None and part.k_norm is not None and part.whole:
+            q, k = part.q_norm.apply(q), part.k_norm.apply(k)
+        q, k, v = (t.reshape(rows, length, -1, part.head_dim if t is not v else v.shape[-1] // part.kv_heads).transpose(1, 2)
+                   for t in (q, k, v))  # fmt: skip
+        if part.q_norm is not None and part.k_norm is not None and not part.whole:
+            q, k = part.q_norm.apply(q), part.k_norm.apply(k)
+        if part.rotation is not None:
+            positions = torch.arange(length)
+            q, k = part.rotation.apply(q, positions), part.rotation.apply(k, positions)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=part.scale, enable_gqa=part.heads != part.kv_heads
+        )
+        found = part.o.apply(mixed.transpose(1, 2).reshape(rows, length, -1))
+        return x + (found if part.post is None else part.post.apply(found))
+
+    # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def _norm(self, run: Evaluation, entry: fx.Node, source: fx.Node, noise: Tensor) -> Norm | None:
+        if self.flow.plain(source) is entry:
+            return None
+        found = read_norm(run, entry, source, {}, noise)
+        if isinstance(found, str):
+            raise ValueError(f"in front of it, {found}")
+        return found
+
+    def _heads(
+        self, part: Attention, queries: Tensor, keys: Tensor, values: Tensor, core: Core
+    ) -> tuple[int, int, int]:
+        """Numbers of heads and their size, from where the projections' features stand in the core."""
+        size = core.head_dim
+        heads, seen = len(queries) // size, len(keys) // size
+        kv_heads = part.kv_heads
+        if not heads or heads % kv_heads or part.heads != heads:
+            raise ValueError(f"{heads} query heads of {size} numbers were found where {part.heads} were expected")
+        if seen != kv_heads:  # keys are repeated for the heads that share them
+            each = seen // kv_heads
+            for name, index in (("keys", keys), ("values", values)):
+                grouped = index.reshape(kv_heads, each, -1)
+                if not torch.equal(grouped, grouped[:, :1].expand_as(grouped)):
+                    raise ValueError(f"heads share {name} otherwise than in groups of neighbours")
+        return heads, kv_heads, size
+
+    def _rows(self, linear: Linear, index: Tensor, label: str) -> Matrix:
+        """The rows of a projection in the order in which the core has them."""
+        found = whole(self.graph, self.flow, linear, label)
+        numbers = torch.unique_consecutive(index) if len(index) > found.shape[0] else index
+        bias = None if found.bias is None else found.bias[numbers]
+        straight = torch.equal(numbers, torch.arange(found.shape[0]))
+        return replace(found, shape=(len(numbers), found.shape[1]), rows=None if straight else numbers, bias=bias)
+
+    def _evaluation(self, rows: int) -> tuple[Evaluation, list[int]]:
+        """Evaluates the graph for so many rows at the positions of ``_STEPS``, as far as positions are an input."""
+        key = ("steps", rows)
+        if key not in self._turns:
+            free = next((port for port in self.graph.inputs if "positions" in port.role), None)
+            steps = list(_STEPS) if free is not None else list(range(_STEPS[2] + 1))
+            given = self.inputs(rows, len(steps))
+            if free is not None:
+                given[free.name] = torch.tensor(steps, dtype=free.dtype).expand(rows, -1).contiguous()
+            self._turns[key] = Evaluation(self.flow, given), steps
+        return self._turns[key]
+
+    def _sizes(self, node: fx.Node, rows: int, length: int) -> Mapping[str, int]:
+        """Sizes by the expressions that stand for them: the first dimension is the batch, others the length."""
+        names = [str(size.node.expr) if not isinstance(size, int) else size for size in node.meta["val"].shape]
+        dynamic = [name for name in names if isinstance(name, str)]
+        return {name: rows if place == 0 else length for place, name in enumerate(dynamic)}
+
+    def _moved(self, result: fx.Node, linear: Linear, label: str) -> tuple[Tensor, float]:
+        run, steps = self._evaluation(3)
+        found = places(run, linear.node, result, self._sizes(linear.node, 3, len(steps)))
+        if found is None:
+            raise ValueError(f"{label.rpartition('.')[2]}: between the projection and the scores is more than movement")
+        return found
+
+    def _side(
+        self, argument: fx.Node, linear: Linear, run: Evaluation, label: str, size: int
+    ) -> tuple[Tensor, Norm | None, bool, Rotation | None, float]:
+        """Queries or keys: rows of the projection, norm, whether that is over all heads, rotation, and a factor."""
+        between = self.flow.between(linear.node, argument)
+        cores = [node for node in self.flow.ordered(between) if normalised(self.flow, node) is not None]
+        if len(cores) > 1:
+            raise ValueError(f"{label}: it is normalised {len(cores)} times, needed at most once")
+        start, norm, wide, index = linear.node, None, False, None
+        steps_run, steps = self._evaluation(3)
+        if cores:
+            source = normalised(self.flow, cores[0])
+            assert source is not None
+            start = self._gained(cores[0], between)
+            features = int(source.meta["val"].shape[-1])
+            sizes = self._sizes(source, run.rows, run.length)
+            sample = torch.randn(sized(source, sizes), generator=torch.Generator().manual_seed(1))
+            found = read_norm(run, source, start, {}, sample)
+            if isinstance(found, str):
+                raise ValueError(f"{label}: {found}")
+            norm, wide = found, features != size
+            index = self._moved(source, linear, label)[0]
+        moved = places(steps_run, start, argument, self._sizes(start, 3, len(steps)))
+        if moved is None:
+            raise ValueError(f"{label}: at position 0 its numbers are mixed, as no rotation does")
+        order, factor = moved
+        turns = self._rotation(start, argument, order, size)
+        if isinstance(turns, str):
+            raise ValueError(f"{label}: {turns}")
+        if wide and not torch.equal(order, torch.arange(len(order))):
+            assert norm is not None
+            norm = replace(norm, weight=norm.weight[order], bias=None if norm.bias is None else norm.bias[order])
+        rows = order if index is None else index[order]
+        return rows, norm, wide, turns, factor
+
+    def _gained(self, node: fx.Node, between: set[fx.Node]) -> fx.Node:
+        """The last of gain and offset behind a norm."""
+        last = here = node
+        while True:
+            users = [user for user in here.users if user in between]
+            if len(users) != 1 or not is_affine(users[0]):
+                return last
+            active = [n for n in users[0].all_input_nodes if n in self.flow and n not in self.flow.constant]
+            if len(active) != 1:
+                return last
+            here = users[0]
+            if any(n in self.flow.constant and n in self.flow for n in here.all_input_nodes):
+                last = here
+
+    def _rotation(self, start: fx.Node, argument: fx.Node, order: Tensor, size: int) -> Rotation | None | str:
+        run, steps = self._evaluation(size)
+        shape = sized(start, self._sizes(start, size, len(steps)))
+        fixed = [axis for axis, s in enumerate(start.meta["val"].shape) if isinstance(s, int)]
+        basis = torch.zeros(size, len(order) if len(order) > int(order.max()) else int(order.max()) + 1)
+        for place, feature in enumerate(order.tolist()):
+            basis[place % size, feature] = 1.0
+        spread = [shape[axis] if axis in fixed else 1 for axis in range(len(shape))]
+        if basis[0].numel() < torch.Size([shape[a] for a in fixed]).numel():
+            wider = torch.zeros(size, torch.Size([shape[a] for a in fixed]).numel())
+            wider[:, : basis.shape[1]] = basis
+            basis = wider
+        x = basis.reshape(size, *spread[1:]).expand(shape).contiguous()
+        found = run.one(argument, {start: x.to(dtype_of(start))})  # [size, heads, steps, size]
+        if found.dim() == 3:
+            found = found[:, None]
+        if found.dim() != 4 or found.shape[-1] != size or found.shape[-2] != len(steps):
+            return f"queries and keys are {list(found.shape)} numbers where [batch, heads, positions, size] is known"
+        spread_heads = found - found[:, :1]
+        tolerance = 10 * accuracy(self.graph)
+        if float(spread_heads.abs().max()) > tolerance * float(found.abs().max()):
+            return "heads are turned by different angles"
+        matrices = found[:, 0].permute(1, 2, 0)  # [steps, out, in]
+        matrices = matrices / matrices[0].diagonal().mean()
+        return read_rotation(matrices, steps, tolerance)
+
+    def _scale(self, core: Core, part: Attention, run: Evaluation) -> float:
+        """The factor of the scores: such that outputs are those of softmax attention."""
+        node = core.node
+        if node.target is torch.ops.surgeon.attention.default:
+            return float(node.args[5])  # type: ignore[arg-type]  # the operator's scale
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            scale = node.kwargs.get("scale")
+            return float(scale) if isinstance(scale, int | float) else core.head_dim**-0.5
+        return self._spelled(core, run)
+
+    def _spelled(self, core: Core, run: Evaluation) -> float:
+        """The scale of an attention that is spelled out, measured: with one key along the query, two positions see it."""
+        sizes = {name: self._sizes(getattr(core, name), run.rows, run.length) for name in "qkv"}
+        q, k, v = (torch.zeros(sized(getattr(core, name), sizes[name])) for name in "qkv")
+        if any(t.dim() != 4 for t in (q, k, v)):
+            raise ValueError("its queries, keys and values have other dimensions than batch, heads, positions and size")
+        if k.shape[-1] != q.shape[-1] or k.shape[-2] == q.shape[-1] != run.length:
+            k = k.mT  # transposed for the product
+            flipped = True
+        else:
+            flipped = False
+        q[..., 0], k[..., 0, 0], v[..., 0, 0] = 1.0, 1.0, 1.0
+        given = {core.q: q, core.k: k.mT.contiguous() if flipped else k, core.v: v}
+        found = run.one(core.node, {node: value.to(dtype_of(node)) for node, value in given.items()})
+        share = float(found[0, 0, 1, 0])  # at position 1 of two: exp(s) / (exp(s) + 1)
+        if not 0 < share < 1:
+            raise ValueError("its weights are no softmax of the scores over earlier positions")
+        return math.log(share / (1 - share))
+
+    def _window(self, core: Core) -> int | None:
+        """Positions that a query far behind sees, None for all in front of it."""
+        masks = [
+            n for n in core.node.all_input_nodes if n not in (core.q, core.k, core.v) and isinstance(n.meta.get("val"), Tensor)
+        ]
+        mask = masks[0] if len(masks) == 1 else None
+        if mask is None:
+            return None
+        if mask not in self._windows:
+            self._windows[mask] = self._seen(mask)
+        return self._windows[mask]
+
+    def _seen(self, mask: fx.Node) -> int | None:
+        far = any(port.role == PAST for port in self.graph.inputs)
+        length = 1 if far else _LONG
+        given = self.inputs(1, length)
+        if far:
+            for port in self.graph.inputs:
+                if port.role == PAST:
+                    shape = [_FAR if size == PAST else 1 if isinstance(size, str) else size for size in port.shape]
+                    given[port.name] = torch.zeros((), dtype=port.dtype).expand(shape)
+                elif port.name == MASK:
+                    given[MASK] = torch.ones(1, _FAR + 1, dtype=port.dtype)
+                elif "positions" in port.role:
+                    given[port.name] = torch.full((1, 1), _FAR, dtype=port.dtype)
+        try:
+            found = Evaluation(self.flow, given)([mask], {})[0]
+        except (RuntimeError, IndexError) as error:  # a table of masks or positions that ends
+            if "index" in str(error) or "size" in str(error):
+                return None
+            raise
+        last = found.reshape(-1, found.shape[-1])[-1]
+        seen = last if last.dtype == torch.bool else last > -1e4
+        count = int(seen.sum())
+        return None if count == last.numel() else count
+
+
+def post_norm(run: Evaluation, region: Region, node: fx.Node, noise: Tensor) -> Norm | None:
+    """The norm between a sublayer's last product and the residual addition, None where there is none.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    zero = torch.zeros_like(noise).to(dtype_of(region.entry))
+    shaped = noise.reshape(_like(node, noise))
+    found = run.one(region.exit, {region.entry: zero, node: shaped.to(dtype_of(node))}).reshape(noise.shape)
+    if relative(found, noise) <= 10 * accuracy(run.graph):
+        return None
+    norm = read_norm(run, node, region.exit, {region.entry: zero}, shaped)
+    if isinstance(norm, str):
+        raise ValueError(f"between its last product and the residual, {norm}")
+    return norm
+
+
+def _like(node: fx.Node, noise: Tensor) -> list[int]:
+    """Sizes of hidden states as a node has them: [batch, positions, H], or [tokens, H]."""
+    rank = len(node.meta["val"].shape)
+    return list(noise.shape) if rank == 3 else [noise.shape[0] * noise.shape[1], noise.shape[2]]
+
+
+def _same(one: Rotation | None, other: Rotation | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.pairs, other.pairs) and relative(one.angles, other.angles) < 1e-5
+

@@ -1,0 +1,260 @@
+"""What parts of a graph compute, found by running them: norms, rotations, and which number of a projection goes where.
+
+The spelling does not matter then.  What is read here is held against the graph by ``_gguf_reading``, sublayer by sublayer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.backends._gguf_parts import Norm, Rotation
+from surgeon.caches import complete
+from surgeon.discovery.flow import Flow
+from surgeon.graph import Graph
+
+ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""How far a part in a type of 16 bits may be from what it is taken for, relative (Frobenius)."""
+EXACT = 1e-4
+"""The same in float32."""
+
+
+def accuracy(graph: Graph) -> float:
+    """How near a part must be to what it is taken for, relative."""
+    types = {t.dtype for t in graph.parameters().values() if t.is_floating_point()}
+    return max([EXACT, *(3 * ROUNDING[dtype] for dtype in types if dtype in ROUNDING)])
+
+
+class Evaluation:
+    """Values of nodes on given inputs, where some nodes are given values.
+
+    Attributes:
+        graph: the graph.
+        flow: its data flow.
+        rows, length: sizes of the tokens.
+    """
+
+    def __init__(self, flow: Flow, inputs: Mapping[str, Tensor]) -> None:
+        self.graph, self.flow = flow.graph, flow
+        self.rows, self.length = next(iter(inputs.values())).shape[:2]
+        bound = self.graph.bind(complete(self.graph.inputs, inputs))
+        placeholders = self.graph.module.graph.find_nodes(op="placeholder")
+        self._values: dict[fx.Node, Any] = dict(zip(placeholders, bound, strict=True))
+
+    def __call__(self, targets: Sequence[fx.Node], given: Mapping[fx.Node, Tensor]) -> list[Any]:
+        """Values of the targets; nodes in ``given`` have these."""
+        needed: set[fx.Node] = set()
+        stack = [target for target in targets if target not in given]
+        while stack:
+            node = stack.pop()
+            if node not in needed and node not in given and node not in self._values:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        values: dict[fx.Node, Any] = {**self._values, **given}
+        last: dict[fx.Node, fx.Node] = {}
+        ordered = self.flow.ordered(needed)
+        for node in ordered:
+            for source in node.all_input_nodes:
+                last[source] = node
+        with torch.no_grad():
+            for node in ordered:
+                values[node] = self._value(node, values)
+                for source in node.all_input_nodes:
+                    if last[source] is node and source not in targets and source not in given:
+                        values.pop(source, None)
+        return [values[target] for target in targets]
+
+    def one(self, target: fx.Node, given: Mapping[fx.Node, Tensor]) -> Tensor:
+        """The value of one node, as float32."""
+        (found,) = self([target], given)
+        assert isinstance(found, Tensor)
+        return found.float()
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self.graph.tensor(str(node.target)).detach()
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda part: values.get(part, self._values.get(part)))
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function target
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """Type of a node's value."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dtype
+
+
+def sized(node: fx.Node, sizes: Mapping[str, int]) -> list[int]:
+    """Sizes of a node's value, with the dynamic ones taken from ``sizes`` by their expressions' names."""
+    return [size if isinstance(size, int) else sizes[str(size.node.expr)] for size in node.meta["val"].shape]
+
+
+# -- norms ----------------------------------------------------------------------------------------------------------
+
+
+def read_norm(run: Evaluation, source: fx.Node, result: fx.Node, given: Mapping[fx.Node, Tensor], x: Tensor) -> Norm | str:
+    """The norm that ``result`` is of ``source``, or what is wrong.
+
+    Args:
+        run: evaluates the graph.
+        source: what is normalised.
+        result: the norm's value.
+        given: values of further nodes.
+        x: a value of ``source``, its features last.
+    """
+    between, numbers, vectors = _read(run.flow, source, result)
+    width = x.shape[-1]
+    sizes = [1.0, 1e-3]
+    wanted = [run.one(result, {**given, source: (size * x).to(dtype_of(source))}).reshape(-1, width) for size in sizes]
+    samples = [(size * x).to(dtype_of(source)).float().reshape(-1, width) for size in sizes]
+    gains = [torch.ones(width), *(part.float() for part in vectors if part.numel() == width)]
+    gains += [1 + gain for gain in gains[1:]]
+    offsets: list[Tensor | None] = [None, *gains[1 : 1 + (len(gains) - 1) // 2]]
+    best: tuple[float, Norm] | None = None
+    for kind in ("rms", "layer"):
+        for eps in sorted({number for number in numbers if 0 <= number <= 0.1}):
+            for gain in gains:
+                for offset in offsets:
+                    if offset is not None and offset is gain:
+                        continue
+                    norm = Norm(kind, eps, gain.reshape(-1), None if offset is None else offset.reshape(-1))  # type: ignore[arg-type]
+                    error = max(
+                        relative(norm.apply(sample), value) for sample, value in zip(samples, wanted, strict=True)
+                    )
+                    if best is None or error < best[0] * 0.5:
+                        best = (error, norm)
+    if best is None:
+        return f"between {source.name} and {result.name} no norm was found ({between} operators)"
+    if best[0] > accuracy(run.graph):
+        return (
+            f"what {result.name} is of {source.name} is neither an RMS norm nor a LayerNorm with a gain (nearest: "
+            f"{best[1].kind}, relative difference {best[0]:.1e})"
+        )
+    return best[1]
+
+
+def _read(flow: Flow, source: fx.Node, result: fx.Node) -> tuple[int, set[float], list[Tensor]]:
+    """How many nodes are between two, the numbers that they are written with, and the vectors that they read."""
+    seen: set[fx.Node] = set()
+    stack = [result]
+    numbers: set[float] = {0.0}
+    vectors: list[Tensor] = []
+    while stack:
+        node = stack.pop()
+        if node is source or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "get_attr":
+            tensor = flow.graph.tensor(str(node.target)).detach()
+            if tensor.is_floating_point() and tensor.numel() == tensor.shape[-1:].numel():
+                vectors.append(tensor.reshape(-1))
+            continue
+        if node.op != "call_function":
+            continue
+        numbers |= {float(value) for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)}
+        if flow.depends(node, source) or node in flow.constant:
+            stack.extend(node.all_input_nodes)
+    return len(seen), numbers, vectors
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """``||found - wanted|| / ||wanted||``."""
+    difference, norm = float((found.double() - wanted.double()).norm()), float(wanted.double().norm())
+    error = difference / norm if norm else difference
+    return error if math.isfinite(error) else math.inf
+
+
+# -- where numbers go -----------------------------------------------------------------------------------------------
+
+
+def places(run: Evaluation, source: fx.Node, result: fx.Node, sizes: Mapping[str, int]) -> tuple[Tensor, float] | None:
+    """Which feature of ``source`` each feature of ``result`` is, at the position 0, and a factor that all have.
+
+    Features are the dimensions of fixed size, flattened.  None where features are mixed.
+
+    Args:
+        run: of at least 3 rows; position 0 first.
+        source: where numbers start.
+        result: where they are wanted.
+        sizes: of the dynamic dimensions.
+    """
+    shape = sized(source, sizes)
+    fixed = [axis for axis, size in enumerate(source.meta["val"].shape) if isinstance(size, int)]
+    count = math.prod(shape[axis] for axis in fixed)
+    numbers = torch.arange(count)
+    spread = [shape[axis] if axis in fixed else 1 for axis in range(len(shape))]
+    digits = [torch.ones(count), (numbers // 128).float(), (numbers % 128).float()]
+    x = torch.zeros(shape)
+    for row, digit in enumerate(digits):
+        x[row] = digit.reshape(spread[1:]).expand(shape[1:])
+    found = run.one(result, {source: x.to(dtype_of(source))})
+    value = result.meta["val"]
+    moved = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
+    features = [axis for axis in range(found.dim()) if axis not in moved]
+    found = found.permute(*moved, *features)
+    found = found[(slice(None), *[0] * (len(moved) - 1))].reshape(found.shape[0], -1)
+    factor = float(found[0, 0])
+    if factor == 0 or relative(found[0], torch.full_like(found[0], factor)) > 1e-2:
+        return None
+    high, low = (found[1] / factor).round(), (found[2] / factor).round()
+    index = (128 * high + low).long()
+    if bool((index < 0).any()) or bool((index >= count).any()):
+        return None
+    expected = torch.stack([digits[0][index], digits[1][index], digits[2][index]]) * factor
+    return (index, factor) if relative(found[:3], expected) < 1e-2 else None
+
+
+# -- rotations ------------------------------------------------------------------------------------------------------
+
+
+def read_rotation(turns: Tensor, positions: Sequence[int], tolerance: float) -> Rotation | None | str:
+    """The rotation that matrices are, None where they are all the identity, or what is wrong.
+
+    Args:
+        turns: [positions, D, D], what becomes of each basis vector (the last dimension).
+        positions: the first is 0, the second 1, each of the others at most four times the one before.
+        tolerance: of an entry.
+    """
+    size = turns.shape[-1]
+    if relative(turns, torch.eye(size).expand_as(turns)) < tolerance:
+        return None
+    strength = (turns - torch.eye(size)).abs().amax(0)
+    strength.fill_diagonal_(0)
+    partner = strength.argmax(0)
+    alone = strength.amax(0) < tolerance
+    partner[alone] = torch.arange(size)[alone]
+    if not torch.equal(partner[partner], torch.arange(size)):
+        return "numbers of a head are mixed otherwise than in pairs"
+    pairs, angles, untouched = [], [], []
+    for first in range(size):
+        second = int(partner[first])
+        if second == first:
+            untouched.append(first)
+        elif first < second:
+            angle = _angle(turns[:, first, first], turns[:, second, first], positions)
+            pairs.append((first, second) if angle >= 0 else (second, first))
+            angles.append(abs(angle))
+    if len(untouched) % 2:
+        return "an odd number of a head's numbers is not turned"
+    half = len(untouched) // 2
+    pairs += list(zip(untouched[:half], untouched[half:], strict=True))
+    angles += [0.0] * half
+    rotation = Rotation(torch.tensor(pairs), torch.tensor(angles, dtype=torch.float64))
+    basis = torch.eye(size)[:, None].expand(size, len(positions), size)
+    if relative(rotation.apply(basis.clone(), torch.tensor(positions)).permute(1, 2, 0), turns) > 10 * tolerance:
+        return "pairs of a head's numbers are not turned by an angle that grows with the position"
+    return rotation
+
+
+def _angle(cos: Tensor, sin: Tensor, positions: Sequence[int]) -> float:
+    """Angle per position, from small positions to large: each says it more exactly, up to whole turns."""
+    angle = math.atan2(float(sin[1]), float(cos[1]))
+    for place in range(2, len(positions)):
+        position = positions[place]
+        seen = math.atan2(float(sin[place]), float(cos[place]))
+        angle = (seen + 2 * math.pi * round((position * angle - seen) / (2 * math.pi))) / position
+    return angle
