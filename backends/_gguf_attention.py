@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
-from surgeon.backends._gguf_parts import AttentionPart, Matrix, Norm, Rotation
-from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, places, read_norm, read_rotation, relative, sized
+from surgeon.backends._gguf_parts import AttentionPart, Matrix, Norm, Rotation, times
+from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, places, read_norm, read_rotation, relative
 from surgeon.backends._gguf_weights import matrix, whole
 from surgeon.caches import MASK, PAST
 from surgeon.discovery.cores import Core, find_cores
@@ -72,11 +72,14 @@ class AttentionReader:
             raise ValueError("queries, keys and values are projections of different tensors")
         core = cores[0]
         pre = self._norm(run, region.entry, source, noise)
-        post = post_norm(run, region, part.o.node, noise)
+        post, residual = behind(run, region, part.o.node, noise)
         queries, q_norm, q_wide, q_turn, q_factor = self._side(core.q, part.q, run, f"{site}.q", core.head_dim)
         keys, k_norm, k_wide, k_turn, k_factor = self._side(core.k, part.k, run, f"{site}.k", core.head_dim)
         values, v_factor = self._moved(core.v, part.v, f"{site}.v")
-        heads, kv_heads, size = self._heads(part, queries, keys, values, core)
+        size = core.head_dim
+        heads, kv_heads, once, values = self._heads(part, queries, keys, values, core)
+        if k_wide and k_norm is not None and len(once) < len(keys):
+            k_norm = replace(k_norm, weight=k_norm.weight.reshape(kv_heads, -1, size)[:, 0].flatten())
         if (q_norm is None) != (k_norm is None) or q_wide != k_wide:
             raise ValueError("queries and keys are normalised in different ways")
         if not _same(q_turn, k_turn):
@@ -85,14 +88,14 @@ class AttentionReader:
         found = AttentionPart(
             site=site,
             q=self._rows(part.q, queries, f"{site}.q"),
-            k=self._rows(part.k, keys[: kv_heads * size], f"{site}.k"),
-            v=self._rows(part.v, values[: kv_heads * (len(values) // (len(keys) // size))], f"{site}.v"),
-            o=matrix(self.graph, self.flow, part.o, f"{site}.o"),
+            k=self._rows(part.k, once, f"{site}.k"),
+            v=self._rows(part.v, values, f"{site}.v"),
+            o=times(matrix(self.graph, self.flow, part.o, f"{site}.o"), residual),
             heads=heads, kv_heads=kv_heads, head_dim=size, scale=scale, rotation=q_turn,
             q_norm=q_norm, k_norm=k_norm, whole=q_wide, pre=pre, post=post, window=self._window(core),
         )  # fmt: skip
         if v_factor != 1:
-            found = replace(found, v=replace(found.v, factor=v_factor))
+            found = replace(found, v=times(found.v, v_factor))
         return found
 
     def apply(self, part: AttentionPart, x: Tensor) -> Tensor:
@@ -127,8 +130,8 @@ class AttentionReader:
 
     def _heads(
         self, part: Attention, queries: Tensor, keys: Tensor, values: Tensor, core: Core
-    ) -> tuple[int, int, int]:
-        """Numbers of heads and their size, from where the projections' features stand in the core."""
+    ) -> tuple[int, int, Tensor, Tensor]:
+        """Numbers of heads, and the rows of keys and values once for the heads that share them."""
         size = core.head_dim
         heads, seen = len(queries) // size, len(keys) // size
         kv_heads = part.kv_heads
@@ -136,19 +139,19 @@ class AttentionReader:
             raise ValueError(f"{heads} query heads of {size} numbers were found where {part.heads} were expected")
         if seen != kv_heads:  # keys are repeated for the heads that share them
             each = seen // kv_heads
-            for name, index in (("keys", keys), ("values", values)):
-                grouped = index.reshape(kv_heads, each, -1)
+            keys, values = (index.reshape(kv_heads, each, -1) for index in (keys, values))
+            for name, grouped in (("keys", keys), ("values", values)):
                 if not torch.equal(grouped, grouped[:, :1].expand_as(grouped)):
                     raise ValueError(f"heads share {name} otherwise than in groups of neighbours")
-        return heads, kv_heads, size
+            keys, values = keys[:, 0].flatten(), values[:, 0].flatten()
+        return heads, kv_heads, keys, values
 
     def _rows(self, linear: Linear, index: Tensor, label: str) -> Matrix:
         """The rows of a projection in the order in which the core has them."""
         found = whole(self.graph, self.flow, linear, label)
-        numbers = torch.unique_consecutive(index) if len(index) > found.shape[0] else index
-        bias = None if found.bias is None else found.bias[numbers]
-        straight = torch.equal(numbers, torch.arange(found.shape[0]))
-        return replace(found, shape=(len(numbers), found.shape[1]), rows=None if straight else numbers, bias=bias)
+        bias = None if found.bias is None else found.bias[index]
+        straight = torch.equal(index, torch.arange(found.shape[0]))
+        return replace(found, shape=(len(index), found.shape[1]), rows=None if straight else index, bias=bias)
 
     def _evaluation(self, rows: int) -> tuple[Evaluation, list[int]]:
         """Evaluates the graph for so many rows at the positions of ``_STEPS``, as far as positions are an input."""
@@ -162,15 +165,8 @@ class AttentionReader:
             self._turns[key] = Evaluation(self.flow, given), steps
         return self._turns[key]
 
-    def _sizes(self, node: fx.Node, rows: int, length: int) -> Mapping[str, int]:
-        """Sizes by the expressions that stand for them: the first dimension is the batch, others the length."""
-        names = [str(size.node.expr) if not isinstance(size, int) else size for size in node.meta["val"].shape]
-        dynamic = [name for name in names if isinstance(name, str)]
-        return {name: rows if place == 0 else length for place, name in enumerate(dynamic)}
-
     def _moved(self, result: fx.Node, linear: Linear, label: str) -> tuple[Tensor, float]:
-        run, steps = self._evaluation(3)
-        found = places(run, linear.node, result, self._sizes(linear.node, 3, len(steps)))
+        found = places(self._evaluation(3)[0], linear.node, result)
         if found is None:
             raise ValueError(f"{label.rpartition('.')[2]}: between the projection and the scores is more than movement")
         return found
@@ -184,20 +180,18 @@ class AttentionReader:
         if len(cores) > 1:
             raise ValueError(f"{label}: it is normalised {len(cores)} times, needed at most once")
         start, norm, wide, index = linear.node, None, False, None
-        steps_run, steps = self._evaluation(3)
         if cores:
             source = normalised(self.flow, cores[0])
             assert source is not None
             start = self._gained(cores[0], between)
             features = int(source.meta["val"].shape[-1])
-            sizes = self._sizes(source, run.rows, run.length)
-            sample = torch.randn(sized(source, sizes), generator=torch.Generator().manual_seed(1))
+            sample = torch.randn(run.sizes(source), generator=torch.Generator().manual_seed(1))
             found = read_norm(run, source, start, {}, sample)
             if isinstance(found, str):
                 raise ValueError(f"{label}: {found}")
             norm, wide = found, features != size
             index = self._moved(source, linear, label)[0]
-        moved = places(steps_run, start, argument, self._sizes(start, 3, len(steps)))
+        moved = places(self._evaluation(3)[0], start, argument)
         if moved is None:
             raise ValueError(f"{label}: at position 0 its numbers are mixed, as no rotation does")
         order, factor = moved
@@ -221,26 +215,17 @@ class AttentionReader:
             if len(active) != 1:
                 return last
             here = users[0]
-            if any(n in self.flow.constant and n in self.flow for n in here.all_input_nodes):
+            if any(n in self.flow.constant for n in here.all_input_nodes):
                 last = here
 
     def _rotation(self, start: fx.Node, argument: fx.Node, order: Tensor, size: int) -> Rotation | None | str:
         run, steps = self._evaluation(size)
-        shape = sized(start, self._sizes(start, size, len(steps)))
-        fixed = [axis for axis, s in enumerate(start.meta["val"].shape) if isinstance(s, int)]
-        basis = torch.zeros(size, len(order) if len(order) > int(order.max()) else int(order.max()) + 1)
-        for place, feature in enumerate(order.tolist()):
-            basis[place % size, feature] = 1.0
-        spread = [shape[axis] if axis in fixed else 1 for axis in range(len(shape))]
-        if basis[0].numel() < torch.Size([shape[a] for a in fixed]).numel():
-            wider = torch.zeros(size, torch.Size([shape[a] for a in fixed]).numel())
-            wider[:, : basis.shape[1]] = basis
-            basis = wider
-        x = basis.reshape(size, *spread[1:]).expand(shape).contiguous()
-        found = run.one(argument, {start: x.to(dtype_of(start))})  # [size, heads, steps, size]
-        if found.dim() == 3:
-            found = found[:, None]
-        if found.dim() != 4 or found.shape[-1] != size or found.shape[-2] != len(steps):
+        basis = torch.zeros(size, run.features(start))
+        basis[torch.arange(len(order)) % size, order] = 1.0
+        found = run.one(argument, {start: run.spread(start, basis)})
+        if _is_transposed(argument):
+            found = found.mT
+        if found.dim() != 4 or found.shape[0] != size or found.shape[2:] != (len(steps), size):
             return f"queries and keys are {list(found.shape)} numbers where [batch, heads, positions, size] is known"
         spread_heads = found - found[:, :1]
         tolerance = 10 * accuracy(self.graph)
@@ -262,18 +247,12 @@ class AttentionReader:
 
     def _spelled(self, core: Core, run: Evaluation) -> float:
         """The scale of an attention that is spelled out, measured: with one key along the query, two positions see it."""
-        sizes = {name: self._sizes(getattr(core, name), run.rows, run.length) for name in "qkv"}
-        q, k, v = (torch.zeros(sized(getattr(core, name), sizes[name])) for name in "qkv")
-        if any(t.dim() != 4 for t in (q, k, v)):
+        q, k, v = (torch.zeros(run.sizes(node)) for node in (core.q, core.k, core.v))
+        if any(t.dim() != 4 for t in (q, k, v)) or _is_transposed(core.q) or _is_transposed(core.v):
             raise ValueError("its queries, keys and values have other dimensions than batch, heads, positions and size")
-        if k.shape[-1] != q.shape[-1] or k.shape[-2] == q.shape[-1] != run.length:
-            k = k.mT  # transposed for the product
-            flipped = True
-        else:
-            flipped = False
-        q[..., 0], k[..., 0, 0], v[..., 0, 0] = 1.0, 1.0, 1.0
-        given = {core.q: q, core.k: k.mT.contiguous() if flipped else k, core.v: v}
-        found = run.one(core.node, {node: value.to(dtype_of(node)) for node, value in given.items()})
+        keys = k.mT if _is_transposed(core.k) else k
+        q[..., 0], keys[..., 0, 0], v[..., 0, 0] = 1.0, 1.0, 1.0
+        found = run.one(core.node, {node: t.to(dtype_of(node)) for node, t in ((core.q, q), (core.k, k), (core.v, v))})
         share = float(found[0, 0, 1, 0])  # at position 1 of two: exp(s) / (exp(s) + 1)
         if not 0 < share < 1:
             raise ValueError("its weights are no softmax of the scores over earlier positions")
@@ -293,7 +272,8 @@ class AttentionReader:
 
     def _seen(self, mask: fx.Node) -> int | None:
         far = any(port.role == PAST for port in self.graph.inputs)
-        length = 1 if far else _LONG
+        most = [size for port in self.graph.inputs for size in port.most if size is not None]
+        length = 1 if far else min([_LONG, *most])
         given = self.inputs(1, length)
         if far:
             for port in self.graph.inputs:
@@ -316,27 +296,27 @@ class AttentionReader:
         return None if count == last.numel() else count
 
 
-def post_norm(run: Evaluation, region: Region, node: fx.Node, noise: Tensor) -> Norm | None:
-    """The norm between a sublayer's last product and the residual addition, None where there is none.
+def behind(run: Evaluation, region: Region, node: fx.Node, noise: Tensor) -> tuple[Norm | None, float]:
+    """The norm between a sublayer's last product and the residual addition, None where there is none, and a factor.
 
     Raises:
         ValueError: something else is there.
     """
-    zero = torch.zeros_like(noise).to(dtype_of(region.entry))
-    shaped = noise.reshape(_like(node, noise))
+    zero = torch.zeros(run.sizes(region.entry)).to(dtype_of(region.entry))
+    shaped = noise.reshape(run.sizes(node))
     found = run.one(region.exit, {region.entry: zero, node: shaped.to(dtype_of(node))}).reshape(noise.shape)
-    if relative(found, noise) <= 10 * accuracy(run.graph):
-        return None
+    factor = float((found * noise).sum() / (noise * noise).sum())
+    if relative(found, factor * noise) <= 10 * accuracy(run.graph):
+        return None, factor if abs(factor - 1) > accuracy(run.graph) else 1.0
     norm = read_norm(run, node, region.exit, {region.entry: zero}, shaped)
     if isinstance(norm, str):
         raise ValueError(f"between its last product and the residual, {norm}")
-    return norm
+    return norm, 1.0
 
 
-def _like(node: fx.Node, noise: Tensor) -> list[int]:
-    """Sizes of hidden states as a node has them: [batch, positions, H], or [tokens, H]."""
-    rank = len(node.meta["val"].shape)
-    return list(noise.shape) if rank == 3 else [noise.shape[0] * noise.shape[1], noise.shape[2]]
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether positions are the last dimension, as a product with queries wants keys."""
+    return not isinstance(node.meta["val"].shape[-1], int)
 
 
 def _same(one: Rotation | None, other: Rotation | None) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from surgeon.backends._gguf_attention import post_norm
-from surgeon.backends._gguf_parts import FeedForward, Matrix, Mixture, Norm
+from surgeon.backends._gguf_attention import behind
+from surgeon.backends._gguf_parts import FeedForward, Matrix, Mixture, Norm, times
 from surgeon.backends._gguf_probe import Evaluation, read_norm
 from surgeon.backends._gguf_weights import matrix, stack
 from surgeon.discovery.flow import Flow
@@ -27,8 +27,9 @@ def read_ffn(graph: Graph, flow: Flow, run: Evaluation, region: Region, site: st
         raise ValueError(f"it holds {len(region.ffn)} feed-forward networks, needed one")
     part = region.ffn[0]
     pre = _norm(flow, run, region.entry, part.input, noise)
-    post = post_norm(run, region, part.down.node, noise)
-    return replace(_dense(graph, flow, part, site), pre=pre, post=post)
+    post, factor = behind(run, region, part.down.node, noise)
+    found = _dense(graph, flow, part, site)
+    return replace(found, down=times(found.down, factor), pre=pre, post=post)
 
 
 def _dense(graph: Graph, flow: Flow, part: FFN, site: str) -> FeedForward:
@@ -65,6 +66,7 @@ def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site
     assert isinstance(w_out, fx.Node)
     stacked = stack(graph, flow, w_in, f"{site}.w_in ({part.w_in})")
     down = stack(graph, flow, w_out, f"{site}.w_out ({part.w_out})")
+    post, residual = behind(run, region, part.node, noise) if not part.shared else (None, 1.0)
     merged = _merged(graph, part)
     rows = torch.arange(part.width)
     router, factor, weights = _router(graph, flow, part, site)
@@ -77,7 +79,7 @@ def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site
         site,
         router=router,
         up=_part(stacked, rows + part.width) if part.gated else stacked,
-        down=replace(down, factor=down.factor * factor),
+        down=replace(down, factor=down.factor * factor * residual),
         gate=_part(stacked, rows) if part.gated else None,
         activation=part.activation,
         width=part.width,
@@ -87,6 +89,7 @@ def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site
         shared=shared,
         shared_gate=shared_gate,
         pre=pre,
+        post=post,
     )
 
 

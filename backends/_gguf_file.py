@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgeon.backends._gguf_blocks import FLOATS, Form, block_kind, encode, floats, form, scale_rounding, unspoken
 from surgeon.backends._gguf_formats import Format, Turning, turning
-from surgeon.backends._gguf_parts import AttentionPart, Decoder, FeedForward, Matrix, Mixture, Norm
+from surgeon.backends._gguf_parts import AttentionPart, Decoder, FeedForward, Matrix, Mixture, Norm, times
 
 FILE = "model.gguf"
 _EMPTY = 32
@@ -65,7 +65,7 @@ def entries(decoder: Decoder, format: Format) -> Iterator[Entry]:
     if turns.factors is not None:
         yield Entry(name(T.ROPE_FREQS), turns.factors)
     for block, layer in enumerate(decoder.layers):
-        part = layer.attention
+        part = scaled(layer.attention)
         q, k = (_turned(matrix, part.head_dim, turns) for matrix in (part.q, part.k))
         yield from normed(T.ATTN_NORM, part.pre, block)
         if format.fused:
@@ -101,6 +101,17 @@ def entries(decoder: Decoder, format: Format) -> Iterator[Entry]:
     yield from normed(T.OUTPUT_NORM, decoder.norm)
     if not (decoder.tied and (format.tied == "must" or (format.tied == "may" and embedding.factor == decoder.head.factor))):
         yield Entry(name(T.OUTPUT), decoder.head)
+
+
+def scaled(part: AttentionPart) -> AttentionPart:
+    """Attention whose scores have the factor that every format gives them, 1 / sqrt(D): another is in queries, or their norm."""
+    factor = part.scale * part.head_dim**0.5
+    if math.isclose(factor, 1, rel_tol=1e-6):
+        return part
+    if part.q_norm is not None:
+        bias = None if part.q_norm.bias is None else part.q_norm.bias * factor
+        return replace(part, q_norm=replace(part.q_norm, weight=part.q_norm.weight * factor, bias=bias))
+    return replace(part, q=times(part.q, factor))
 
 
 def _turned(matrix: Matrix, size: int, turns: Turning) -> Matrix:
@@ -287,8 +298,6 @@ def _describe(writer: Any, decoder: Decoder, format: Format, forms: list[Form], 
     writer.add_value_length(first.head_dim)
     eps = decoder.norm.eps if decoder.norm is not None else 0.0
     (writer.add_layer_norm_rms_eps if format.norm == "rms" else writer.add_layer_norm_eps)(eps)
-    if format.scale and not math.isclose(first.scale, first.head_dim**-0.5, rel_tol=1e-6):
-        writer.add_attention_scale(first.scale)
     turns = turning(first.rotation, first.head_dim, format)
     assert isinstance(turns, Turning)
     if format.order is not None:

@@ -42,7 +42,7 @@ class Format:
         experts: how experts are weighed, None for dense layers: ``softmax`` over the chosen, ``softmax_all`` over all, either.
         shared: the shared expert beside them: none, one behind a sigmoid (``gated``), or one without (``plain``).
         by_layer: heads and neurons may differ from layer to layer.
-        scale: the factor of scores may be any.
+        grouped: query heads may share key/value heads.
         square: heads times their size are the hidden size.
         fused: queries, keys and values are one matrix.
         tied: the head may be left out where it is the embedding; ``must`` where it always is.
@@ -62,7 +62,7 @@ class Format:
     experts: Literal["softmax", "softmax_all", "either"] | None = None
     shared: Literal["gated", "plain"] | None = None
     by_layer: bool = False
-    scale: bool = False
+    grouped: bool = True
     square: bool = False
     fused: bool = False
     tied: Literal["may", "never", "must"] = "may"
@@ -78,11 +78,11 @@ FORMATS = (
     Format("qwen3", qk_norm="head"),
     Format("qwen3moe", qk_norm="head", experts="softmax"),
     Format("olmo2", qk_norm="whole", placed="post", square=True, tied="never"),
-    Format("olmoe", qk_norm="whole", experts="softmax_all", square=True, tied="never"),
+    Format("olmoe", qk_norm="whole", experts="softmax_all", square=True, tied="never", grouped=False),
     Format("gemma", activation="gelu_tanh", tied="must", scaled=True),
-    Format("llama", order="adjacent", factors=True, biases=_ALL, scale=True),
-    Format("llama", order="adjacent", factors=True, biases=_QKV | {"o"}, scale=True, experts="softmax"),
-    Format("deci", order="adjacent", factors=True, biases=_ALL, scale=True, by_layer=True),
+    Format("llama", order="adjacent", factors=True, biases=_ALL),
+    Format("llama", order="adjacent", factors=True, biases=_QKV | {"o"}, experts="softmax"),
+    Format("deci", order="adjacent", factors=True, biases=_ALL, by_layer=True),
     Format("qwen2moe", biases=_QKV, experts="softmax_all", shared="gated", square=True, tied="never"),
     Format("bailingmoe", order="adjacent", factors=True, biases=_QKV, experts="either", shared="plain", tied="never"),
     Format("gpt2", norm="layer", order=None, activation="gelu_tanh", gated=False, biases=_PLAIN, required=_PLAIN, square=True,
@@ -197,7 +197,7 @@ def problems(decoder: Decoder, format: Format) -> Iterator[Problem]:
         yield Problem("head", f"it is another matrix than the embedding, in {format.name} it is the same")
     yield from _norms(decoder, format)
     for layer in decoder.layers:
-        yield from _attention(layer.attention, first, decoder.embedding.shape[1], format)
+        yield from _attention(layer.attention, first, decoder.embedding.shape[1], decoder.context, format)
         if isinstance(layer.ffn, Mixture):
             yield from _mixture(layer.ffn, decoder, format)
         else:
@@ -230,7 +230,7 @@ def _norms(decoder: Decoder, format: Format) -> Iterator[Problem]:
 _KINDS = {"rms": "an RMS norm", "layer": "a LayerNorm"}
 
 
-def _attention(part: AttentionPart, first: AttentionPart, hidden: int, format: Format) -> Iterator[Problem]:
+def _attention(part: AttentionPart, first: AttentionPart, hidden: int, context: int, format: Format) -> Iterator[Problem]:
     for what in ("heads", "kv_heads"):
         found, usual = getattr(part, what), getattr(first, what)
         if found != usual and not format.by_layer:
@@ -252,11 +252,13 @@ def _attention(part: AttentionPart, first: AttentionPart, hidden: int, format: F
         yield Problem(
             part.site, f"queries and keys have {_QK[kind]}, in {format.name} {_QK[format.qk_norm]}"
         )
-    usual_scale = part.head_dim**-0.5
-    if not format.scale and abs(part.scale / usual_scale - 1) > 1e-4:
-        yield Problem(part.site, f"its scores are multiplied by {part.scale:g}, in {format.name} by {usual_scale:g}")
-    if abs(part.scale / first.scale - 1) > 1e-4:
-        yield Problem(part.site, f"its scores are multiplied by {part.scale:g}, those of {first.site} by {first.scale:g}")
+    if part.heads != part.kv_heads and not format.grouped:
+        yield Problem(part.site, f"{part.heads} query heads share {part.kv_heads} key/value heads, none do in {format.name}")
+    if part.window is not None and part.window < context:
+        yield Problem(
+            part.site, f"its queries look back over {part.window} positions of the {context} that the model was made for, in "
+            f"{format.name} over all"
+        )  # fmt: skip
     for key in ("q", "k", "v", "o"):
         if getattr(part, key).bias is not None and key not in format.biases:
             yield Problem(f"{part.site}.{key}", f"it has a bias, none in {format.name}")

@@ -6,7 +6,7 @@ H is the width of the residual stream, D the size of one head.  Matrices are [ou
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -60,6 +60,12 @@ class Matrix:
         """``x W^T + b`` in float32, for x [..., in]."""
         found = x @ self.dense().float().mT
         return found if self.bias is None else found + self.bias.float()
+
+
+def times(matrix: Matrix, factor: float) -> Matrix:
+    """A product that is multiplied by a number."""
+    bias = None if matrix.bias is None or factor == 1 else matrix.bias * factor
+    return matrix if factor == 1 else replace(matrix, factor=factor * matrix.factor, bias=bias)
 
 
 @dataclass(frozen=True)

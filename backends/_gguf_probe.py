@@ -19,6 +19,8 @@ from surgeon.graph import Graph
 
 ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """How far a part in a type of 16 bits may be from what it is taken for, relative (Frobenius)."""
+_STILL = 1e-9
+"""What reaches a number of a head from another where neither is turned: nothing, however small the smallest angles are."""
 EXACT = 1e-4
 """The same in float32."""
 
@@ -40,10 +42,17 @@ class Evaluation:
 
     def __init__(self, flow: Flow, inputs: Mapping[str, Tensor]) -> None:
         self.graph, self.flow = flow.graph, flow
-        self.rows, self.length = next(iter(inputs.values())).shape[:2]
+        tokens = next(name for name, value in inputs.items() if value.dim() == 2)
+        self.rows, self.length = inputs[tokens].shape
         bound = self.graph.bind(complete(self.graph.inputs, inputs))
         placeholders = self.graph.module.graph.find_nodes(op="placeholder")
         self._values: dict[fx.Node, Any] = dict(zip(placeholders, bound, strict=True))
+        self._symbols = {
+            size.node.expr: found
+            for node, value in self._values.items()
+            for size, found in zip(node.meta["val"].shape, value.shape, strict=True)
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol
+        }
 
     def __call__(self, targets: Sequence[fx.Node], given: Mapping[fx.Node, Tensor]) -> list[Any]:
         """Values of the targets; nodes in ``given`` have these."""
@@ -74,6 +83,28 @@ class Evaluation:
         assert isinstance(found, Tensor)
         return found.float()
 
+    def sizes(self, node: fx.Node) -> list[int]:
+        """Sizes of a node's value on these inputs."""
+        shape = node.meta["val"].shape
+        return [size if isinstance(size, int) else int(size.node.expr.subs(self._symbols)) for size in shape]
+
+    def spread(self, node: fx.Node, values: Tensor) -> Tensor:
+        """A value of a node that is equal at all positions.
+
+        Args:
+            node: its first dimension counts rows, or rows and positions joined; those of fixed size are its features.
+            values: [rows, features].
+        """
+        shape = self.sizes(node)
+        if shape[0] == self.rows * self.length and self.length > 1:
+            return values[:, None].expand(-1, self.length, -1).reshape(shape).to(dtype_of(node))
+        fixed = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+        return values.reshape(self.rows, *fixed[1:]).expand(shape).contiguous().to(dtype_of(node))
+
+    def features(self, node: fx.Node) -> int:
+        """How many numbers a node holds for each position."""
+        return math.prod(size for size in node.meta["val"].shape if isinstance(size, int))
+
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
             return self.graph.tensor(str(node.target)).detach()
@@ -86,11 +117,6 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return value.dtype
-
-
-def sized(node: fx.Node, sizes: Mapping[str, int]) -> list[int]:
-    """Sizes of a node's value, with the dynamic ones taken from ``sizes`` by their expressions' names."""
-    return [size if isinstance(size, int) else sizes[str(size.node.expr)] for size in node.meta["val"].shape]
 
 
 # -- norms ----------------------------------------------------------------------------------------------------------
@@ -171,41 +197,36 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 # -- where numbers go -----------------------------------------------------------------------------------------------
 
 
-def places(run: Evaluation, source: fx.Node, result: fx.Node, sizes: Mapping[str, int]) -> tuple[Tensor, float] | None:
+def places(run: Evaluation, source: fx.Node, result: fx.Node) -> tuple[Tensor, float] | None:
     """Which feature of ``source`` each feature of ``result`` is, at the position 0, and a factor that all have.
 
     Features are the dimensions of fixed size, flattened.  None where features are mixed.
 
     Args:
-        run: of at least 3 rows; position 0 first.
+        run: of three rows; position 0 first.
         source: where numbers start.
         result: where they are wanted.
-        sizes: of the dynamic dimensions.
     """
-    shape = sized(source, sizes)
-    fixed = [axis for axis, size in enumerate(source.meta["val"].shape) if isinstance(size, int)]
-    count = math.prod(shape[axis] for axis in fixed)
+    count = run.features(source)
     numbers = torch.arange(count)
-    spread = [shape[axis] if axis in fixed else 1 for axis in range(len(shape))]
-    digits = [torch.ones(count), (numbers // 128).float(), (numbers % 128).float()]
-    x = torch.zeros(shape)
-    for row, digit in enumerate(digits):
-        x[row] = digit.reshape(spread[1:]).expand(shape[1:])
-    found = run.one(result, {source: x.to(dtype_of(source))})
-    value = result.meta["val"]
-    moved = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
-    features = [axis for axis in range(found.dim()) if axis not in moved]
-    found = found.permute(*moved, *features)
-    found = found[(slice(None), *[0] * (len(moved) - 1))].reshape(found.shape[0], -1)
+    # Numbers up to 128 are exact in every type: a number is told in two digits, beside ones that tell the factor.
+    digits = torch.stack([torch.ones(count), (numbers // 128).float(), (numbers % 128).float()])
+    found = run.one(result, {source: run.spread(source, digits)})
+    if found.shape[0] == run.rows * run.length:
+        found = found.reshape(run.rows, run.length, *found.shape[1:])[:, 0].reshape(run.rows, -1)
+    else:
+        shape = result.meta["val"].shape
+        moved = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+        found = found.permute(*moved, *(axis for axis in range(found.dim()) if axis not in moved))
+        found = found[(slice(None), *[0] * (len(moved) - 1))].reshape(run.rows, -1)
     factor = float(found[0, 0])
     if factor == 0 or relative(found[0], torch.full_like(found[0], factor)) > 1e-2:
         return None
-    high, low = (found[1] / factor).round(), (found[2] / factor).round()
+    high, low = (found[1:] / factor).round()
     index = (128 * high + low).long()
     if bool((index < 0).any()) or bool((index >= count).any()):
         return None
-    expected = torch.stack([digits[0][index], digits[1][index], digits[2][index]]) * factor
-    return (index, factor) if relative(found[:3], expected) < 1e-2 else None
+    return (index, factor) if relative(found, factor * digits[:, index]) < 1e-2 else None
 
 
 # -- rotations ------------------------------------------------------------------------------------------------------
@@ -220,12 +241,13 @@ def read_rotation(turns: Tensor, positions: Sequence[int], tolerance: float) -> 
         tolerance: of an entry.
     """
     size = turns.shape[-1]
-    if relative(turns, torch.eye(size).expand_as(turns)) < tolerance:
-        return None
-    strength = (turns - torch.eye(size)).abs().amax(0)
-    strength.fill_diagonal_(0)
+    if turns.shape != (len(positions), size, size):
+        return f"what becomes of a head's numbers is {list(turns.shape)}, needed a matrix per position"
+    strength = turns.abs().amax(0).fill_diagonal_(0)
     partner = strength.argmax(0)
-    alone = strength.amax(0) < tolerance
+    alone = strength.amax(0) < _STILL
+    if bool(alone.all()) and relative(turns, torch.eye(size).expand_as(turns)) < tolerance:
+        return None
     partner[alone] = torch.arange(size)[alone]
     if not torch.equal(partner[partner], torch.arange(size)):
         return "numbers of a head are mixed otherwise than in pairs"

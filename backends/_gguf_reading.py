@@ -7,9 +7,9 @@ class and no spelling is known here, and what computes anything else is refused 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,7 @@ from surgeon.graph import Graph, Port
 from surgeon.routes import RECORDED
 from surgeon.structure import Block, Structure
 
+Part = TypeVar("Part")
 ENGINES = "the engines (onnxruntime, aotinductor, tensorrt) can"
 _ROWS, _LENGTH = 2, 12
 """Sizes of the hidden states on which sublayers are compared."""
@@ -175,26 +176,33 @@ class _Reader:
                 f"attention and then a feed-forward network or a mixture in every layer; {ENGINES} run it"
             )  # fmt: skip
         first, second = block.regions
-        try:
-            attention = self.attentions.read(first, f"{block.name}.attention", self.noise, self.run)
-        except ValueError as error:
-            raise Refused(f"{block.name}.attention", f"{error}; {ENGINES} run it") from None
+        attention = self.part(
+            f"{block.name}.attention",
+            lambda site: self.attentions.read(first, site, self.noise, self.run),
+        )
         self.same(f"{block.name}.attention", first.entry, first.exit, self.attentions.apply(attention, self.noise))
-        ffn: Any
-        try:
-            if second.kind == "moe":
-                ffn = read_mixture(self.graph, self.flow, self.run, second, f"{block.name}.moe", self.noise)
-            else:
-                ffn = read_ffn(self.graph, self.flow, self.run, second, f"{block.name}.ffn", self.noise)
-        except ValueError as error:
-            raise Refused(f"{block.name}.{second.kind}", f"{error}; {ENGINES} run it") from None
+        reader = read_mixture if second.kind == "moe" else read_ffn
+        ffn = self.part(
+            f"{block.name}.{second.kind}",
+            lambda site: reader(self.graph, self.flow, self.run, second, site, self.noise),
+        )
         self.same(ffn.site, second.entry, second.exit, ffn_apply(ffn, self.noise))
         return Layer(attention, ffn)
 
+    def part(self, site: str, reading: Callable[[str], Part]) -> Part:
+        """What a reading gives, or its reason why not as a refusal."""
+        try:
+            return reading(site)
+        except ValueError as error:
+            raise Refused(site, f"{error}; {ENGINES} run it") from None
+        except (RuntimeError, IndexError) as error:  # pieces of another shape than any that is known
+            said = str(error).splitlines()[0]
+            raise Refused(site, f"its pieces have other shapes than those of a decoder ({said}); {ENGINES} run it") from None
+
     def same(self, site: str, entry: fx.Node, exit: fx.Node, found: Tensor) -> None:
         """Hold what was read of a sublayer against the graph."""
-        wanted = self.run.one(exit, {entry: self.noise.to(dtype_of(entry))})
-        error = relative(found, wanted)
+        wanted = self.run.one(exit, {entry: self.noise.reshape(self.run.sizes(entry)).to(dtype_of(entry))})
+        error = relative(found.reshape(wanted.shape), wanted)
         if not error <= 10 * self.accuracy:
             raise Refused(
                 site, f"it computes something else than what was recognised in it: outputs differ by {error:.1e} (relative); the "
@@ -221,7 +229,7 @@ class _Reader:
                 raise Refused("final_norm", f"{found}; {ENGINES} run it")
             final = found
         hidden = self.noise if final is None else final.apply(self.noise)
-        wanted = self.run.one(output, {last: self.noise.to(dtype_of(last))})
+        wanted = self.run.one(output, {last: self.noise.reshape(self.run.sizes(last)).to(dtype_of(last))})
         logits = head.apply(hidden)
         ratio = float((logits * wanted).sum() / (logits * logits).sum())
         error = relative(ratio * logits, wanted)
@@ -288,7 +296,7 @@ class _Reader:
 
     def tied(self, embedding: Matrix, head: Matrix) -> bool:
         """Whether the head is the embedding itself."""
-        if embedding.factor != head.factor or head.bias is not None or embedding.shape != head.shape:
+        if head.bias is not None or embedding.shape != head.shape:
             return False
         if embedding.codes is not None and head.codes is not None:
             return embedding.codes.packed.data_ptr() == head.codes.packed.data_ptr()

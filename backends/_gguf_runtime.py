@@ -4,9 +4,10 @@
 ``llama.h``, which give the logits at every position, and that is what a file is compared by.
 
 The structures of parameters grow from version to version, so they are taken as the library fills them in and handed back:
-their sizes need not be known, since a callee reads as much as it knows.  Four fields are set, each found by what the
-library's own defaults are: ``n_ctx``, ``n_batch`` and ``n_ubatch`` are the first three of the context's parameters and are read back from
-the context; the types of the cache are the pair of ``F16`` behind the callbacks that follow the last of the numbers -1.0.
+their sizes need not be known, since a callee reads as much as it knows.  Fields that are set are found by what the library's own
+defaults are: ``n_ctx``, ``n_batch`` and ``n_ubatch`` are the first three of the context's parameters and are read back from the
+context; the types of the cache are the pair of ``F16`` behind the callbacks that follow the last of the numbers -1.0; flash
+attention, which computes in float16 and would hide differences of less than 1e-3, is the last of four integers -1.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _F32, _F16 = 0, 1
 """Numbers of ``ggml_type``."""
 _MINUS_ONE = 0xBF800000
 """-1.0 as a float32's bits."""
+_UNSET = 0xFFFFFFFF
+"""-1 as an integer's bits."""
 _BATCH = 512
 """Tokens that are computed at once."""
 
@@ -134,6 +137,9 @@ def _context_parameters(library: Any, positions: int) -> _Parameters:
         raise LowerError("its parameters of a context are laid out in a way that surgeon does not know")
     words[0], words[1], words[2] = positions, _BATCH, _BATCH
     words[types] = words[types + 1] = _F32
+    unset = [place for place in range(last) if words[place : place + 4] == [_UNSET] * 4]
+    if unset:  # kinds of rotary scaling, pooling, attention and flash attention, each of which -1 leaves to the model
+        words[unset[0] + 3] = 0
     return parameters  # type: ignore[no-any-return]  # a structure of ctypes
 
 
