@@ -66,8 +66,10 @@ def unspoken(matrix: Matrix) -> str | None:
     if codes.bits == 8 and codes.zero_point is not None:
         return "its 8-bit codes have zero points, and blocks of 8 bits (Q8_0) have none; quantize with symmetric: true"
     if codes.in_features % BLOCK or (codes.group % BLOCK and codes.packed.shape[-2] > 1):
-        what = f"its {codes.in_features} inputs" if codes.in_features % BLOCK else f"its groups of {codes.group}"
-        return f"{what} are no multiple of {BLOCK}, the size of the format's blocks; quantize with another group"
+        odd = codes.in_features % BLOCK
+        what = f"its {codes.in_features} inputs" if odd else f"its groups of {codes.group}"
+        advice = f"widths that are one stay in codes (drop_neurons: {{multiple: {BLOCK}}})" if odd else "quantize with another group"
+        return f"{what} are no multiple of {BLOCK}, the size of the format's blocks; {advice}"
     if matrix.columns is not None:
         return "a part of its inputs is read, and codes are written whole"
     moved = scale_rounding(codes, matrix.factor)

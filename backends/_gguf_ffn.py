@@ -131,7 +131,7 @@ def _router(graph: Graph, flow: Flow, part: MoE, site: str) -> tuple[Matrix, flo
     router = matrix(graph, flow, part.router, f"{site}.router")
     if router.bias is not None:
         if float(router.bias.float().std(unbiased=False)) > 1e-6 * (1 + float(router.bias.abs().max())):
-            raise ValueError("its router has a bias, and the formats written here have none")
+            raise ValueError("its router has a bias, and the formats written here have none; moefy_ffn: {router: centroid} makes none")
         router = replace(router, bias=None)  # equal for all experts: it cancels
     if part.scoring == "uniform" and part.top_k == part.experts and not part.normalised:
         zeros = torch.zeros(router.shape)

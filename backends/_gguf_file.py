@@ -203,9 +203,12 @@ def stored(entry: Entry, dtype: str, low_bit: str) -> Form | str:
     value = entry.value
     if isinstance(value, Tensor):
         return form("F32", tuple(value.shape))
-    if value.codes is not None and low_bit != "dequantize":
+    if value.codes is not None:
         problem = unspoken(value)
-        return problem if problem is not None else form(block_kind(value.codes), value.shape)
+        if problem is None:
+            return form(block_kind(value.codes), value.shape)
+        if low_bit == "blocks":
+            return problem
     return form(_float_kind(value, dtype), value.shape)
 
 
@@ -231,7 +234,7 @@ def write(decoder: Decoder, format: Format, path: Path, *, dtype: str, low_bit: 
         format: which it is of.
         path: of the file.
         dtype: of float matrices.
-        low_bit: whether low-bit weights are codes, or floats.
+        low_bit: whether low-bit weights that no block holds are floats.
         name: what the file calls the model.
         vocabulary: see ``_gguf_vocabulary``.
 
@@ -251,7 +254,7 @@ def write(decoder: Decoder, format: Format, path: Path, *, dtype: str, low_bit: 
         if isinstance(entry.value, Matrix) and found.kind.startswith("Q") and entry.value.codes is not None:
             moved = max(moved, scale_rounding(entry.value.codes, entry.value.factor))
     _describe(writer, decoder, format, forms, name)
-    vocabulary.write(writer, decoder.embedding.shape[0])
+    vocabulary.write(writer)
     numpy_types = {"F32": "float32", "F16": "float16"}
     for entry, found in zip(listed, forms, strict=True):
         kind = gguf.GGMLQuantizationType[found.kind]
@@ -266,13 +269,17 @@ def write(decoder: Decoder, format: Format, path: Path, *, dtype: str, low_bit: 
         writer.write_tensor_data(floats(value, "F32") if isinstance(value, Tensor) else encode(value, found.kind))
     writer.close()
     types = Counter(found.kind for found in forms)
+    notes = list(decoder.notes)
+    for entry, found in zip(listed, forms, strict=True):
+        if isinstance(entry.value, Matrix) and entry.value.codes is not None and found.kind in FLOATS.values():
+            notes.append(f"{entry.value.label} is written as {found.kind}: {unspoken(entry.value)}")
     return {
         "architecture": format.name,
         "tensors": len(listed),
         "types": dict(sorted(types.items())),
         **({"scale_rounding": moved} if any(kind.startswith("Q") for kind in types) else {}),
         "context_length": decoder.context,
-        "notes": list(decoder.notes),
+        "notes": notes,
     }
 
 

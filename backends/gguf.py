@@ -40,7 +40,8 @@ class Gguf(Backend):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of the matrices that are floats, that of the graph by default; norms, biases and routers are float32."""
     low_bit: Literal["blocks", "dequantize"] = "blocks"
-    """blocks writes low-bit weights as the codes they are, in blocks of 32; dequantize writes them as floats, which takes any."""
+    """Low-bit weights are written as the codes they are, in blocks of 32; those that no block holds are refused (blocks), or
+    written as floats (dequantize)."""
     tokenizer: Literal["auto", "none"] = "auto"
     """auto writes the checkpoint's vocabulary where it is one that llama.cpp splits text by, none writes numbers alone."""
 
