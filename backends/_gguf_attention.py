@@ -58,7 +58,8 @@ class AttentionReader:
         part = region.attention[0]
         missing = [name for name in "qkvo" if getattr(part, name) is None]
         if part.cross or part.parts or missing:
-            found = "reads another stream" if part.cross else f"has no single projection for {', '.join(missing) or 'its heads'}"
+            lacking = f"has no single projection for {', '.join(missing) or 'its heads'}"
+            found = "reads another stream" if part.cross else lacking
             raise ValueError(f"it {found}; needed one each for queries, keys, values and outputs")
         assert part.q is not None
         assert part.k is not None
@@ -85,7 +86,7 @@ class AttentionReader:
         if not _same(q_turn, k_turn):
             raise ValueError("queries and keys are turned by different angles")
         scale = self._scale(core, part, run) * q_factor * k_factor
-        found = AttentionPart(
+        read = AttentionPart(
             site=site,
             q=self._rows(part.q, queries, f"{site}.q"),
             k=self._rows(part.k, once, f"{site}.k"),
@@ -94,9 +95,7 @@ class AttentionReader:
             heads=heads, kv_heads=kv_heads, head_dim=size, scale=scale, rotation=q_turn,
             q_norm=q_norm, k_norm=k_norm, whole=q_wide, pre=pre, post=post, window=self._window(core),
         )  # fmt: skip
-        if v_factor != 1:
-            found = replace(found, v=times(found.v, v_factor))
-        return found
+        return read if v_factor == 1 else replace(read, v=times(read.v, v_factor))
 
     def apply(self, part: AttentionPart, x: Tensor) -> Tensor:
         """What the sublayer makes of hidden states [rows, length, H], in float32."""
@@ -218,7 +217,7 @@ class AttentionReader:
             if any(n in self.flow.constant for n in here.all_input_nodes):
                 last = here
 
-    def _rotation(self, start: fx.Node, argument: fx.Node, order: Tensor, size: int) -> Rotation | None | str:
+    def _rotation(self, start: fx.Node, argument: fx.Node, order: Tensor, size: int) -> Rotation | str | None:
         run, steps = self._evaluation(size)
         basis = torch.zeros(size, run.features(start))
         basis[torch.arange(len(order)) % size, order] = 1.0

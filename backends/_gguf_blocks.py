@@ -4,8 +4,8 @@
     Q4_0    d (q - 8)      q from 0 to 15                        18 bytes
     Q4_1    d q + m        q from 0 to 15                        20 bytes
 
-A group of 64 or 128 inputs, or a whole row, is as many blocks with its scale in each.  Codes are never rounded again; scales are,
-to float16.  Codes of 2 bits are four of the sixteen of Q4_0 or Q4_1, exactly, in the room of 4 bits.
+A group of 64 or 128 inputs, or a whole row, is as many blocks with its scale in each.  Codes are never rounded again; scales
+are, to float16.  Codes of 2 bits are four of the sixteen of Q4_0 or Q4_1, exactly, in the room of 4 bits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def unspoken(matrix: Matrix) -> str | None:
     if codes.in_features % BLOCK or (codes.group % BLOCK and codes.packed.shape[-2] > 1):
         odd = codes.in_features % BLOCK
         what = f"its {codes.in_features} inputs" if odd else f"its groups of {codes.group}"
-        advice = f"widths that are one stay in codes (drop_neurons: {{multiple: {BLOCK}}})" if odd else "quantize with another group"
+        advice = f"cut to a multiple of it (drop_neurons: {{multiple: {BLOCK}}})" if odd else "quantize with another group"
         return f"{what} are no multiple of {BLOCK}, the size of the format's blocks; {advice}"
     if matrix.columns is not None:
         return "a part of its inputs is read, and codes are written whole"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.backends._gguf_attention import behind
-from surgeon.backends._gguf_parts import FeedForward, Matrix, Mixture, Norm, times
+from surgeon.backends._gguf_parts import FeedForward, Matrix, Mixture, Norm, Weights, times
 from surgeon.backends._gguf_probe import Evaluation, read_norm
 from surgeon.backends._gguf_weights import matrix, stack
 from surgeon.discovery.flow import Flow
@@ -72,7 +72,7 @@ def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site
     router, factor, weights = _router(graph, flow, part, site)
     if merged is not None:
         raise ValueError(
-            f"{len(merged)} choices of its router share {part.experts} merged experts, and the format holds one expert per choice"
+            f"{len(merged)} choices of its router share {part.experts} merged experts, and the format has one expert per choice"
         )
     shared, shared_gate = _shared(graph, flow, part, site)
     return Mixture(
@@ -125,13 +125,14 @@ def _merged(graph: Graph, part: MoE) -> Tensor | None:
     return None
 
 
-def _router(graph: Graph, flow: Flow, part: MoE, site: str) -> tuple[Matrix, float, str]:  # the last is Mixture.weights
+def _router(graph: Graph, flow: Flow, part: MoE, site: str) -> tuple[Matrix, float, Weights]:
     """The router [experts, H], what the down matrices are multiplied with, and which softmax weighs experts."""
     assert part.router is not None
     router = matrix(graph, flow, part.router, f"{site}.router")
     if router.bias is not None:
         if float(router.bias.float().std(unbiased=False)) > 1e-6 * (1 + float(router.bias.abs().max())):
-            raise ValueError("its router has a bias, and the formats written here have none; moefy_ffn: {router: centroid} makes none")
+            advice = "moefy_ffn: {router: centroid} makes none"
+            raise ValueError(f"its router has a bias, and the formats written here have none; {advice}")
         router = replace(router, bias=None)  # equal for all experts: it cancels
     if part.scoring == "uniform" and part.top_k == part.experts and not part.normalised:
         zeros = torch.zeros(router.shape)
@@ -191,7 +192,7 @@ def _mixed(part: Mixture, x: Tensor) -> Tensor:
     assert stacks[1] is not None
     assert stacks[2] is not None
     w_in = stacks[1] if stacks[0] is None else torch.cat([stacks[0], stacks[1]], 1)
-    found = torch.ops.surgeon.moe(tokens, index, weight, w_in, stacks[2], None, None, part.activation)
+    found: Tensor = torch.ops.surgeon.moe(tokens, index, weight, w_in, stacks[2], None, None, part.activation)
     if part.shared is not None:
         beside = _through(part.shared, tokens)
         found = found + (beside if part.shared_gate is None else part.shared_gate.apply(tokens).sigmoid() * beside)

@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from surgeon.backends._gguf_blocks import FLOATS, Form, block_kind, encode, floats, form, scale_rounding, unspoken
 from surgeon.backends._gguf_formats import Format, Turning, turning
-from surgeon.backends._gguf_parts import AttentionPart, Decoder, FeedForward, Matrix, Mixture, Norm, times
+from surgeon.backends._gguf_parts import AttentionPart, Codes, Decoder, FeedForward, Matrix, Mixture, Norm, times
 
-FILE = "model.gguf"
+if TYPE_CHECKING:
+    from surgeon.backends._gguf_vocabulary import Vocabulary
+
 _EMPTY = 32
 """Width of a shared expert of zeros, for a format that always has one: one block."""
 
@@ -37,7 +40,7 @@ class Entry:
 def entries(decoder: Decoder, format: Format) -> Iterator[Entry]:
     """Every tensor of the file, in its order."""
     from gguf import TENSOR_NAMES
-    from gguf.constants import MODEL_TENSOR as T  # noqa: N814  # a short name for what is named twenty times
+    from gguf.constants import MODEL_TENSOR as T  # a short name for what is named twenty times
 
     def name(tensor: Any, block: int | None = None, what: str = "weight") -> str:
         return f"{TENSOR_NAMES[tensor].format(bid=block)}.{what}"
@@ -104,7 +107,7 @@ def entries(decoder: Decoder, format: Format) -> Iterator[Entry]:
 
 
 def scaled(part: AttentionPart) -> AttentionPart:
-    """Attention whose scores have the factor that every format gives them, 1 / sqrt(D): another is in queries, or their norm."""
+    """Attention whose scores have every format's factor 1 / sqrt(D): another goes into queries, or into their norm."""
     factor = part.scale * part.head_dim**0.5
     if math.isclose(factor, 1, rel_tol=1e-6):
         return part
@@ -137,25 +140,29 @@ def _joined(parts: list[Matrix]) -> Matrix:
     if any(part.bias is not None for part in parts):
         biases = torch.cat([torch.zeros(p.shape[0]) if p.bias is None else p.bias.float() for p in parts])
     shape = (sum(part.shape[0] for part in parts), first.shape[1])
-    same = first.codes is not None and all(
-        part.codes is not None and part.codes.packed.data_ptr() == first.codes.packed.data_ptr() for part in parts
-    )
-    if same:  # parts of one matrix of codes
-        spans = [torch.arange(p.codes.packed.shape[0]) if p.rows is None else p.rows for p in parts if p.codes is not None]
-        return replace(first, shape=shape, rows=torch.cat(spans), bias=biases)
-    whole = all(part.codes is not None for part in parts)
-    if whole and len({(p.codes.bits, p.codes.group, p.codes.zero_point is None) for p in parts if p.codes is not None}) == 1:
-        from surgeon.backends._gguf_parts import Codes
+    codes = _joined_codes(parts)
+    return Matrix(first.label, shape, lambda: torch.cat([part.dense() for part in parts]), codes, bias=biases)
 
-        taken = [[None if t is None else t if p.rows is None else t[p.rows] for t in (p.codes.packed, p.codes.scale, p.codes.zero_point)]
-                 for p in parts if p.codes is not None]  # fmt: skip
-        packed, scale, zero = (None if column[0] is None else torch.cat(column) for column in zip(*taken, strict=True))  # type: ignore[arg-type]
-        assert packed is not None
-        assert scale is not None
-        assert first.codes is not None
-        codes = Codes(packed, scale, zero, first.codes.bits, first.codes.group, first.codes.in_features)
-        return Matrix(first.label, shape, lambda: torch.cat([part.dense() for part in parts]), codes, bias=biases)
-    return Matrix(first.label, shape, lambda: torch.cat([part.dense() for part in parts]), bias=biases)
+
+def _joined_codes(parts: list[Matrix]) -> Codes | None:
+    """Codes of several matrices behind each other, None where they are not of one form."""
+    held = [part.codes for part in parts if part.codes is not None]
+    if len(held) < len(parts) or len({(codes.bits, codes.group, codes.zero_point is None) for codes in held}) > 1:
+        return None
+    if len({part.factor for part in parts}) > 1:
+        return None
+
+    def taken(tensor: Tensor, part: Matrix) -> Tensor:
+        return tensor if part.rows is None else tensor[part.rows]
+
+    pairs = list(zip(held, parts, strict=True))
+    zeros = [taken(codes.zero_point, part) for codes, part in pairs if codes.zero_point is not None]
+    return replace(
+        held[0],
+        packed=torch.cat([taken(codes.packed, part) for codes, part in pairs]),
+        scale=torch.cat([taken(codes.scale * part.factor, part) for codes, part in pairs]),
+        zero_point=torch.cat(zeros) if zeros else None,
+    )
 
 
 def shared_of(mixture: Mixture, decoder: Decoder, format: Format) -> tuple[FeedForward, Tensor | None]:
@@ -170,12 +177,14 @@ def shared_of(mixture: Mixture, decoder: Decoder, format: Format) -> tuple[FeedF
     width = unit * -(-(_EMPTY if format.shared == "gated" else 1) // unit) if shared is None else shared.width
     if shared is None:
         label, dtype = f"{mixture.site}.shared", mixture.up.make().dtype
-        empty = [Matrix(label, shape, lambda s=shape: torch.zeros(s, dtype=dtype)) for shape in ((width, hidden), (hidden, width))]  # type: ignore[misc]
-        shared = FeedForward(label, empty[0], empty[1], empty[0], mixture.activation, width)
+        inward = Matrix(label, (width, hidden), lambda: torch.zeros(width, hidden, dtype=dtype))
+        outward = Matrix(label, (hidden, width), lambda: torch.zeros(hidden, width, dtype=dtype))
+        shared = FeedForward(label, inward, outward, inward, mixture.activation, width)
     elif width % unit:
         more = unit - width % unit
-        shared = replace(shared, up=_wider(shared.up, 0, more), gate=None if shared.gate is None else _wider(shared.gate, 0, more),
-                         down=_wider(shared.down, 1, more), width=width + more)  # fmt: skip
+        gate = None if shared.gate is None else _wider(shared.gate, 0, more)
+        up, down = _wider(shared.up, 0, more), _wider(shared.down, 1, more)
+        shared = replace(shared, up=up, gate=gate, down=down, width=width + more)
     if format.shared == "plain":
         return shared, None
     if mixture.shared_gate is not None:
@@ -226,7 +235,9 @@ def _probe(matrix: Matrix) -> torch.dtype:
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(decoder: Decoder, format: Format, path: Path, *, dtype: str, low_bit: str, name: str, vocabulary: Any) -> dict[str, Any]:
+def write(
+    decoder: Decoder, format: Format, path: Path, *, dtype: str, low_bit: str, name: str, vocabulary: Vocabulary
+) -> dict[str, Any]:
     """Write the file, one tensor at a time.
 
     Args:
@@ -255,12 +266,9 @@ def write(decoder: Decoder, format: Format, path: Path, *, dtype: str, low_bit: 
             moved = max(moved, scale_rounding(entry.value.codes, entry.value.factor))
     _describe(writer, decoder, format, forms, name)
     vocabulary.write(writer)
-    numpy_types = {"F32": "float32", "F16": "float16"}
     for entry, found in zip(listed, forms, strict=True):
         kind = gguf.GGMLQuantizationType[found.kind]
-        import numpy
-
-        writer.add_tensor_info(entry.name, found.shape, numpy.dtype(numpy_types.get(found.kind, "float32")), found.nbytes, raw_dtype=kind)
+        writer.add_tensor_info(entry.name, found.shape, numpy.dtype("float32"), found.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

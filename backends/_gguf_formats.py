@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from surgeon.backends._gguf_parts import AttentionPart, Decoder, FeedForward, Mixture, Norm, Rotation
+from surgeon.backends._gguf_parts import AttentionPart, Decoder, FeedForward, Matrix, Mixture, Norm, Rotation
 
 STILL = 1e30
 """Factor of a pair that is not turned: float32 has no smaller angle that matters."""
@@ -90,7 +90,6 @@ FORMATS = (
     Format("starcoder2", norm="layer", activation="gelu_tanh", gated=False, biases=_PLAIN, required=_PLAIN, square=True),
 )  # fmt: skip
 """In the order in which they are tried: the first that fits is written."""
-NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
 
 
 @dataclass(frozen=True)
@@ -214,19 +213,22 @@ def _norms(decoder: Decoder, format: Format) -> Iterator[Problem]:
             for place, norm in (("pre", part.pre), ("post", part.post)):
                 where = "in front of it" if place == "pre" else "behind it"
                 if (norm is not None) != (place == format.placed):
-                    yield Problem(part.site, f"{'a norm stands' if norm else 'no norm stands'} {where}, otherwise in {format.name}")
+                    stands = "a norm stands" if norm else "no norm stands"
+                    yield Problem(part.site, f"{stands} {where}, otherwise in {format.name}")
                 elif norm is not None:
                     named.append((part.site, norm))
-        named += [(f"{attention.site}.{side}", norm) for side, norm in (("q", attention.q_norm), ("k", attention.k_norm)) if norm]
+        sides = (("q", attention.q_norm), ("k", attention.k_norm))
+        named += [(f"{attention.site}.{side}", norm) for side, norm in sides if norm]
     for site, norm in named:
         if norm.kind != format.norm:
             yield Problem(site, f"its norm is {_KINDS[norm.kind]}, in {format.name} {_KINDS[format.norm]}")
         elif norm.kind == "rms" and norm.bias is not None:
             yield Problem(site, f"its norm has an offset, none has one in {format.name}")
         elif norm.eps != eps:
-            yield Problem(site, f"its norm adds {norm.eps:g} to the mean square, the last norm {eps:g}; {format.name} has one number")
+            yield Problem(site, f"its norm adds {norm.eps:g} to the mean square, the last one {eps:g}; {format.name} {_ONE}")
 
 
+_ONE = "has one number for all layers"
 _KINDS = {"rms": "an RMS norm", "layer": "a LayerNorm"}
 
 
@@ -235,7 +237,7 @@ def _attention(part: AttentionPart, first: AttentionPart, hidden: int, context: 
         found, usual = getattr(part, what), getattr(first, what)
         if found != usual and not format.by_layer:
             kind = "query heads" if what == "heads" else "key/value heads"
-            yield Problem(part.site, f"it has {found} {kind}, {first.site} {usual}; {format.name} has one number for all layers")
+            yield Problem(part.site, f"it has {found} {kind}, {first.site} {usual}; {format.name} {_ONE}")
     if part.head_dim != first.head_dim:
         yield Problem(part.site, f"its heads have {part.head_dim} numbers, those of {first.site} {first.head_dim}")
     if part.v.shape[0] != part.kv_heads * part.head_dim:
@@ -246,12 +248,10 @@ def _attention(part: AttentionPart, first: AttentionPart, hidden: int, context: 
     if isinstance(turned, str):
         yield Problem(part.site, f"{turned}, otherwise in {format.name}")
     elif isinstance(usual_turn, Turning) and not _equal(turned, usual_turn):
-        yield Problem(part.site, f"its positions turn queries and keys by other angles than in {first.site}; {format.name} has one set")
-    kind = None if part.q_norm is None else "whole" if part.whole else "head"
-    if kind != format.qk_norm:
-        yield Problem(
-            part.site, f"queries and keys have {_QK[kind]}, in {format.name} {_QK[format.qk_norm]}"
-        )
+        yield Problem(part.site, f"positions turn queries and keys by other angles than in {first.site}; {format.name} {_ONE}")
+    normed = None if part.q_norm is None else "whole" if part.whole else "head"
+    if normed != format.qk_norm:
+        yield Problem(part.site, f"queries and keys have {_QK[normed]}, in {format.name} {_QK[format.qk_norm]}")
     if part.heads != part.kv_heads and not format.grouped:
         yield Problem(part.site, f"{part.heads} query heads share {part.kv_heads} key/value heads, none do in {format.name}")
     if part.window is not None and part.window < context:
@@ -262,11 +262,18 @@ def _attention(part: AttentionPart, first: AttentionPart, hidden: int, context: 
     for key in ("q", "k", "v", "o"):
         if getattr(part, key).bias is not None and key not in format.biases:
             yield Problem(f"{part.site}.{key}", f"it has a bias, none in {format.name}")
+    if format.fused and len({_bits(getattr(part, key)) for key in "qkv"}) > 1:
+        yield Problem(part.site, f"its projections have different bits, in {format.name} they are one matrix")
     if format.name == "qwen2" and all(getattr(part, key).bias is None for key in "qkv"):
         yield Problem(part.site, "its projections have no biases, they have in qwen2")
 
 
-_QK = {None: "no norms", "head": "a norm over each head", "whole": "a norm over all heads"}
+_QK: dict[str | None, str] = {None: "no norms", "head": "a norm over each head", "whole": "a norm over all heads"}
+
+
+def _bits(matrix: Matrix) -> tuple[int, int, bool] | None:
+    codes = matrix.codes
+    return None if codes is None else (codes.bits, codes.group, codes.zero_point is None)
 
 
 def _equal(one: Turning, other: Turning) -> bool:
@@ -283,12 +290,12 @@ def _dense(part: FeedForward, decoder: Decoder, format: Format) -> Iterator[Prob
     if format.experts is not None:
         mixed = [layer.ffn.site for layer in decoder.layers if isinstance(layer.ffn, Mixture)]
         beside = f"{mixed[0]} is a mixture" if mixed else "it is no mixture"
-        yield Problem(part.site, f"{beside}, and {format.name} has experts in every layer; put experts into all layers, or in none")
+        yield Problem(part.site, f"{beside}, and {format.name} has experts in every layer: put them into all layers, or none")
         return
     yield from _network(part, format)
     first = next(layer.ffn for layer in decoder.layers if isinstance(layer.ffn, FeedForward))
     if part.width != first.width and not format.by_layer:
-        yield Problem(part.site, f"it has {part.width} neurons, {first.site} {first.width}; {format.name} has one number for all layers")
+        yield Problem(part.site, f"it has {part.width} neurons, {first.site} {first.width}; {format.name} {_ONE}")
 
 
 def _network(part: FeedForward | Mixture, format: Format) -> Iterator[Problem]:
@@ -316,14 +323,15 @@ def _mixture(part: Mixture, decoder: Decoder, format: Format) -> Iterator[Proble
          0 if first.shared is None else first.shared.width),
     ):  # fmt: skip
         if found != usual:
-            yield Problem(part.site, f"it has {found} {what}, {first.site} {usual}; {format.name} has one number for all layers")
+            yield Problem(part.site, f"it has {found} {what}, {first.site} {usual}; {format.name} {_ONE}")
     free = part.top_k == part.experts and format.experts != "either"  # both softmaxes are the same over all
     if format.experts not in ("either", part.weights) and not free:
         how = {"softmax": "a softmax of the chosen scores", "softmax_all": "a softmax of all scores"}
         yield Problem(part.site, f"its experts are weighed by {how[part.weights]}, in {format.name} by {how[format.experts]}")
     kind = None if part.shared is None else "plain" if part.shared_gate is None else "gated"
     if kind is not None and kind != format.shared and not (kind == "plain" and format.shared == "gated"):
-        yield Problem(part.site, f"it has a shared expert {'behind a gate' if kind == 'gated' else ''}".rstrip() + f", {format.name} not")
+        behind = " behind a gate" if kind == "gated" else ""
+        yield Problem(part.site, f"it has a shared expert{behind}, {format.name} has not")
     if part.shared is not None:
         yield from _network(part.shared, format)
         if part.shared.up.bias is not None or part.shared.down.bias is not None:

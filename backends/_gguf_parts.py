@@ -68,11 +68,14 @@ def times(matrix: Matrix, factor: float) -> Matrix:
     return matrix if factor == 1 else replace(matrix, factor=factor * matrix.factor, bias=bias)
 
 
+Kind = Literal["rms", "layer"]
+
+
 @dataclass(frozen=True)
 class Norm:
     """A normalisation over the last dimension: by the root of the mean square (``rms``), or LayerNorm (``layer``)."""
 
-    kind: Literal["rms", "layer"]
+    kind: Kind
     eps: float
     weight: Tensor
     bias: Tensor | None = None
@@ -160,6 +163,9 @@ class FeedForward:
     post: Norm | None = None
 
 
+Weights = Literal["softmax", "softmax_all"]
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A mixture of experts whose k largest scores choose.
@@ -182,7 +188,7 @@ class Mixture:
     width: int
     experts: int
     top_k: int
-    weights: Literal["softmax", "softmax_all"]
+    weights: Weights
     shared: FeedForward | None = None
     shared_gate: Matrix | None = None
     pre: Norm | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.backends._gguf_parts import Norm, Rotation
+from surgeon.backends._gguf_parts import Kind, Norm, Rotation
 from surgeon.caches import complete
 from surgeon.discovery.flow import Flow
 from surgeon.graph import Graph
@@ -141,13 +141,14 @@ def read_norm(run: Evaluation, source: fx.Node, result: fx.Node, given: Mapping[
     gains += [1 + gain for gain in gains[1:]]
     offsets: list[Tensor | None] = [None, *gains[1 : 1 + (len(gains) - 1) // 2]]
     best: tuple[float, Norm] | None = None
-    for kind in ("rms", "layer"):
+    kinds: tuple[Kind, ...] = ("rms", "layer")
+    for kind in kinds:
         for eps in sorted({number for number in numbers if 0 <= number <= 0.1}):
             for gain in gains:
                 for offset in offsets:
                     if offset is not None and offset is gain:
                         continue
-                    norm = Norm(kind, eps, gain.reshape(-1), None if offset is None else offset.reshape(-1))  # type: ignore[arg-type]
+                    norm = Norm(kind, eps, gain, offset)
                     error = max(
                         relative(norm.apply(sample), value) for sample, value in zip(samples, wanted, strict=True)
                     )
@@ -216,9 +217,10 @@ def places(run: Evaluation, source: fx.Node, result: fx.Node) -> tuple[Tensor, f
         found = found.reshape(run.rows, run.length, *found.shape[1:])[:, 0].reshape(run.rows, -1)
     else:
         shape = result.meta["val"].shape
-        moved = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
-        found = found.permute(*moved, *(axis for axis in range(found.dim()) if axis not in moved))
-        found = found[(slice(None), *[0] * (len(moved) - 1))].reshape(run.rows, -1)
+        for axis in reversed(range(1, found.dim())):
+            if not isinstance(shape[axis], int):
+                found = found.select(axis, 0)
+        found = found.reshape(run.rows, -1)
     factor = float(found[0, 0])
     if factor == 0 or relative(found[0], torch.full_like(found[0], factor)) > 1e-2:
         return None
@@ -232,7 +234,7 @@ def places(run: Evaluation, source: fx.Node, result: fx.Node) -> tuple[Tensor, f
 # -- rotations ------------------------------------------------------------------------------------------------------
 
 
-def read_rotation(turns: Tensor, positions: Sequence[int], tolerance: float) -> Rotation | None | str:
+def read_rotation(turns: Tensor, positions: Sequence[int], tolerance: float) -> Rotation | str | None:
     """The rotation that matrices are, None where they are all the identity, or what is wrong.
 
     Args:

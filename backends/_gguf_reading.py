@@ -103,7 +103,7 @@ def _whole(graph: Graph, structure: Structure) -> Iterator[Refusal]:
     for node in graph.module.graph.find_nodes(op="call_function", target=_DYNAMIC):
         reader = next(iter(node.users), node)
         yield Refusal(
-            reader.name, "its input is rounded to 8 bits by a range of the whole tensor (int8_dynamic), and llama.cpp rounds by "
+            reader.name, "its input is rounded to 8 bits by a range of the whole tensor (int8_dynamic), and llama.cpp rounds "
             f"blocks of 32 inside of its products; quantize with scheme int8, or {ENGINES} run it"
         )  # fmt: skip
         return
@@ -113,7 +113,7 @@ def _whole(graph: Graph, structure: Structure) -> Iterator[Refusal]:
     for site in structure.linears:
         if site.part.factors:
             yield Refusal(
-                site.name, f"it was factored into two matrices, and the format has one; leave out low_rank here, or {ENGINES} run it"
+                site.name, f"it was factored into two matrices, formats have one: leave out low_rank here, or {ENGINES} run it"
             )
 
 
@@ -171,9 +171,10 @@ class _Reader:
         kinds = [region.kind for region in block.regions]
         if self.stream.transitions or kinds not in (["attention", "ffn"], ["attention", "moe"]):
             reason = next((region.reason for region in block.regions if region.reason), "")
+            what = f"{block.kind} ({reason})" if reason else block.kind
             raise Refused(
-                block.name, f"it is {block.kind}{f' ({reason})' if reason else ''}, and the formats that are written here have an "
-                f"attention and then a feed-forward network or a mixture in every layer; {ENGINES} run it"
+                block.name, f"it is {what}, and the formats that are written here have an attention and then a feed-forward "
+                f"network or a mixture in every layer; {ENGINES} run it"
             )  # fmt: skip
         first, second = block.regions
         attention = self.part(
@@ -205,8 +206,8 @@ class _Reader:
         error = relative(found.reshape(wanted.shape), wanted)
         if not error <= 10 * self.accuracy:
             raise Refused(
-                site, f"it computes something else than what was recognised in it: outputs differ by {error:.1e} (relative); the "
-                f"formats know projections, norms, rotary positions, causal softmax, gates and mixtures alone; {ENGINES} run it"
+                site, f"it computes something else than what was recognised in it: outputs differ by {error:.1e} (relative); "
+                f"formats know projections, norms, rotary positions, causal softmax, gates and mixtures; {ENGINES} run it"
             )
 
     # -- before and behind the blocks -------------------------------------------------------------------------------
@@ -242,10 +243,10 @@ class _Reader:
             head = replace(head, factor=head.factor * ratio)
             notes.append(f"the factor {ratio:.6g} of the logits is in the weights of the head")
         tied = self.tied(embedding, head)
+        logits_name = next(port.name for port in self.graph.outputs if port.role == "")
         return Decoder(
-            self.tokens.name, next(port.name for port in self.graph.outputs if port.role == ""), embedding, positions, norm, layers,
-            final, head, tied, self.context(positions), notes,
-        )  # fmt: skip
+            self.tokens.name, logits_name, embedding, positions, norm, layers, final, head, tied, self.context(positions), notes
+        )
 
     def start(self, entry: fx.Node, notes: list[str]) -> tuple[Matrix, Matrix | None, Norm | None]:
         """Tables that the first block's entry is made of."""
@@ -255,8 +256,8 @@ class _Reader:
         others = [part for part in sites if part not in words and self.flow.depends(entry, part.node)]
         if len(words) != 1 or len(others) > 1:
             raise Refused(
-                "embedding", f"the hidden state starts from {len(words)} tables of tokens and {len(others)} others; the formats have "
-                f"one of tokens and at most one of positions; {ENGINES} run it"
+                "embedding", f"the hidden state starts from {len(words)} tables of tokens and {len(others)} others; formats "
+                f"have one of tokens and at most one of positions; {ENGINES} run it"
             )
         embedding = table(self.graph, self.flow, words[0], "embedding.0")
         rows = self.run.one(words[0].node, {})
@@ -282,7 +283,8 @@ class _Reader:
                 f"position; {ENGINES} run it"
             )
         if shift:
-            positions = replace(positions, rows=torch.arange(shift, held.shape[0]), shape=(held.shape[0] - shift, held.shape[1]))
+            count, width = held.shape
+            positions = replace(positions, rows=torch.arange(shift, count), shape=(count - shift, width))
             notes.append(f"the first {shift} rows of the table of positions, which no text reads, are left out")
         return embedding, positions, None
 
@@ -309,7 +311,8 @@ class _Reader:
         if positions is not None:
             return positions.shape[0]
         known = self.graph.source.generation or {}
-        lengths = [known.get("table_length"), known.get("trained_length"), self.graph.source.config.get("max_position_embeddings")]
+        configured = self.graph.source.config.get("max_position_embeddings")
+        lengths = [known.get("table_length"), known.get("trained_length"), configured]
         return next((int(length) for length in lengths if length), 2048)
 
 

@@ -4,9 +4,9 @@
 ``llama.h``, which give the logits at every position, and that is what a file is compared by.
 
 The structures of parameters grow from version to version, so they are taken as the library fills them in and handed back:
-their sizes need not be known, since a callee reads as much as it knows.  Fields that are set are found by what the library's own
-defaults are: ``n_ctx``, ``n_batch`` and ``n_ubatch`` are the first three of the context's parameters and are read back from the
-context; the types of the cache are the pair of ``F16`` behind the callbacks that follow the last of the numbers -1.0; flash
+their sizes need not be known, since a callee reads as much as it knows.  Fields that are set are found by what the library's
+own defaults are: ``n_ctx``, ``n_batch`` and ``n_ubatch`` are the first three of the context's parameters and are read back
+from it; the types of the cache are the pair of ``F16`` behind the callbacks that follow the last of the numbers -1.0; flash
 attention, which computes in float16 and would hide differences of less than 1e-3, is the last of four integers -1.
 """
 
@@ -42,11 +42,11 @@ _BATCH = 512
 
 
 class _Parameters(ctypes.Structure):
-    _fields_ = [("words", ctypes.c_uint32 * _WORDS)]  # noqa: RUF012  # as ctypes wants it
+    _fields_ = [("words", ctypes.c_uint32 * _WORDS)]  # as ctypes wants it
 
 
 class _Batch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012  # as ctypes wants it
+    _fields_ = [  # as ctypes wants it
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
         ("embd", ctypes.c_void_p),
@@ -62,11 +62,13 @@ _said: list[str] = []
 """What the library has printed since a file was opened, for the message where it refuses one."""
 
 
-@_LOG
-def _listen(level: int, text: bytes | None, _: object) -> None:
+def _keep(level: int, text: bytes | None, _: object) -> None:
     if level >= 3 and text:  # warnings and errors
         _said.append(text.decode("utf-8", "replace").strip())
         del _said[:-20]
+
+
+_listen = _LOG(_keep)
 
 
 def unavailable() -> str | None:
@@ -224,7 +226,7 @@ class Runtime:
             raise LowerError(f"{self._path}: llama.cpp makes no context of {size} positions: {'; '.join(_said[-4:])}")
         found = [getattr(self._library, f"llama_n_{what}")(self._context) for what in ("ctx", "batch", "ubatch")]
         if found[0] < size or not 0 < found[2] <= found[1] <= max(size, _BATCH):
-            raise LowerError(f"{self._path}: llama.cpp made a context of {found} positions, {[size, _BATCH, _BATCH]} were asked")
+            raise LowerError(f"{self._path}: llama.cpp made a context of {found} positions, asked for {[size, _BATCH, _BATCH]}")
         self._positions = size
 
     def read(self, tokens: Sequence[int], start: int, *, last: bool = False) -> Tensor:

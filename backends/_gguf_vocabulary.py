@@ -1,6 +1,6 @@
 r"""The vocabulary of a file: tokens, how text is split into them, and which of them are special.
 
-llama.cpp splits text in two steps as ``tokenizer.json`` does: patterns cut it into words, merges join their bytes.  The patterns
+llama.cpp splits text in two steps as ``tokenizer.json`` does: patterns cut it into words, merges join their bytes.  Patterns
 are part of llama.cpp and go by names; the name is found by the patterns that the tokenizer has, never by the model's.
 
     ``gpt2``     bytes spelled as characters, ranked merges           byte-level BPE
@@ -13,6 +13,9 @@ What was written is tried: llama.cpp and the tokenizer split the same samples, o
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +100,8 @@ class Vocabulary:
         if self.scores:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.space)
-        gguf.SpecialVocab(self.folder, load_merges=False, n_vocab=len(self.tokens)).add_to_gguf(writer, quiet=True)
+        with _quiet("gguf.vocab"):  # it warns of templates for pairs of texts, which nothing here has
+            gguf.SpecialVocab(self.folder, load_merges=False, n_vocab=len(self.tokens)).add_to_gguf(writer, quiet=True)
 
     def checked(self, artifact: GgufArtifact) -> dict[str, Any]:
         """Facts for the report, once llama.cpp has split the samples.
@@ -118,14 +122,27 @@ class Vocabulary:
             wanted = tokenizer.encode(text, add_special_tokens=False).ids
             found = artifact.runtime().tokenize(text, special=False)
             if found != wanted:
-                place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
-                words = [tokenizer.id_to_token(number) for number in (*wanted[place : place + 3],)]
+                pairs = enumerate(zip(found, wanted, strict=False))
+                place = next((i for i, (one, other) in pairs if one != other), min(len(found), len(wanted)))
+                words = [tokenizer.id_to_token(number) for number in wanted[place : place + 3]]
                 raise LowerError(
-                    f"llama.cpp (patterns {self.pre!r}) splits {text!r} otherwise than the tokenizer from token {place} on, which "
-                    f"has {words} there: set tokenizer: none, which writes a file that is given numbers"
+                    f"llama.cpp (patterns {self.pre!r}) splits {text!r} otherwise than the tokenizer from token {place} on, "
+                    f"where that has {words}: set tokenizer: none, which writes a file that is given numbers"
                 )
         facts["samples"] = len(SAMPLES)
         return facts
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors of a logger within the context."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def vocabulary_of(graph: Graph, size: int, *, wanted: str) -> Vocabulary:
@@ -177,7 +194,8 @@ def _bytes(
     steps = _listed(data.get("pre_tokenizer"), "pretokenizers")
     patterns = _patterns(steps)
     if patterns is None:
-        return f"its tokenizer cuts words by {json.dumps(data.get('pre_tokenizer'))[:300]}, which is none of llama.cpp's ways known here"
+        cut = json.dumps(data.get("pre_tokenizer"))[:300]
+        return f"its tokenizer cuts words by {cut}, which is none of llama.cpp's ways that are known here"
     normalizers = [step.get("type") for step in _listed(data.get("normalizer"), "normalizers")]
     if set(normalizers) - {"NFC"}:
         return f"its tokenizer changes text first ({', '.join(map(str, normalizers))}), which llama.cpp does not"
@@ -196,8 +214,9 @@ def _patterns(steps: list[dict[str, Any]]) -> tuple[str, ...] | None:
     found: list[str] = []
     for step in steps:
         kind = step.get("type")
-        if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert") and "Regex" in step.get("pattern", {}):
-            found.append(step["pattern"]["Regex"])
+        pattern = step.get("pattern", {}).get("Regex")
+        if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert") and pattern:
+            found.append(pattern)
         elif kind == "Digits" and step.get("individual_digits"):
             found.append("digits")
         elif kind == "ByteLevel" and not step.get("add_prefix_space"):

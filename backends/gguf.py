@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from surgeon.backends import _gguf_runtime as runtime
-from surgeon.backends._gguf_formats import NAMES, Format
+from surgeon.backends._gguf_formats import Format
 from surgeon.caches import MASK, PAST, asked
 from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
@@ -35,7 +35,10 @@ class Gguf(Backend):
     name: ClassVar[str] = "gguf"
     low_bit_tolerance: ClassVar[float] = 5e-2
 
-    architecture: str = "auto"
+    architecture: Literal[
+        "auto", "llama", "deci", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "olmo2", "olmoe", "bailingmoe", "gemma", "gpt2",
+        "starcoder2",
+    ] = "auto"
     """What the file says it is: the first architecture of llama.cpp that computes what the graph does, or this one."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of the matrices that are floats, that of the graph by default; norms, biases and routers are float32."""
@@ -70,8 +73,6 @@ class Gguf(Backend):
         from surgeon.backends._gguf_formats import choose
         from surgeon.backends._gguf_reading import ENGINES, read
 
-        if self.architecture not in ("auto", *NAMES):
-            return [Refusal("architecture", f"{self.architecture!r} is none that is written here: auto, {', '.join(NAMES)}")]
         decoder = read(graph)
         if isinstance(decoder, list):
             return decoder
@@ -133,7 +134,7 @@ class Gguf(Backend):
 class GgufArtifact(Artifact):
     """``model.gguf``, opened by llama.cpp on first use, on the CPU and with caches of float32.
 
-    llama.cpp keeps the caches, so none are handed in or returned: :meth:`decoder` continues a text, :meth:`run` reads whole ones.
+    llama.cpp keeps the caches, none go in or out: :meth:`decoder` continues a text, :meth:`run` reads whole ones.
     """
 
     own_caches: ClassVar[bool] = True
@@ -194,7 +195,7 @@ class GgufArtifact(Artifact):
         return torch.nn.functional.pad(found, (0, 0, start, len(ids) - stop))
 
     def stepping(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
-        """A step of timing: behind caches, as many tokens are kept as these hold, and the new ones are computed again and again."""
+        """A step of timing: behind caches, as many tokens are kept as these hold, and the new ones computed again and again."""
         past = next((inputs[port.name].shape[2] for port in self.inputs if port.role == PAST and port.name in inputs), 0)
         tokens = inputs[self.details["tokens"]]
         if not past:
@@ -243,7 +244,8 @@ class _Continuing:
         here, tokens = self._artifact.runtime(), inputs[self._artifact.details["tokens"]]
         mask = inputs.get(MASK)
         if not self._texts:
-            spans = [text_of(None if mask is None else mask[i], tokens.shape[1], self._artifact.path) for i in range(len(tokens))]
+            masks = [None] * len(tokens) if mask is None else list(mask)
+            spans = [text_of(row, tokens.shape[1], self._artifact.path) for row in masks]
             self._texts = [[] for _ in tokens]
         else:
             spans = [(0, tokens.shape[1])] * len(tokens)
