@@ -109,7 +109,8 @@ def _blocks(matrix: Matrix, kind: str) -> Iterator[Tensor]:
     codes = matrix.codes
     assert codes is not None
     stacked = codes.packed.dim() == 4
-    for place in range(codes.packed.shape[0] if stacked else 1):
+    count = codes.packed.shape[0] if stacked else 1
+    for place in range(count) if matrix.picked is None else matrix.picked.tolist():
         packed, scale, zero = (
             None if t is None else t[place] if stacked else t for t in (codes.packed, codes.scale, codes.zero_point)
         )

@@ -46,7 +46,9 @@ def _dense(graph: Graph, flow: Flow, part: FFN, site: str) -> FeedForward:
     )
 
 
-def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site: str, noise: Tensor) -> Mixture:
+def read_mixture(
+    graph: Graph, flow: Flow, run: Evaluation, region: Region, site: str, noise: Tensor, *, repeat: bool
+) -> Mixture:
     """The mixture of experts of a region, in the terms of those that are written.
 
     A softmax over the chosen scores, or over all of them, times s: s goes into the down matrices.  Weights that are s for every
@@ -64,16 +66,17 @@ def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site
     w_in, w_out = (node for node in part.node.args[3:5])
     assert isinstance(w_in, fx.Node)
     assert isinstance(w_out, fx.Node)
-    stacked = stack(graph, flow, w_in, f"{site}.w_in ({part.w_in})")
-    down = stack(graph, flow, w_out, f"{site}.w_out ({part.w_out})")
-    post, residual = behind(run, region, part.node, noise) if not part.shared else (None, 1.0)
     merged = _merged(graph, part)
+    if merged is not None and not repeat:
+        raise ValueError(
+            f"{len(merged)} choices of its router share {part.experts} merged experts, the format has one expert per choice: "
+            "merged_experts: repeat writes copies of them"
+        )
+    stacked = stack(graph, flow, w_in, f"{site}.w_in ({part.w_in})", merged)
+    down = stack(graph, flow, w_out, f"{site}.w_out ({part.w_out})", merged)
+    post, residual = behind(run, region, part.node, noise) if not part.shared else (None, 1.0)
     rows = torch.arange(part.width)
     router, factor, weights = _router(graph, flow, part, site)
-    if merged is not None:
-        raise ValueError(
-            f"{len(merged)} choices of its router share {part.experts} merged experts, and the format has one expert per choice"
-        )
     shared, shared_gate = _shared(graph, flow, part, site)
     return Mixture(
         site,
@@ -83,7 +86,7 @@ def read_mixture(graph: Graph, flow: Flow, run: Evaluation, region: Region, site
         gate=_part(stacked, rows) if part.gated else None,
         activation=part.activation,
         width=part.width,
-        experts=part.experts,
+        experts=router.shape[0],
         top_k=part.top_k,
         weights=weights,
         shared=shared,
@@ -134,9 +137,10 @@ def _router(graph: Graph, flow: Flow, part: MoE, site: str) -> tuple[Matrix, flo
             advice = "moefy_ffn: {router: centroid} makes none"
             raise ValueError(f"its router has a bias, and the formats written here have none; {advice}")
         router = replace(router, bias=None)  # equal for all experts: it cancels
-    if part.scoring == "uniform" and part.top_k == part.experts and not part.normalised:
+    choices = router.shape[0]
+    if part.scoring == "uniform" and part.top_k == choices and not part.normalised:
         zeros = torch.zeros(router.shape)
-        return Matrix(router.label, router.shape, lambda: zeros), part.scale * part.experts, "softmax"
+        return Matrix(router.label, router.shape, lambda: zeros), part.scale * choices, "softmax"
     if part.scoring == "uniform" and part.top_k == 1:
         return router, part.scale, "softmax"
     if part.scoring == "topk_softmax" or (part.scoring == "softmax" and part.normalised):

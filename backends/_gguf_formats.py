@@ -165,16 +165,15 @@ def choose(decoder: Decoder, architecture: str) -> Format | list[Problem]:
         decoder: what is written.
         architecture: name of the one that is wanted, or ``auto``.
     """
-    nearest: list[Problem] | None = None
+    mixed = any(isinstance(layer.ffn, Mixture) for layer in decoder.layers)
+    tried: list[tuple[bool, int, list[Problem]]] = []
     for format in FORMATS:
         if architecture in ("auto", format.name):
             found = list(problems(decoder, format))
             if not found:
                 return format
-            if nearest is None or len(found) < len(nearest):
-                nearest = found
-    assert nearest is not None
-    return nearest
+            tried.append((mixed != (format.experts is not None), len(found), found))
+    return min(tried, key=lambda entry: entry[:2])[2]
 
 
 def problems(decoder: Decoder, format: Format) -> Iterator[Problem]:

@@ -36,6 +36,7 @@ class Matrix:
         codes: what they are codes of, None for floats.
         rows: which output rows are meant, in their order; None for all.
         columns: which inputs are meant, in their order; None for all.
+        picked: which matrices of a stack are meant, one several times where experts were merged; None for all.
         factor: every weight is multiplied by it.
         bias: [out], behind the product.
     """
@@ -46,12 +47,14 @@ class Matrix:
     codes: Codes | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    picked: Tensor | None = None
     factor: float = 1.0
     bias: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weight as floats."""
         found = self.make()
+        found = found if self.picked is None else found[self.picked]
         found = found if self.rows is None else found[..., self.rows, :]
         found = found if self.columns is None else found[..., self.columns]
         return found if self.factor == 1 else found * self.factor

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.backends._gguf_attention import AttentionReader
-from surgeon.backends._gguf_ffn import read_ffn, read_mixture
-from surgeon.backends._gguf_parts import Decoder, Layer, Matrix, Norm
+from surgeon.backends._gguf_ffn import apply, read_ffn, read_mixture
+from surgeon.backends._gguf_parts import Decoder, FeedForward, Layer, Matrix, Mixture, Norm
 from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, read_norm, relative
 from surgeon.backends._gguf_weights import matrix, table
 from surgeon.caches import MASK, OPTIONAL, PAST
@@ -44,11 +44,12 @@ class Refused(Exception):
         self.refusal = Refusal(where, reason)
 
 
-def read(graph: Graph) -> Decoder | list[Refusal]:
+def read(graph: Graph, *, repeat_merged: bool) -> Decoder | list[Refusal]:
     """The decoder that a graph is, or why it is none that llama.cpp's formats can say.
 
     Args:
         graph: with the values of its weights; stays as it is.
+        repeat_merged: an expert that stands for several is as many experts.
     """
     graph.require_weights("reading what its parts compute")
     refusals = list(_ports(graph))
@@ -59,7 +60,7 @@ def read(graph: Graph) -> Decoder | list[Refusal]:
     refusals = list(_whole(graph, structure))
     if refusals:
         return refusals
-    return _Reader(graph, flow, structure).read()
+    return _Reader(graph, flow, structure, repeat_merged=repeat_merged).read()
 
 
 def tokens_of(graph: Graph) -> Port | None:
@@ -110,11 +111,6 @@ def _whole(graph: Graph, structure: Structure) -> Iterator[Refusal]:
     if len(structure.streams) != 1:
         labels = ", ".join(stream.label for stream in structure.streams)
         yield Refusal("model", f"it has several residual streams ({labels}), and a decoder is one; {ENGINES} run it")
-    for site in structure.linears:
-        if site.part.factors:
-            yield Refusal(
-                site.name, f"it was factored into two matrices, formats have one: leave out low_rank here, or {ENGINES} run it"
-            )
 
 
 class _Reader:
@@ -125,8 +121,9 @@ class _Reader:
         noise: hidden states [rows, length, H].
     """
 
-    def __init__(self, graph: Graph, flow: Flow, structure: Structure) -> None:
+    def __init__(self, graph: Graph, flow: Flow, structure: Structure, *, repeat_merged: bool) -> None:
         self.graph, self.flow, self.structure = graph, flow, structure
+        self.repeat_merged = repeat_merged
         self.stream = structure.streams[0]
         tokens = tokens_of(graph)
         assert tokens is not None
@@ -160,7 +157,7 @@ class _Reader:
         if refusals:
             return refusals
         try:
-            return self.around(tuple(layers))
+            return self.part("model", lambda _: self.around(tuple(layers)))
         except Refused as refused:
             return [refused.refusal]
 
@@ -182,12 +179,15 @@ class _Reader:
             lambda site: self.attentions.read(first, site, self.noise, self.run),
         )
         self.same(f"{block.name}.attention", first.entry, first.exit, self.attentions.apply(attention, self.noise))
-        reader = read_mixture if second.kind == "moe" else read_ffn
-        ffn = self.part(
-            f"{block.name}.{second.kind}",
-            lambda site: reader(self.graph, self.flow, self.run, second, site, self.noise),
-        )
-        self.same(ffn.site, second.entry, second.exit, ffn_apply(ffn, self.noise))
+        given = (self.graph, self.flow, self.run, second)
+
+        def read(site: str) -> FeedForward | Mixture:
+            if second.kind == "moe":
+                return read_mixture(*given, site, self.noise, repeat=self.repeat_merged)
+            return read_ffn(*given, site, self.noise)
+
+        ffn = self.part(f"{block.name}.{second.kind}", read)
+        self.same(ffn.site, second.entry, second.exit, apply(ffn, self.noise))
         return Layer(attention, ffn)
 
     def part(self, site: str, reading: Callable[[str], Part]) -> Part:
@@ -314,10 +314,3 @@ class _Reader:
         configured = self.graph.source.config.get("max_position_embeddings")
         lengths = [known.get("table_length"), known.get("trained_length"), configured]
         return next((int(length) for length in lengths if length), 2048)
-
-
-def ffn_apply(part: Any, x: Tensor) -> Tensor:
-    """What a sublayer that mixes no positions makes of hidden states."""
-    from surgeon.backends._gguf_ffn import apply
-
-    return apply(part, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -36,7 +37,7 @@ def matrix(graph: Graph, flow: Flow, linear: Linear, label: str) -> Matrix:
     if bias is not None and rows is not None:
         bias = bias[rows]
     shape = (found.shape[0] if rows is None else len(rows), found.shape[1] if columns is None else len(columns))
-    return Matrix(found.label, shape, found.make, found.codes, rows, columns, 1.0, bias)
+    return Matrix(found.label, shape, found.make, found.codes, rows, columns, bias=bias)
 
 
 def whole(graph: Graph, flow: Flow, linear: Linear, label: str) -> Matrix:
@@ -54,13 +55,20 @@ def table(graph: Graph, flow: Flow, part: Embedding, label: str) -> Matrix:
     return Matrix(f"{label} ({part.weight})", (part.rows, part.width), lambda: graph.tensor(part.weight).detach())
 
 
-def stack(graph: Graph, flow: Flow, node: fx.Node, label: str) -> Matrix:
-    """Weights of experts [experts, out, in]."""
-    return _weight(graph, flow, node, label)
+def stack(graph: Graph, flow: Flow, node: fx.Node, label: str, picked: Tensor | None) -> Matrix:
+    """Weights of experts [experts, out, in], or one of them for each that is picked."""
+    found = _weight(graph, flow, node, label)
+    return found if picked is None else replace(found, shape=(len(picked), *found.shape[1:]), picked=picked)
 
 
 def _operand(flow: Flow, linear: Linear) -> fx.Node:
-    """The operand that the weight is read by."""
+    """The operand that the weight is read by.
+
+    Raises:
+        ValueError: the linear was factored, or reads its weight in another way.
+    """
+    if linear.factors:
+        raise ValueError(f"{linear.weight} is half of a factored matrix, and formats have one matrix: leave out low_rank here")
     nodes = [linear.node]
     while nodes:
         here = nodes.pop(0)

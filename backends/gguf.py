@@ -45,6 +45,9 @@ class Gguf(Backend):
     low_bit: Literal["blocks", "dequantize"] = "blocks"
     """Low-bit weights are written as the codes they are, in blocks of 32; those that no block holds are refused (blocks), or
     written as floats (dequantize)."""
+    merged_experts: Literal["repeat", "refuse"] = "repeat"
+    """Experts that were merged under a router with one score per former expert: repeat writes the merged expert once for
+    each of them (exact, but not smaller), refuse does not write them."""
     tokenizer: Literal["auto", "none"] = "auto"
     """auto writes the checkpoint's vocabulary where it is one that llama.cpp splits text by, none writes numbers alone."""
 
@@ -73,7 +76,7 @@ class Gguf(Backend):
         from surgeon.backends._gguf_formats import choose
         from surgeon.backends._gguf_reading import ENGINES, read
 
-        decoder = read(graph)
+        decoder = read(graph, repeat_merged=self.merged_experts == "repeat")
         if isinstance(decoder, list):
             return decoder
         format = choose(decoder, self.architecture)
