@@ -11,7 +11,17 @@ from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.backends._gguf_parts import AttentionPart, Matrix, Norm, Rotation, times
-from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, places, read_norm, read_rotation, relative
+from surgeon.backends._gguf_probe import (
+    Evaluation,
+    accuracy,
+    dtype_of,
+    named,
+    places,
+    read_norm,
+    read_rotation,
+    relative,
+    unit,
+)
 from surgeon.backends._gguf_weights import matrix, whole
 from surgeon.caches import MASK, PAST
 from surgeon.discovery.cores import Core, find_cores
@@ -227,12 +237,12 @@ class AttentionReader:
         if found.dim() != 4 or found.shape[0] != size or found.shape[2:] != (len(steps), size):
             return f"queries and keys are {list(found.shape)} numbers where [batch, heads, positions, size] is known"
         spread_heads = found - found[:, :1]
-        tolerance = 10 * accuracy(self.graph)
-        if float(spread_heads.abs().max()) > tolerance * float(found.abs().max()):
+        if float(spread_heads.abs().max()) > 10 * accuracy(self.graph) * float(found.abs().max()):
             return "heads are turned by different angles"
         matrices = found[:, 0].permute(1, 2, 0)  # [steps, out, in]
         matrices = matrices / matrices[0].diagonal().mean()
-        return read_rotation(matrices, steps, tolerance)
+        rotation = read_rotation(matrices, steps, unit(dtype_of(argument)))
+        return named(rotation, self.graph.parameters().values()) if isinstance(rotation, Rotation) else rotation
 
     def _scale(self, core: Core, part: Attention, run: Evaluation) -> float:
         """The factor of the scores: such that outputs are those of softmax attention."""

@@ -128,33 +128,34 @@ def turning(rotation: Rotation | None, size: int, format: Format) -> Turning | s
             return "its queries and keys are not turned by their positions"
         return Turning(torch.arange(size), factors=torch.full((size // 2,), STILL))
     by_angle = rotation.angles.argsort(descending=True, stable=True)
-    pairs, angles = rotation.pairs[by_angle], rotation.angles[by_angle]
+    pairs, angles, doubt = (each[by_angle] for each in (rotation.pairs, rotation.angles, rotation.doubt))
     order = pairs.flatten() if format.order == "adjacent" else pairs.T.flatten()
-    found = _geometric(angles)
+    found = _geometric(angles, doubt)
     if found is not None:
         return Turning(order, *found)
     if not format.factors:
-        turned = f"{rotation.turned} of {len(angles)} pairs of a head's numbers are turned" if not angles.all() else "angles"
-        return f"{turned}, not by powers of one base (a rotation of a part, or frequencies that were rescaled)"
+        part = f"{rotation.turned} of {len(angles)} pairs of a head's numbers are turned"
+        return part if not angles.all() else "positions turn queries and keys by angles that are no powers of one base"
     powers = 10000.0 ** (-torch.arange(len(angles), dtype=torch.float64) / len(angles))
     factors = torch.where(angles > 0, powers / angles.clamp(min=1e-300), STILL).clamp(max=STILL)
     return Turning(order, factors=factors.float())
 
 
-def _geometric(angles: Tensor) -> tuple[float, float] | None:
-    """Base and scale of angles scale base^(-i / n), None where they are none."""
+def _geometric(angles: Tensor, doubt: Tensor) -> tuple[float, float] | None:
+    """Base and scale of angles scale base^(-i / n) within what is doubtful, None where they are none."""
     count = len(angles)
     if not bool((angles > 0).all()):
         return None
+    scale = 1.0 if abs(float(angles[0]) - 1) <= float(doubt[0]) else float(angles[0])
     if count == 1:
-        return 10000.0, float(angles[0])
-    scale = float(angles[0])
-    base = float(angles[0] / angles[-1]) ** (count / (count - 1))
-    scale = 1.0 if abs(scale - 1) < 1e-5 else scale
-    for rounded in (float(f"{base:.3g}"), float(f"{base:.6g}"), base):
-        powers = scale * rounded ** (-torch.arange(count, dtype=torch.float64) / count)
-        if float((powers / angles - 1).abs().max()) < 2e-5:
-            return rounded, scale
+        return 10000.0, scale
+    steps = torch.arange(count, dtype=torch.float64) / count
+    sure = (doubt[1:] / angles[1:] / steps[1:]).argsort() + 1  # by how exactly each tells the base
+    for place in sure[:8].tolist():
+        base = (scale / float(angles[place])) ** float(1 / steps[place])
+        for rounded in (float(f"{base:.2g}"), float(f"{base:.4g}"), base):
+            if bool(((scale * rounded**-steps - angles).abs() <= doubt).all()):
+                return rounded, scale
     return None
 
 

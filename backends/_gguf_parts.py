@@ -96,11 +96,12 @@ class Norm:
 class Rotation:
     """Rotary positions: ``pairs`` [D / 2, 2] of a head's numbers are turned by ``angles`` [D / 2] per position.
 
-    Pairs that are not turned have the angle 0.
+    Pairs that are not turned have the angle 0.  ``doubt`` [D / 2] is how far an angle may be from what was measured.
     """
 
     pairs: Tensor
     angles: Tensor
+    doubt: Tensor
 
     @property
     def turned(self) -> int:

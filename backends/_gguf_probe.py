@@ -6,7 +6,8 @@ The spelling does not matter then.  What is read here is held against the graph 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from surgeon.caches import complete
 from surgeon.discovery.flow import Flow
 from surgeon.graph import Graph
 
-ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""How far a part in a type of 16 bits may be from what it is taken for, relative (Frobenius)."""
+UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""What rounding to a type of 16 bits changes, relative."""
 _STILL = 1e-9
 """What reaches a number of a head from another where neither is turned: nothing, however small the smallest angles are."""
 EXACT = 1e-4
@@ -28,7 +29,12 @@ EXACT = 1e-4
 def accuracy(graph: Graph) -> float:
     """How near a part must be to what it is taken for, relative."""
     types = {t.dtype for t in graph.parameters().values() if t.is_floating_point()}
-    return max([EXACT, *(3 * ROUNDING[dtype] for dtype in types if dtype in ROUNDING)])
+    return max([EXACT, *(4 * UNITS[dtype] for dtype in types if dtype in UNITS)])
+
+
+def unit(dtype: torch.dtype) -> float:
+    """What rounding to a type changes, relative."""
+    return UNITS.get(dtype, 2.0**-23)
 
 
 class Evaluation:
@@ -210,8 +216,8 @@ def places(run: Evaluation, source: fx.Node, result: fx.Node) -> tuple[Tensor, f
     """
     count = run.features(source)
     numbers = torch.arange(count)
-    # Numbers up to 128 are exact in every type: a number is told in two digits, beside ones that tell the factor.
-    digits = torch.stack([torch.ones(count), (numbers // 128).float(), (numbers % 128).float()])
+    # Numbers up to 256 are exact in every type: a number is told in two digits, beside ones that tell the factor.
+    digits = torch.stack([torch.ones(count), (numbers // 256).float(), (numbers % 256).float()])
     found = run.one(result, {source: run.spread(source, digits)})
     if found.shape[0] == run.rows * run.length:
         found = found.reshape(run.rows, run.length, *found.shape[1:])[:, 0].reshape(run.rows, -1)
@@ -225,7 +231,7 @@ def places(run: Evaluation, source: fx.Node, result: fx.Node) -> tuple[Tensor, f
     if factor == 0 or relative(found[0], torch.full_like(found[0], factor)) > 1e-2:
         return None
     high, low = (found[1:] / factor).round()
-    index = (128 * high + low).long()
+    index = (256 * high + low).long()
     if bool((index < 0).any()) or bool((index >= count).any()):
         return None
     return (index, factor) if relative(found, factor * digits[:, index]) < 1e-2 else None
@@ -234,14 +240,15 @@ def places(run: Evaluation, source: fx.Node, result: fx.Node) -> tuple[Tensor, f
 # -- rotations ------------------------------------------------------------------------------------------------------
 
 
-def read_rotation(turns: Tensor, positions: Sequence[int], tolerance: float) -> Rotation | str | None:
+def read_rotation(turns: Tensor, positions: Sequence[int], rounding: float) -> Rotation | str | None:
     """The rotation that matrices are, None where they are all the identity, or what is wrong.
 
     Args:
         turns: [positions, D, D], what becomes of each basis vector (the last dimension).
         positions: the first is 0, the second 1, each of the others at most four times the one before.
-        tolerance: of an entry.
+        rounding: what the type that they are computed in changes, relative.
     """
+    tolerance = max(EXACT, 4 * rounding)
     size = turns.shape[-1]
     if turns.shape != (len(positions), size, size):
         return f"what becomes of a head's numbers is {list(turns.shape)}, needed a matrix per position"
@@ -267,10 +274,34 @@ def read_rotation(turns: Tensor, positions: Sequence[int], tolerance: float) -> 
     half = len(untouched) // 2
     pairs += list(zip(untouched[:half], untouched[half:], strict=True))
     angles += [0.0] * half
-    rotation = Rotation(torch.tensor(pairs), torch.tensor(angles, dtype=torch.float64))
+    measured = torch.tensor(angles, dtype=torch.float64)
+    # The sine of a small angle is as exact as its type, and of a large one as 1 is, at the largest position.
+    doubt = 4 * rounding * measured.clamp(max=1 / positions[-1]) + 2e-6 * measured
+    rotation = Rotation(torch.tensor(pairs), measured, doubt)
     basis = torch.eye(size)[:, None].expand(size, len(positions), size)
     if relative(rotation.apply(basis.clone(), torch.tensor(positions)).permute(1, 2, 0), turns) > 10 * tolerance:
         return "pairs of a head's numbers are not turned by an angle that grows with the position"
+    return rotation
+
+
+def named(rotation: Rotation, vectors: Iterable[Tensor]) -> Rotation:
+    """The rotation with the angles of a stored vector, where one holds those that were measured; its own where none does.
+
+    Args:
+        rotation: as measured.
+        vectors: stored numbers of any kind.
+    """
+    turned = rotation.angles != 0
+    order = rotation.angles[turned].argsort()
+    for vector in vectors:
+        if vector.shape != order.shape or not vector.is_floating_point():
+            continue
+        found = vector.double().sort().values
+        if bool(((found - rotation.angles[turned][order]).abs() <= rotation.doubt[turned][order]).all()):
+            angles, exact = rotation.angles.clone(), torch.empty(len(order), dtype=torch.float64)
+            exact[order] = found
+            angles[turned] = exact
+            return replace(rotation, angles=angles, doubt=2e-6 * angles)
     return rotation
 
 

@@ -18,7 +18,7 @@ import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.backends._gguf_attention import AttentionReader
 from surgeon.backends._gguf_ffn import apply, read_ffn, read_mixture
 from surgeon.backends._gguf_parts import Decoder, FeedForward, Layer, Matrix, Mixture, Norm
-from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, read_norm, relative
+from surgeon.backends._gguf_probe import Evaluation, accuracy, dtype_of, read_norm, relative, unit
 from surgeon.backends._gguf_weights import matrix, table
 from surgeon.caches import MASK, OPTIONAL, PAST
 from surgeon.contract import Refusal
@@ -51,7 +51,8 @@ def read(graph: Graph, *, repeat_merged: bool) -> Decoder | list[Refusal]:
         graph: with the values of its weights; stays as it is.
         repeat_merged: an expert that stands for several is as many experts.
     """
-    graph.require_weights("reading what its parts compute")
+    if graph.source.weights == "fake":
+        return [Refusal("weights", "it was traced over fake weights, and what its parts compute is found by running them")]
     refusals = list(_ports(graph))
     if refusals:
         return refusals
@@ -131,7 +132,8 @@ class _Reader:
         self.generator = torch.Generator().manual_seed(0)
         self.run = Evaluation(flow, self.inputs(_ROWS, _LENGTH))
         width = self.stream.blocks[0].entry.meta["val"].shape[-1]
-        self.noise = torch.randn(_ROWS, _LENGTH, int(width), generator=self.generator)
+        noise = torch.randn(_ROWS, _LENGTH, int(width), generator=self.generator)
+        self.noise = noise.to(dtype_of(self.stream.blocks[0].entry)).float()  # as the graph reads it
         self.attentions = AttentionReader(graph, flow, Linears(flow), self.inputs)
         self.accuracy = accuracy(graph)
 
@@ -202,9 +204,13 @@ class _Reader:
 
     def same(self, site: str, entry: fx.Node, exit: fx.Node, found: Tensor) -> None:
         """Hold what was read of a sublayer against the graph."""
-        wanted = self.run.one(exit, {entry: self.noise.reshape(self.run.sizes(entry)).to(dtype_of(entry))})
-        error = relative(found.reshape(wanted.shape), wanted)
-        if not error <= 10 * self.accuracy:
+        start = self.noise.reshape(self.run.sizes(entry)).to(dtype_of(entry))
+        wanted = self.run.one(exit, {entry: start}).reshape(self.noise.shape)
+        # The sublayer's own part, beside what adding it to the hidden state rounds.
+        added = wanted - self.noise
+        lost = float((found - wanted).norm()) - unit(dtype_of(exit)) * float(wanted.norm())
+        error = lost / max(float(added.norm()), 1e-30)
+        if not error <= 5 * self.accuracy:
             raise Refused(
                 site, f"it computes something else than what was recognised in it: outputs differ by {error:.1e} (relative); "
                 f"formats know projections, norms, rotary positions, causal softmax, gates and mixtures; {ENGINES} run it"

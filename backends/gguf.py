@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -120,6 +121,8 @@ class Gguf(Backend):
             folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details
         )
         details["vocabulary"] = vocabulary.checked(artifact)
+        if not artifact.unavailable:
+            details["run_by"] = f"{runtime.LIBRARY} {version(runtime.LIBRARY)}"
         return artifact
 
     @classmethod

@@ -96,8 +96,9 @@ def test_an_artefact_generates_as_the_graph_does(built: surgeon.Compiled, tiny_l
     graph = tiny_llama.graph
     for inputs in (dict(prompts), {name: value[:1] for name, value in prompts.items()}):
         found = built.generate(**inputs, max_new_tokens=24)
+        settings = Settings.of(built.generation)
         wanted = generate(
-            decoder_of(graph), graph.inputs, inputs, max_new_tokens=24, sampling=Sampling(), settings=Settings.of(built.generation)
+            decoder_of(graph), graph.inputs, inputs, max_new_tokens=24, sampling=Sampling(), settings=settings
         )
         assert torch.equal(found, wanted)
 
@@ -373,6 +374,35 @@ def test_a_model_with_caches_is_continued(config: Any, architecture: str, tmp_pa
     assert torch.equal(found, wanted)
 
 
+HALVES = {
+    "one base": (
+        lambda: tf.Qwen3Config(**COMMON, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), "qwen3",
+    ),
+    "rescaled": (lambda: tf.LlamaConfig(**COMMON, rope_parameters=RESCALED), "llama"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_angles_are_exact_in_halves_too(name: str, tmp_path: Path) -> None:
+    """A rounded sine does not tell an angle well enough for long texts: powers of one base do, or a stored vector."""
+    make, architecture = HALVES[name]
+    module, inputs = random(make())
+    angles = module.get_submodule("model.rotary_emb").inv_freq.clone()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.data = parameter.to(torch.bfloat16)
+    graph = trace(module, inputs, task="text-generation")
+    artifact = lowered(graph, tmp_path)
+    base = gguf.GGUFReader(artifact.path).fields[f"{architecture}.rope.freq_base"].contents()
+    powers = base ** (-torch.arange(len(angles), dtype=torch.float64) / len(angles))
+    factors = tensors(artifact).get("rope_freqs.weight")
+    assert (factors is None) == (name == "one base")
+    written = powers if factors is None else powers / torch.from_numpy(factors.data.copy())
+    assert torch.allclose(written, angles.double(), rtol=1e-6)
+    assert artifact.details["types"]["BF16"] == 16
+    assert error(artifact, graph, batch_of()) < Gguf().accepted_error(graph)
+
+
 class Spelled(nn.Module):
     """A Llama in a spelling of its own: neighbours of a head turned as complex numbers, softmax by hand, one matrix for all."""
 
@@ -463,7 +493,10 @@ def test_what_no_architecture_computes_is_refused_by_name(name: str) -> None:
 
 UNSAID = {
     "int8_dynamic": ({"quantize": {"scheme": "int8_dynamic"}}, {}, "rounded to 8 bits by a range of the whole tensor"),
-    "low_rank": ({"low_rank": {"ratio": 0.5, "method": "svd", "names": "*.o"}}, {}, "is half of a factored matrix, and formats have one matrix: leave out low_rank here"),
+    "low_rank": (
+        {"low_rank": {"ratio": 0.5, "method": "svd", "names": "*.o"}}, {},
+        "is half of a factored matrix, and formats have one matrix: leave out low_rank here",
+    ),
     "fp8": ({"quantize": {"scheme": "fp8"}}, {}, "it is in 8-bit floats (fp8)"),
     "groups of 16": ({"quantize": {"scheme": "int4", "group": 16}}, {}, "its groups of 16 are no multiple of 32"),
     "zero points": ({"quantize": {"scheme": "int8", "symmetric": False}}, {}, "quantize with symmetric: true"),
@@ -478,7 +511,8 @@ UNSAID = {
     "a router's bias": ({"moefy_ffn": {"experts": 4, "top_k": 1}}, {}, "moefy_ffn: {router: centroid} makes none"),
     "another architecture": ({"drop_blocks": {"count": 1}}, {"architecture": "qwen3"}, "queries and keys have no norms"),
     "recorded routing": (
-        [{"moefy_ffn": {"experts": 4, "top_k": 1, "router": "centroid"}}, {"expose_routing": {}}], {}, "leave out expose_routing",
+        [{"moefy_ffn": {"experts": 4, "top_k": 1, "router": "centroid"}}, {"expose_routing": {}}], {},
+        "leave out expose_routing",
     ),
 }  # fmt: skip
 
@@ -613,7 +647,9 @@ def test_a_vocabulary_that_llama_cpp_does_not_know_is_left_out(tiny_llama: Train
     assert error(artifact, graph, batch_of(top=1000)) < EXACT
 
 
-def test_a_vocabulary_that_is_split_otherwise_ends_the_build(tiny_llama: Trained, tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_split_otherwise_ends_the_build(
+    tiny_llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Merges in another order than the tokenizer's: the samples tell."""
     tokenizer("qwen", tmp_path / "source")
     graph = tiny_llama.graph.with_source(path=str(tmp_path / "source"))
@@ -622,8 +658,8 @@ def test_a_vocabulary_that_is_split_otherwise_ends_the_build(tiny_llama: Trained
 
     found = _gguf_vocabulary.vocabulary_of(graph, 1024, wanted="auto")
     found.pre = "gpt-2"
+    monkeypatch.setattr(_gguf_vocabulary, "vocabulary_of", lambda *args, **options: found)
     with pytest.raises(LowerError, match=r"llama.cpp \(patterns 'gpt-2'\) splits .* set tokenizer: none"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_gguf_vocabulary, "vocabulary_of", lambda *args, **options: found)
-            Gguf().lower(graph, tmp_path / "out")
+        Gguf().lower(graph, tmp_path / "out")
+    monkeypatch.undo()
     assert lowered(graph, tmp_path / "other", tokenizer="none").details["vocabulary"]["model"] == "none"
