@@ -35,6 +35,9 @@ _FAR = 1 << 16
 """Positions behind which a mask is looked at, where the graph has caches."""
 _LONG = 1 << 11
 """The same where it has none and all positions are computed."""
+_SPELLED = 1 << 10
+"""The same where scores are computed one by one."""
+_FUSED = (torch.ops.surgeon.attention.default, torch.ops.aten.scaled_dot_product_attention.default)
 _STEPS = (0, 1, 4, 16, 64, 256, 1024, 4096)
 """Positions at which rotations are looked at, where positions are an input; otherwise all up to the third of these."""
 
@@ -50,6 +53,7 @@ class AttentionReader:
         self.graph, self.flow, self.linears, self.inputs = graph, flow, linears, inputs
         self._turns: dict[tuple[str, int], tuple[Evaluation, list[int]]] = {}
         self._windows: dict[fx.Node, int | None] = {}
+        self._spelled_length: Evaluation | None = None
 
     def read(self, region: Region, site: str, noise: Tensor, run: Evaluation) -> AttentionPart:
         """The attention of a region.
@@ -269,15 +273,26 @@ class AttentionReader:
 
     def _window(self, core: Core) -> int | None:
         """Positions that a query far behind sees, None for all in front of it."""
-        masks = [
-            n for n in core.node.all_input_nodes if n not in (core.q, core.k, core.v) and isinstance(n.meta.get("val"), Tensor)
-        ]
-        mask = masks[0] if len(masks) == 1 else None
-        if mask is None:
+        if core.node.target not in _FUSED:
+            return self._spelled_window(core)
+        mask = core.node.args[3] if len(core.node.args) > 3 else core.node.kwargs.get("attn_mask")
+        if not isinstance(mask, fx.Node):
             return None
         if mask not in self._windows:
             self._windows[mask] = self._seen(mask)
         return self._windows[mask]
+
+    def _spelled_window(self, core: Core) -> int | None:
+        """The window of an attention that is spelled out: with equal scores a query's result is the mean of what it sees."""
+        if self._spelled_length is None:
+            most = [size for port in self.graph.inputs for size in port.most if size is not None]
+            self._spelled_length = Evaluation(self.flow, self.inputs(1, min([_SPELLED, *most])))
+        run = self._spelled_length
+        q, k, v = (torch.zeros(run.sizes(node)) for node in (core.q, core.k, core.v))
+        v[..., 0] = torch.arange(run.length)
+        found = run.one(core.node, {node: t.to(dtype_of(node)) for node, t in ((core.q, q), (core.k, k), (core.v, v))})
+        seen = 2 * (run.length - 1 - float(found[0, 0, -1, 0])) + 1  # of positions up to the last, whose mean this is
+        return None if seen > 0.98 * run.length else round(seen)
 
     def _seen(self, mask: fx.Node) -> int | None:
         far = any(port.role == PAST for port in self.graph.inputs)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
+from surgeon.text import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from surgeon.backends.gguf import GgufArtifact
@@ -71,6 +72,7 @@ class Vocabulary:
         scores: of pieces.
         space: a space is put in front of a text.
         folder: where the tokenizer lies.
+        missed: it is ``none`` although the source has a tokenizer, and one was asked for.
         notes: what a reader of the report should know.
     """
 
@@ -83,6 +85,7 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     space: bool = False
     folder: Path = field(default_factory=Path)
+    missed: bool = False
     notes: list[str] = field(default_factory=list)
 
     def write(self, writer: Any) -> None:
@@ -158,13 +161,17 @@ def vocabulary_of(graph: Graph, size: int, *, wanted: str) -> Vocabulary:
     folder = Path(graph.source.path) if graph.source.path else None
     path = folder / "tokenizer.json" if folder is not None else None
     if folder is None or path is None or not path.is_file():
-        return Vocabulary(reason="the source has no tokenizer.json")
+        return Vocabulary(reason="the source has no tokenizer.json", missed=folder is not None and _has_tokenizer(folder))
     data = json.loads(path.read_text(encoding="utf-8"))
     found = _read(data, size)
     if isinstance(found, str):
-        return Vocabulary(reason=found)
+        return Vocabulary(reason=found, missed=True)
     found.folder = folder
     return found
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _read(data: dict[str, Any], size: int) -> Vocabulary | str:

@@ -121,6 +121,8 @@ class Gguf(Backend):
             folder, self.name, self.model_dump(mode="json"), files, graph.inputs, graph.outputs, details
         )
         details["vocabulary"] = vocabulary.checked(artifact)
+        if vocabulary.missed:
+            details["warnings"] = [f"the file has no vocabulary, so that it is given numbers: {vocabulary.reason}"]
         if not artifact.unavailable:
             details["run_by"] = f"{runtime.LIBRARY} {version(runtime.LIBRARY)}"
         return artifact

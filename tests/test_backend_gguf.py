@@ -406,8 +406,10 @@ def test_angles_are_exact_in_halves_too(name: str, tmp_path: Path) -> None:
 class Spelled(nn.Module):
     """A Llama in a spelling of its own: neighbours of a head turned as complex numbers, softmax by hand, one matrix for all."""
 
-    def __init__(self, hidden: int = 64, heads: int = 4, width: int = 96, layers: int = 2, words: int = 96) -> None:
+    def __init__(self, window: int = 1 << 20) -> None:
         super().__init__()
+        hidden, heads, width, layers, words = 64, 4, 96, 2, 96
+        self.window = window
         self.heads, self.size = heads, hidden // heads
         self.words = nn.Embedding(words, hidden)
         self.gains = nn.ParameterList([nn.Parameter(1 + 0.2 * torch.randn(hidden)) for _ in range(2 * layers + 1)])
@@ -417,7 +419,7 @@ class Spelled(nn.Module):
         self.outer = nn.ModuleList([nn.Linear(width, hidden, bias=False) for _ in range(layers)])
         self.head = nn.Linear(hidden, words, bias=False)
         angles = 500.0 ** (-torch.arange(self.size // 2) * 2 / self.size)
-        self.register_buffer("angles", torch.outer(torch.arange(256.0), angles))
+        self.register_buffer("angles", torch.outer(torch.arange(2048.0), angles))
 
     def norm(self, x: torch.Tensor, place: int) -> torch.Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-4) * self.gains[place]
@@ -431,11 +433,13 @@ class Spelled(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.words(tokens)
         batch, length, hidden = x.shape
-        future = torch.full((length, length), -math.inf).triu(1)
+        places = torch.arange(length)
+        ago = places[:, None] - places
+        unseen = torch.zeros(length, length).masked_fill((ago < 0) | (ago >= self.window), -math.inf)
         for place in range(len(self.mixing)):
             q, k, v = self.mixing[place](self.norm(x, 2 * place)).view(batch, length, 3, self.heads, self.size).unbind(2)
             q, k, v = self.turn(q).transpose(1, 2), self.turn(k).transpose(1, 2), v.transpose(1, 2)
-            weights = ((q @ k.transpose(2, 3)) * 0.3 + future).softmax(-1)
+            weights = ((q @ k.transpose(2, 3)) * 0.3 + unseen).softmax(-1)
             x = x + self.out[place]((weights @ v).transpose(1, 2).reshape(batch, length, hidden))
             up, gate = self.inner[place](self.norm(x, 2 * place + 1)).chunk(2, -1)
             x = x + self.outer[place](F.silu(gate) * up)
@@ -450,6 +454,8 @@ def test_a_handwritten_llama_is_a_llama(tmp_path: Path) -> None:
     assert artifact.details["architecture"] == "llama"
     assert gguf.GGUFReader(artifact.path).fields["llama.rope.freq_base"].contents() == 500.0
     assert error(artifact, graph, {"tokens": batch_of()["input_ids"]}) < EXACT
+    narrow = trace(Spelled(window=100).eval(), {"tokens": ids})
+    assert "blocks.0.attention: its queries look back over 100 positions of the 2048" in refused(narrow)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -644,6 +650,7 @@ def test_a_vocabulary_that_llama_cpp_does_not_know_is_left_out(tiny_llama: Train
     facts = artifact.details["vocabulary"]
     assert facts["model"] == "none"
     assert "none of llama.cpp's ways" in facts["reason"]
+    assert any("no vocabulary, so that it is given numbers" in line for line in artifact.details["warnings"])
     assert error(artifact, graph, batch_of(top=1000)) < EXACT
 
 
