@@ -47,6 +47,7 @@ class Format:
         fused: queries, keys and values are one matrix.
         tied: the head may be left out where it is the embedding; ``must`` where it always is.
         scaled: the embedding is multiplied by the root of the hidden size.
+        biased: queries, keys and values have biases; without any, another format is meant.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Format:
     fused: bool = False
     tied: Literal["may", "never", "must"] = "may"
     scaled: bool = False
+    biased: bool = False
 
 
 _QKV = frozenset("qkv")
@@ -74,7 +76,7 @@ _ALL = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 _PLAIN = frozenset({"q", "k", "v", "o", "up", "down"})
 
 FORMATS = (
-    Format("qwen2", biases=_QKV, required=_QKV, square=True),
+    Format("qwen2", biases=_QKV, required=_QKV, square=True, biased=True),
     Format("qwen3", qk_norm="head"),
     Format("qwen3moe", qk_norm="head", experts="softmax"),
     Format("olmo2", qk_norm="whole", placed="post", square=True, tied="never"),
@@ -264,8 +266,8 @@ def _attention(part: AttentionPart, first: AttentionPart, hidden: int, context: 
             yield Problem(f"{part.site}.{key}", f"it has a bias, none in {format.name}")
     if format.fused and len({_bits(getattr(part, key)) for key in "qkv"}) > 1:
         yield Problem(part.site, f"its projections have different bits, in {format.name} they are one matrix")
-    if format.name == "qwen2" and all(getattr(part, key).bias is None for key in "qkv"):
-        yield Problem(part.site, "its projections have no biases, they have in qwen2")
+    if format.biased and all(getattr(part, key).bias is None for key in "qkv"):
+        yield Problem(part.site, f"its projections have no biases, they have in {format.name}")
 
 
 _QK: dict[str | None, str] = {None: "no norms", "head": "a norm over each head", "whole": "a norm over all heads"}

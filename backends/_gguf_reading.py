@@ -111,7 +111,8 @@ def _whole(graph: Graph, structure: Structure) -> Iterator[Refusal]:
         return
     if len(structure.streams) != 1:
         labels = ", ".join(stream.label for stream in structure.streams)
-        yield Refusal("model", f"it has several residual streams ({labels}), and a decoder is one; {ENGINES} run it")
+        streams = f"several residual streams ({labels})" if structure.streams else "no residual stream"
+        yield Refusal("model", f"it has {streams}, and a decoder has one; {ENGINES} run it")
 
 
 class _Reader:
