@@ -377,8 +377,16 @@ class Artifact(abc.ABC):
         files: every file of the artefact.
         inputs: names, dtypes and shapes of the inputs, as in ``Graph.inputs``.
         outputs: likewise.
-        details: facts for the report, such as node counts by operator, fused operators, quantization, opset.
+        details: facts for the report, such as node counts by operator, fused operators, quantization, opset; ``warnings``
+            among them is a list of what the report warns of.
+
+    Class attributes:
+        own_caches: caches are the runtime's own: a call hands none in and gets none back, and ``decoder`` continues texts.
+        skips_padding: outputs are 0 at positions that the mask leaves out, whatever the graph computes there.
     """
+
+    own_caches: ClassVar[bool] = False
+    skips_padding: ClassVar[bool] = False
 
     folder: Path
     backend: str

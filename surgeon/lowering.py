@@ -50,12 +50,13 @@ def lower(backend: Backend, graph: Graph, folder: Path, batches: Sequence[Batch]
     """
     with timed(f"lowering to {backend.name}", "lower"):
         artifact = backend.lower(graph, folder)
+    said: list[str] = artifact.details.get("warnings", [])
     if artifact.unavailable:
-        return Lowered(artifact, backend, [], [f"the artefact was not run in this build: {artifact.unavailable}"])
+        return Lowered(artifact, backend, [], [*said, f"the artefact was not run in this build: {artifact.unavailable}"])
     try:
         with timed("checking the artefact", "check"):
             comparisons = compare_artifact(artifact, graph, batches, backend.accepted_error(graph))
-        return Lowered(artifact, backend, comparisons, [])
+        return Lowered(artifact, backend, comparisons, list(said))
     except VerifyError as error:
         nearer, advice = backend.nearer(graph)
         if nearer is None:

@@ -167,6 +167,8 @@ class Report(_Data):
             found = details.get(name)
             if isinstance(found, dict) and found:
                 rows.append((name, _counts(found)))
+        if isinstance(types := details.get("types"), dict):
+            rows += [("architecture", str(details.get("architecture"))), ("tensors", _counts(types))]
         operators = details.get("operators", {})
         others = {kind: count for kind, count in operators.items() if "." not in kind and kind not in details.get("fused", {})}
         if others:

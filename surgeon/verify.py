@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surgeon.accounting import parameter_count
-from surgeon.caches import continued, has_caches
+from surgeon.caches import MASK, continued, has_caches
 from surgeon.contract import Artifact, Pass, Plan
 from surgeon.errors import VerifyError
 from surgeon.evaluate import Outputs
@@ -176,10 +176,13 @@ def compare_artifact(
     """
     comparisons = []
     decisions = {port.name for port in graph.outputs if port.role == RECORDED}
-    behind = [continued(graph, batch) for batch in batches] if has_caches(graph.inputs) else []
+    taken = has_caches(graph.inputs) and not artifact.own_caches
+    behind = [continued(graph, batch) for batch in batches] if taken else []
     for batch in [*batches, *(batch for batch in behind if batch is not None)]:
         with torch.no_grad():
             expected = ordered(graph.outputs, graph(**batch))
+        if artifact.skips_padding:
+            expected = {name: _unpadded(value, batch.get(MASK)) for name, value in expected.items()}
         found = ordered(graph.outputs, artifact.run_on_host(batch))
         errors, cosines = {}, {}
         for name, wanted in expected.items():
@@ -206,6 +209,13 @@ def compare_artifact(
             }
         )
     return comparisons
+
+
+def _unpadded(value: Tensor, mask: Tensor | None) -> Tensor:
+    """An output with 0 at the positions that the mask leaves out."""
+    if mask is None or value.shape[:2] != mask.shape:
+        return value
+    return value.masked_fill(~mask.bool().reshape(*mask.shape, *[1] * (value.dim() - 2)), 0)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

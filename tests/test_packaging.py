@@ -178,7 +178,7 @@ def test_wheel_metadata(wheel: Path, project: dict[str, Any]) -> None:
         assert metadata.metadata["License-Expression"] == "Apache-2.0"
         extras = metadata.metadata.get_all("Provides-Extra")
         assert extras is not None
-        assert {"cpu", "cuda", "tensorrt", "tensorrt-rtx", "huggingface", "genai", "dev"} == set(extras)
+        assert {"cpu", "cuda", "tensorrt", "tensorrt-rtx", "huggingface", "genai", "gguf", "dev"} == set(extras)
         assert metadata.version == project["project"]["version"]
         (script,) = metadata.entry_points.select(group="console_scripts")
         assert (script.name, script.value) == ("surgeon", "surgeon.cli:main")
