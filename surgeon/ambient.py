@@ -13,8 +13,8 @@ def own_modes() -> Iterator[None]:
     """Inside, and inside of a function decorated with it, torch computes as it does by default.
 
     Under ``torch.autocast`` products of the source model, of statistics and of least squares would be rounded to half
-    precision, and the casts would become a part of the graph.  Under ``torch.inference_mode`` and ``torch.no_grad`` weights of the
-    result could not be trained, and no derivative of a loss be taken.
+    precision, and the casts would become a part of the graph.  Under ``torch.inference_mode`` and ``torch.no_grad`` weights
+    of the result could not be trained, and no derivative of a loss be taken.
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):

@@ -15,8 +15,9 @@ for the model's class needs the tensors that this class has.
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -70,7 +71,7 @@ def evaluate(node: fx.Node, above: list[fx.Node], tensors: Mapping[fx.Node, Tens
         above: what it is computed by.
         tensors: the stored tensors among those.
     """
-    values: dict[fx.Node, object] = dict(tensors)
+    values: dict[fx.Node, Any] = dict(tensors)
     with torch.no_grad():
         for source in above:
             if source.op != "get_attr":
@@ -89,8 +90,8 @@ def name_of(above: list[fx.Node], reader: str) -> str:
         reader: ``weight`` or ``bias``.
     """
     names = [str(source.target) for source in above if source.op == "get_attr"]
-    common = os.path.commonprefix([name.split(".") for name in names])
-    owner = list(common) if len(common) < len(names[0].split(".")) else list(common[:-1])
+    owners = [name.split(".")[:-1] for name in names]
+    owner = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))]
     if "parametrizations" in owner:  # torch.nn.utils.parametrize keeps the stored tensors below the layer
         owner = owner[: owner.index("parametrizations")]
     return ".".join([*owner, reader])
@@ -126,7 +127,7 @@ def _embeds(user: fx.Node, node: fx.Node) -> bool:
 
 def _argument(user: fx.Node, position: int, name: str) -> object:
     target = user.target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.name == "aten::embedding" and position:
+    if not isinstance(target, torch._ops.OpOverload) or (target._schema.name == "aten::embedding" and position):
         return None
     return user.args[position] if len(user.args) > position else user.kwargs.get(name)
 

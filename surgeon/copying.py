@@ -13,9 +13,9 @@ from torch import Tensor, nn
 def copied(module: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of a module.
 
-    A weight that a hook computes before each forward (``torch.nn.utils.prune``, ``torch.nn.utils.weight_norm``) is a result that
-    gradients flow through, held as an attribute; ``copy.deepcopy`` refuses it.  The copy holds its value, until its own hook
-    computes it again.
+    A weight that a hook computes before each forward (``torch.nn.utils.prune``, ``torch.nn.utils.weight_norm``) is a result
+    that gradients flow through, held as an attribute; ``copy.deepcopy`` refuses it.  The copy holds its value, until its own
+    hook computes it again.
 
     Args:
         module: any module; it is not changed.

@@ -214,8 +214,8 @@ def _configs(module: nn.Module) -> list[Any]:
 def flatten_outputs(result: Any) -> dict[str, Tensor]:
     """What a model returns, as tensors by name.
 
-    A mapping keeps its keys and a dataclass its fields, a tuple or list is numbered (``name.0``), a lone tensor is ``output``; None
-    is left out.
+    A mapping keeps its keys and a dataclass its fields, a tuple or list is numbered (``name.0``), a lone tensor is ``output``;
+    None is left out.
 
     Raises:
         TraceError: something else than a tensor is returned.

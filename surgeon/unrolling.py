@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
+from surgeon.canonical_facts import is_unbacked
 from surgeon.discovery.operators import traced_sizes
 
 _SOME = 3
@@ -76,7 +77,7 @@ class _Origins(TorchFunctionMode):
     """Remembers what tensors are that Python may ask for: counts, conditions on counts, and indices below some number."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        super().__init__()
         self.calls: dict[int, tuple[Tensor, str, tuple[Any, ...]]] = {}
         self.bounds: dict[int, tuple[Tensor, int]] = {}  # tensors are held, so that their ids stay theirs
 
@@ -111,8 +112,8 @@ class _Origins(TorchFunctionMode):
 _CHOOSING = {"topk": 2, "sort": 1, "argsort": 1, "argmax": 1, "argmin": 1, "max": 1, "min": 1}
 """What gives indices into a dimension, and at which place of its arguments that dimension is."""
 _SAME_ENTRIES = (
-    "clone", "contiguous", "cpu", "detach", "flatten", "getitem", "int", "long", "permute", "ravel", "reshape", "squeeze", "t", "to",
-    "transpose", "unsqueeze", "view",
+    "clone", "contiguous", "cpu", "detach", "flatten", "getitem", "int", "long", "permute", "ravel", "reshape", "squeeze", "t",
+    "to", "transpose", "unsqueeze", "view",
 )  # fmt: skip
 _COUNTS = ("sum", "count_nonzero")
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -245,7 +246,7 @@ def unrolled(
 
     def length(original: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
         def patched(value: Tensor) -> int:
-            if value.dim() and isinstance(value.shape[0], torch.SymInt) and free_unbacked_symbols(value.shape[0]):
+            if value.dim() and is_unbacked(value.shape[0]):
                 decided.append("a number of selected things is taken to be neither zero nor one")
                 return _SOME
             return original(value)

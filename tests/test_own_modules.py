@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import surgeon
+from surgeon.errors import RecipeError
+from surgeon.output import staged
 
 WIDTH, INNER, EXPERTS, TOP_K = 32, 48, 4, 2
 PASSES = [{"drop_neurons": {"ratio": 0.25, "criterion": "random", "refit": False}}]
@@ -238,3 +244,34 @@ def test_fields_of_a_dataclass_are_outputs() -> None:
     expected = module(**example())
     assert list(found) == ["hidden", "pooled"]
     torch.testing.assert_close(found["pooled"], expected.pooled, rtol=0, atol=1e-6)
+
+
+# -- refusals that name what is wrong ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [[], [{"quantize": {"scheme": "int8"}}]])
+def test_a_model_in_double_precision_is_refused_by_name_before_it_is_lowered(passes: list[dict[str, Any]]) -> None:
+    pytest.importorskip("onnxruntime")
+    inputs = {name: tensor.double() for name, tensor in example().items()}
+    with pytest.raises(surgeon.SurgeonError, match=r"refuses this model: .*torch.float64 has no kernels.*float32"):
+        surgeon.compile(network().double(), passes, inputs=inputs, progress=False)
+    assert surgeon.compile(network().double(), passes, inputs=inputs, dtype="float32", progress=False).artifact is not None
+
+
+def test_an_empty_list_of_names_is_refused_and_not_taken_for_all() -> None:
+    with pytest.raises(surgeon.SurgeonError, match="names: found .*no pattern selects nothing"):
+        surgeon.compile(network(), [{"quantize": {"scheme": "int8", "names": []}}], inputs=example(), backend=None)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),  # of Python, once a file is open
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # of a library that writes by itself
+    ],
+)
+def test_a_full_disk_is_named_with_the_output(tmp_path: Path, failure: Exception) -> None:
+    target = tmp_path / "built"
+    with pytest.raises(RecipeError, match=rf"output: no space is left on the disk of {re.escape(str(target))}"), staged(target):
+        raise failure
+    assert list(tmp_path.iterdir()) == []
