@@ -46,13 +46,22 @@ def without_kernels(graph: Graph, provider: str) -> list[Refusal]:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, tuple | list) else (value,):
             codes = node.op == "get_attr" and all(user.target is DEQUANTIZE for user in node.users)
-            if isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider] and not codes:
+            unknown = isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider] and not codes
+            if unknown or _is_double_weight(graph, node):
                 reason = (
                     f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
                     "(model: {dtype: float32}, or dtype=\"float32\" from Python)"
                 )
                 found.setdefault(tensor.dtype, Refusal(node.name, reason, lasting=True))
     return list(found.values())
+
+
+def _is_double_weight(graph: Graph, node: fx.Node) -> bool:
+    """Whether a layer computes in float64: sums and products have kernels for it, and angles of positions may need it, but
+    convolutions, activations, low-bit products and fused norms have none.
+    """
+    weight = node.op == "get_attr" and isinstance(graph.tensor(str(node.target)), torch.nn.Parameter)
+    return (weight or node.target is DEQUANTIZE) and bool(node.meta["val"].dtype == torch.float64)
 
 
 def _translates(target: Any, opset: int) -> bool:

@@ -7,7 +7,6 @@ says so, so that neither copies nor launches pass for work.
 from __future__ import annotations
 
 import abc
-import copy
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from surgeon.caches import MASKED_POSITIONS, PAST, POSITIONS, SUM
 from surgeon.contract import Artifact
+from surgeon.copying import copied
 from surgeon.errors import LowerError, SurgeonError
 from surgeon.export import first_lines
 from surgeon.graph import Port
@@ -240,7 +240,7 @@ def on_device(module: nn.Module, device: torch.device) -> nn.Module:
         placed[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
     if all(tensor.device == placed[id(tensor)].device for tensor in tensors):
         return module
-    return copy.deepcopy(module, placed)  # which takes these for copies made already, tied ones too
+    return copied(module, placed)  # which takes these for copies made already, tied ones too
 
 
 @contextmanager

@@ -23,6 +23,7 @@ Rules, with x the input and y the output of a node:
 14. a convolution with a kernel of one position: a linear over the channels, between permutations.  Its weight, where nothing
     else reads it, becomes the matrix [out, in] over the same memory.
 15. a split of a concatenation where its pieces meet: the pieces.
+16. a linear's weight or a table that is computed from stored tensors: a stored tensor (:mod:`surgeon.canonical_weights`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from surgeon.canonical_facts import (
     unbound,
 )
 from surgeon.canonical_rules import RULES
+from surgeon.canonical_weights import computed_weights, evaluate, name_of, reader_of
 from surgeon.errors import TraceError
 from surgeon.functional import SCATTERS, Aliases, in_place_form
 from surgeon.graph import assign_tensor
@@ -151,6 +153,7 @@ class _Builder:
                 self._output(node)
         self.graph.eliminate_dead_code(is_impure_node=is_port)
         self._fold()
+        self._store_weights()
         self._sink()
         module = fx.GraphModule(self.root, self.graph)
         module.graph.lint()
@@ -363,6 +366,27 @@ class _Builder:
                     buffer = self._read_tensor(self._unused("constant"), values[node].contiguous())
                 node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in values)
         self.graph.eliminate_dead_code(is_impure_node=is_port)
+
+    def _store_weights(self) -> None:
+        """Rule 16.  One that can be trained stays so."""
+        for node, above in computed_weights(self.graph).items():
+            tensors = {n: tensor_of(self.root, str(n.target)) for n in above if n.op == "get_attr"}
+            value = evaluate(node, above, tensors)
+            if any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors.values()):
+                trained = any(tensor.requires_grad for tensor in tensors.values())
+                value = torch.nn.Parameter(value, requires_grad=trained)
+            name = name_of(above, reader_of(node))
+            with self.graph.inserting_before(node):
+                node.replace_all_uses_with(self._read_tensor(name if self._free(name) else self._unused("weight"), value))
+        self.graph.eliminate_dead_code(is_impure_node=is_port)
+
+    def _free(self, name: str) -> bool:
+        """Whether nothing in the graph or in the model is called so."""
+        try:
+            tensor_of(self.root, name)
+        except AttributeError:
+            return name not in self.tensors.values()
+        return False
 
     def _sink(self) -> None:
         """Move every read of a tensor to its first reader, so that a block-by-block run loads what it needs."""

@@ -189,6 +189,13 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
             _slice(value)
         return value
 
+    @field_validator("names")
+    @classmethod
+    def _names_name_something(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value == []:
+            raise ValueError("no pattern selects nothing; leave it out for everything")
+        return value
+
     def selection(self, structure: Structure) -> Selection:
         """The sites that ``blocks:`` and ``names:`` admit on this model.
 

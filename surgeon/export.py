@@ -273,7 +273,7 @@ def placeholders(module: fx.GraphModule) -> dict[str, Tensor]:
 
 def first_lines(error: Exception, lines: int = 4) -> str:
     """Beginning of an error's message, or its place where it has none."""
-    text = "\n".join(str(error).strip().splitlines()[:lines])
+    text = "\n".join([line for line in str(error).splitlines() if line.strip()][:lines])
     if text:
         return text
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]

@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from surgeon.copying import copied
 
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 """All fake weights of a process are of one mode: those of different modes do not compute with each other."""
@@ -88,7 +89,7 @@ def with_fake_weights(module: nn.Module, dtype: torch.dtype | None = None) -> nn
         memo[id(parameter)] = _parameter(parameter, types[parameter])
     for buffer in buffers:
         memo[id(buffer)] = _fake(buffer, types[buffer]) if _valueless(buffer) else buffer.to(types[buffer])
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)
 
 
 def _parameter(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:

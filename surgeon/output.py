@@ -8,6 +8,7 @@ Nobody asked for the hidden name, and it is gone when a message is read: errors 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import RecipeError
+from surgeon.errors import RecipeError, SurgeonError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -77,10 +78,16 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _errors_say(target: Path, hidden: Path) -> Iterator[None]:
-    """Errors from within, and what they came from, name ``target`` where they name the hidden place of the moment."""
+    """Errors from within, and what they came from, name ``target`` where they name the hidden place of the moment.
+
+    A full disk is an error of one form, whichever library wrote.
+    """
     try:
         yield
     except Exception as error:
+        if not isinstance(error, SurgeonError) and _is_full(error):
+            where = f"no space is left on the disk of {target}"
+            raise RecipeError(f"output: {where}; make room, or name another directory") from error
         link: BaseException | None = error
         while link is not None:
             link.args = tuple(_said(value, target, hidden) for value in link.args)
@@ -88,6 +95,12 @@ def _errors_say(target: Path, hidden: Path) -> Iterator[None]:
                 link.filename, link.filename2 = (_said(name, target, hidden) for name in (link.filename, link.filename2))
             link = link.__cause__ or link.__context__
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk is full; libraries that write by themselves only say so in words of the system."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def _said(value: Any, target: Path, hidden: Path) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
+from surgeon.ambient import own_modes
 from surgeon.compiled import Compiled, write_outputs
 from surgeon.continued import graph_of, source_of
 from surgeon.contract import Backend, Pass, Plan
@@ -102,6 +103,7 @@ class Request:
     recipe: Recipe | None = None
 
 
+@own_modes()
 def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compiled:
     """Trace, discover, run the passes, lower, check and report.
 

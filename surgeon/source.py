@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from surgeon.caches import SUM
 from surgeon.causal import CausalInputs, causal_inputs, of_text
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
 from surgeon.conditional import conditional_inputs, is_conditional
+from surgeon.copying import copied, writable
 from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import agreed_dims, default_inputs
 from surgeon.fake import fake_weights, with_fake_weights, without_values
@@ -141,6 +143,8 @@ def load_source(
         module = with_fake_weights(module, wanted)
     elif wanted is not None and any(p.is_floating_point() and p.dtype != wanted for p in module.parameters()):
         module = _converted(module, wanted)
+    else:
+        module = writable(module)
     with calling(module):  # which may run it
         example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
     causal = None
@@ -210,7 +214,8 @@ def _configs(module: nn.Module) -> list[Any]:
 def flatten_outputs(result: Any) -> dict[str, Tensor]:
     """What a model returns, as tensors by name.
 
-    A mapping keeps its keys, a tuple or list is numbered (``name.0``), a lone tensor is ``output``; None is left out.
+    A mapping keeps its keys and a dataclass its fields, a tuple or list is numbered (``name.0``), a lone tensor is ``output``;
+    None is left out.
 
     Raises:
         TraceError: something else than a tensor is returned.
@@ -225,14 +230,16 @@ def flatten_outputs(result: Any) -> dict[str, Tensor]:
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 visit(f"{name}.{key}" if name else str(key), item)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            visit(name, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
         elif isinstance(value, tuple | list):
             fields = getattr(value, "_fields", range(len(value)))
             for key, item in zip(fields, value, strict=True):
                 visit(f"{name or 'output'}.{key}" if isinstance(key, int) else key, item)
         else:
             raise TraceError(
-                f"the model's output {name or 'output'!r} is a {type(value).__name__}; outputs are tensors, or "
-                "mappings, tuples and lists of tensors: wrap the model so that it returns those"
+                f"the model's output {name or 'output'!r} is of type {type(value).__name__}; outputs are tensors, or "
+                "mappings, dataclasses, tuples and lists of tensors: wrap the model so that it returns those"
             )
 
     visit("", result)
@@ -294,10 +301,8 @@ def _check_inputs(inputs: Mapping[str, Tensor], module: nn.Module, dtype: torch.
             raise TraceError(f"input {name!r} must be a torch.Tensor, found {type(tensor).__name__}")
         if name not in accepted and not anything:
             raise TraceError(f"{type(module).__name__}.forward takes no {name!r}; {nearest(name, accepted)}")
-    return {
-        name: tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
-        for name, tensor in inputs.items()
-    }
+    own = {name: tensor.clone() if tensor.is_inference() else tensor.detach() for name, tensor in inputs.items()}
+    return {n: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor for n, tensor in own.items()}
 
 
 # -- forms of a source ------------------------------------------------------------------------------------------------
@@ -313,9 +318,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module).to(dtype)
+    return copied(module).to(dtype)
 
 
 def _call(description: str) -> tuple[nn.Module, Mapping[str, Tensor] | None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from surgeon.ambient import own_modes
 from surgeon.caches import PAST, SUM
 from surgeon.canonical import canonicalise
 from surgeon.complex_numbers import spell_in_pairs
@@ -36,6 +37,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, tor
 units in the last place; reordered sums in attention kernels reach a tenth of it."""
 
 
+@own_modes()
 def trace(
     model: str | Path | nn.Module,
     inputs: Mapping[str, Tensor] | None = None,

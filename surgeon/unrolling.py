@@ -1,10 +1,12 @@
 """Export of models that loop over the experts that were chosen, or skip an expert without tokens.
 
     for expert in (mask.sum((-1, -2)) > 0).nonzero(): ...        if mask.any(): ...        if tokens.numel() == 0: continue
+    for expert in chosen.unique(): ...                           if mask.sum() == 0: continue        if len(rows) == 0: continue
 
 Such code decides in Python about data, which a graph cannot.  Inside :func:`unrolled` it is traced as if every expert had
-tokens: a loop over the places where a vector of fixed length is true visits all of them, a condition on whether anything
-was selected holds, and a number of selected things is not zero.  What is done for an expert without tokens changes nothing
+tokens: a loop over the places where a vector of fixed length is true visits all of them, and one over the different ones among
+indices all that these may be (:class:`_Origins`), a condition on whether anything was selected holds, and a number of selected
+things is not zero.  What is done for an expert without tokens changes nothing
 in a mixture of experts; whether that is so in the model at hand is decided by comparing the graph with the model on other
 inputs, as every trace is.
 
@@ -17,6 +19,7 @@ Then a condition on a tensor is taken as it is on the example (:func:`decisions`
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+from torch.overrides import TorchFunctionMode
 
+from surgeon.canonical_facts import is_unbacked
 from surgeon.discovery.operators import traced_sizes
 
 _SOME = 3
@@ -57,6 +62,64 @@ class _Place(list[int]):
     def __index__(self) -> int:
         return self.item()
 
+
+class _Number(int):
+    """An entry of a vector of indices: a number where one is needed, and what a tensor of one entry is asked for."""
+
+    def item(self) -> int:
+        """The only entry."""
+        return int(self)
+
+    tolist = item
+
+
+class _Origins(TorchFunctionMode):
+    """Remembers what tensors are that Python may ask for: counts, conditions on counts, and indices below some number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[int, tuple[Tensor, str, tuple[Any, ...]]] = {}
+        self.bounds: dict[int, tuple[Tensor, int]] = {}  # tensors are held, so that their ids stay theirs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_")
+        if name in _CHOOSING:
+            indices = result if isinstance(result, Tensor) else result[1] if isinstance(result, tuple) else None
+            dim = (kwargs or {}).get("dim", args[_CHOOSING[name]] if len(args) > _CHOOSING[name] else -1)
+            if indices is not None and isinstance(dim, int) and isinstance(args[0].shape[dim], int):
+                self.bounds[id(indices)] = (indices, args[0].shape[dim])
+        elif isinstance(result, Tensor) and name in _SAME_ENTRIES and args and id(args[0]) in self.bounds:
+            self.bounds[id(result)] = (result, self.bounds[id(args[0])][1])
+        elif isinstance(result, Tensor) and (name in _COMPARISONS or name in _COUNTS or name in _NEGATIONS):
+            self.calls[id(result)] = (result, name, args)
+        return result
+
+    def is_count(self, value: Tensor) -> bool:
+        """Whether a tensor says of how many things something holds."""
+        return id(value) in self.calls and self.calls[id(value)][1] in _COUNTS and not value.is_floating_point()
+
+    def holds(self, value: Tensor) -> bool:
+        """A condition, where every count is :data:`_SOME` and everything else holds."""
+        _, name, args = self.calls.get(id(value), (value, "", ()))
+        if name in _NEGATIONS:
+            return not self.holds(args[0])
+        if name in _COMPARISONS and self.is_count(args[0]) and isinstance(args[1], int):
+            return bool(_COMPARISONS[name](_SOME, args[1]))
+        return True
+
+
+_CHOOSING = {"topk": 2, "sort": 1, "argsort": 1, "argmax": 1, "argmin": 1, "max": 1, "min": 1}
+"""What gives indices into a dimension, and at which place of its arguments that dimension is."""
+_SAME_ENTRIES = (
+    "clone", "contiguous", "cpu", "detach", "flatten", "getitem", "int", "long", "permute", "ravel", "reshape", "squeeze", "t",
+    "to", "transpose", "unsqueeze", "view",
+)  # fmt: skip
+_COUNTS = ("sum", "count_nonzero")
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+_NEGATIONS = ("logical_not", "bitwise_not", "invert")
 
 _OUT_OF_BOUNDS = re.compile(r"index (\d+) is out of bounds for dimension \d+ with size (\d+)")
 
@@ -119,6 +182,8 @@ def unrolled(
     """
     decided: list[str] = []
     places: dict[int, tuple[Tensor, int]] = {}
+    indices: dict[int, tuple[Tensor, int]] = {}
+    origins = _Origins()
     visited = dict(lengths or {})
     # an export runs the model more than once, each time from the start
     known = {site: cycle(values) for site, values in (taken or {}).items()}
@@ -154,6 +219,8 @@ def unrolled(
         def patched(value: Tensor) -> Iterator[Any]:
             if id(value) in places:
                 return iter([_Place([number]) for number in range(places[id(value)][1])])
+            if id(value) in indices:
+                return iter([_Number(number) for number in range(indices[id(value)][1])])
             return original(value)
 
         return patched
@@ -162,6 +229,8 @@ def unrolled(
         def patched(value: Tensor) -> Any:
             if id(value) in places:
                 return [[number] for number in range(places[id(value)][1])]
+            if id(value) in indices:
+                return list(range(indices[id(value)][1]))
             return original(value)
 
         return patched
@@ -171,7 +240,37 @@ def unrolled(
             try:
                 return original(value)
             except GuardOnDataDependentSymNode:
-                return as_taken(True if isinstance(value, Tensor) else _usual(value))
+                return as_taken(origins.holds(value) if isinstance(value, Tensor) else _usual(value))
+
+        return patched
+
+    def length(original: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
+        def patched(value: Tensor) -> int:
+            if value.dim() and is_unbacked(value.shape[0]):
+                decided.append("a number of selected things is taken to be neither zero nor one")
+                return _SOME
+            return original(value)
+
+        return patched
+
+    def number(original: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
+        def patched(value: Tensor) -> int:
+            if origins.is_count(value):
+                decided.append("a number of selected things is taken to be neither zero nor one")
+                return _SOME
+            return original(value)
+
+        return patched
+
+    def unique(original: Callable[..., Any]) -> Callable[..., Any]:
+        def patched(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if id(value) not in origins.bounds or any(args[1:]) or kwargs.keys() - {"sorted"}:
+                return original(value, *args, **kwargs)
+            count = origins.bounds[id(value)][1]
+            decided.append(f"indices below {count} are taken to be all of them")
+            every = torch.arange(count, device=value.device, dtype=value.dtype)
+            indices[id(every)] = (every, count)
+            return every
 
         return patched
 
@@ -192,11 +291,16 @@ def unrolled(
             (torch.Tensor, "tolist", to_list),
             (torch.Tensor, "__bool__", truth),
             (torch.Tensor, "item", item),
+            (torch.Tensor, "__len__", length),
+            (torch.Tensor, "__int__", number),
             (torch.SymBool, "__bool__", truth),
+            (torch, "unique", unique),
+            (torch.Tensor, "unique", unique),
             (torch, "bincount", bincount),
             (torch.Tensor, "bincount", bincount),
         ):
             stack.enter_context(_patched(owner, name, make))
+        stack.enter_context(origins)
         yield decided
 
 

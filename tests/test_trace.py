@@ -683,7 +683,7 @@ def test_rounding_is_told_from_error() -> None:
         (nn.Bilinear(4, 4, 2), {"input1": torch.ones(2, 4), "input2": torch.ones(3, 4)}, {}, "'batch' is 2"),
         (Fixed(), {"x": torch.ones(3, 2)}, {}, r"dimension 0 \('batch'\) of input 'x' is always 3.*dynamic="),
         (Counting(), {"x": torch.ones(3, 2)}, {}, "writes into a tensor"),
-        (Strange(), {"x": torch.ones(3, 2)}, {}, "'text' is a str"),
+        (Strange(), {"x": torch.ones(3, 2)}, {}, "'text' is of type str"),
         (Branching(), {"x": torch.ones(2, 2)}, {}, "does not reproduce the source model at batch 3"),
         (object(), None, {}, "found object"),
     ],
