@@ -8,8 +8,9 @@ matrix and a mask (``torch.nn.utils.prune``), a matrix and an adapter ``W + s B 
 forward makes of its parameters.  No pass could take rows of such a layer; after training it is a layer like any other.
 
 Only what arithmetic enters is computed: of views, casts and concatenations of stored tensors discovery knows which rows are
-whose.  Convolutions over several positions stay as they are spelled, since no pass takes their weights apart, and a checkpoint
-for the model's class needs the tensors that this class has.
+whose, and codes under ``surgeon::dequantize`` are a form of weights that passes and backends know.  Convolutions over several
+positions stay as they are spelled, since no pass takes their weights apart, and a checkpoint for the model's class needs the
+tensors that this class has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
 from surgeon.canonical_facts import is_random, is_static
 
 _READERS = ("aten::linear", "aten::embedding")
@@ -108,7 +110,8 @@ def _is_computed(node: fx.Node, stored: set[fx.Node]) -> bool:
         whole = all(isinstance(item, Tensor) and is_static(item) for item in value)
     else:
         whole = isinstance(value, Tensor) and is_static(value)
-    return whole and not is_random(node.target) and all(source in stored for source in node.all_input_nodes)
+    known = node.target is torch.ops.surgeon.dequantize.default
+    return whole and not known and not is_random(node.target) and all(source in stored for source in node.all_input_nodes)
 
 
 def _reads_weight(user: fx.Node, node: fx.Node) -> bool:

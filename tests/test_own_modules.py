@@ -253,7 +253,7 @@ def test_fields_of_a_dataclass_are_outputs() -> None:
 def test_a_model_in_double_precision_is_refused_by_name_before_it_is_lowered(passes: list[dict[str, Any]]) -> None:
     pytest.importorskip("onnxruntime")
     inputs = {name: tensor.double() for name, tensor in example().items()}
-    with pytest.raises(surgeon.SurgeonError, match=r"refuses this model: .*torch.float64 has no kernels.*float32"):
+    with pytest.raises(surgeon.SurgeonError, match=r"refuses this model:\s.*torch.float64 has no kernels.*float32"):
         surgeon.compile(network().double(), passes, inputs=inputs, progress=False)
     assert surgeon.compile(network().double(), passes, inputs=inputs, dtype="float32", progress=False).artifact is not None
 
