@@ -106,7 +106,7 @@ def test_every_import_is_a_declared_requirement(project: dict[str, Any]) -> None
     needed = [Requirement(line).name for line in project["project"]["dependencies"]]
     optional = [
         Requirement(line).name
-        for extra in ("cpu", "cuda", "genai")
+        for extra in ("cpu", "cuda", "genai", "gguf")
         for line in project["project"]["optional-dependencies"][extra]
     ]
     # Parts of a declared library that pin each other exactly.

@@ -149,7 +149,7 @@ def test_texts_longer_than_the_table_of_angles_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("bloom", {}, "past_key_values.0.key: no attention of one kernel reads this cache"),
+        ("bloom", {}, "past_key_values.0.key, past_key_values.0.value: no attention of one kernel reads this cache"),
         ("gemma3n", {}, "its cache is read by attention_default_[0-9] too"),
         ("t5", {}, "an encoder-decoder"),
         ("llama", {"provider": "cuda"}, "caches: has no meaning with provider: cuda"),
