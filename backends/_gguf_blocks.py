@@ -18,8 +18,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from surgeon.backends._gguf_parts import Codes, Matrix
-from surgeon.numerics.quantization import FLOAT8, unpack_codes
+from surgeon.backends._gguf_parts import Matrix
+from surgeon.numerics.quantization import FLOAT8, QuantizedTensor, unpack_codes
 
 BLOCK = 32
 ROUNDED = 1e-3
@@ -51,7 +51,7 @@ def form(kind: str, shape: tuple[int, ...]) -> Form:
     return Form(kind, shape, int(numpy.prod(shape, dtype=numpy.int64)) // numbers * nbytes)
 
 
-def block_kind(codes: Codes) -> str:
+def block_kind(codes: QuantizedTensor) -> str:
     """The type of blocks that codes are."""
     return "Q8_0" if codes.bits == 8 else "Q4_0" if codes.zero_point is None else "Q4_1"
 
@@ -78,7 +78,7 @@ def unspoken(matrix: Matrix) -> str | None:
     return None
 
 
-def scale_rounding(codes: Codes, factor: float = 1.0) -> float:
+def scale_rounding(codes: QuantizedTensor, factor: float = 1.0) -> float:
     """How far float16 moves a scale, relative, at most."""
     scale = codes.scale.float() * factor
     rounded = scale.half().float()
@@ -123,7 +123,7 @@ def _blocks(matrix: Matrix, kind: str) -> Iterator[Tensor]:
 
 
 def _matrix_blocks(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Codes, kind: str, factor: float
+    packed: Tensor, scale: Tensor, zero: Tensor | None, codes: QuantizedTensor, kind: str, factor: float
 ) -> Tensor:
     rows, columns = packed.shape[0], codes.in_features
     numbers = unpack_codes(packed, codes.bits).reshape(rows, -1)[:, :columns].reshape(rows, -1, BLOCK)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from surgeon.backends._gguf_blocks import FLOATS, Form, block_kind, encode, floats, form, scale_rounding, unspoken
 from surgeon.backends._gguf_formats import Format, Turning, turning
-from surgeon.backends._gguf_parts import AttentionPart, Codes, Decoder, FeedForward, Matrix, Mixture, Norm, times
+from surgeon.backends._gguf_parts import AttentionPart, Decoder, FeedForward, Matrix, Mixture, Norm, times
+from surgeon.numerics import QuantizedTensor
 
 if TYPE_CHECKING:
     from surgeon.backends._gguf_vocabulary import Vocabulary
@@ -144,7 +145,7 @@ def _joined(parts: list[Matrix]) -> Matrix:
     return Matrix(first.label, shape, lambda: torch.cat([part.dense() for part in parts]), codes, bias=biases)
 
 
-def _joined_codes(parts: list[Matrix]) -> Codes | None:
+def _joined_codes(parts: list[Matrix]) -> QuantizedTensor | None:
     """Codes of several matrices behind each other, None where they are not of one form."""
     held = [part.codes for part in parts if part.codes is not None]
     if len(held) < len(parts) or len({(codes.bits, codes.group, codes.zero_point is None) for codes in held}) > 1:

@@ -12,17 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Codes:
-    """Low-bit codes of a matrix [..., out, in], as ``surgeon::dequantize`` takes them."""
-
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    bits: int
-    group: int
-    in_features: int
+from surgeon.numerics import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,7 @@ class Matrix:
     label: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-    codes: Codes | None = None
+    codes: QuantizedTensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
     picked: Tensor | None = None

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
-from surgeon.backends._gguf_parts import Codes, Matrix
+from surgeon.backends._gguf_parts import Matrix
 from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import stored
 from surgeon.graph import Graph
+from surgeon.numerics import QuantizedTensor
 from surgeon.structure import Embedding, Linear
 
 _DEQUANTIZE = torch.ops.surgeon.dequantize.default
@@ -103,12 +104,12 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
-def _codes(graph: Graph, node: fx.Node) -> Codes:
+def _codes(graph: Graph, node: fx.Node) -> QuantizedTensor:
     packed, scale, zero, bits, group, in_features = cast("tuple[Any, ...]", node.args)
     tensors = [None if n is None else _maker(graph, n)() for n in (packed, scale, zero)]
     assert tensors[0] is not None
     assert tensors[1] is not None
-    return Codes(tensors[0], tensors[1], tensors[2], bits, group, in_features)
+    return QuantizedTensor(tensors[0], tensors[1], tensors[2], bits, group, in_features)
 
 
 def _maker(graph: Graph, node: fx.Node) -> Callable[[], Tensor]:
