@@ -276,9 +276,7 @@ class _Reader:
         self.open: set[int] = set()
 
     def value(self, node: Node, path: Path) -> Any:
-        self.count += 1
-        if self.count > _MOST_VALUES:
-            raise RecipeError(f"{self.document.source}: more than {_MOST_VALUES} values once its aliases are expanded")
+        self._expand()
         self.document.values[path] = self._position(node)
         if isinstance(node, ScalarNode):
             return self._scalar(node, path)
@@ -299,8 +297,8 @@ class _Reader:
 
     def _mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, ScalarNode) or str(key.tag) not in (f"{_CORE}str", f"{_CORE}merge"):
+        for key, value in self._pairs(node, path):
+            if not isinstance(key, ScalarNode) or str(key.tag) != f"{_CORE}str":
                 found = shown(key.value) if isinstance(key, ScalarNode) else "a list or mapping"
                 self._problem(key, path, f"found the key {found}, needed text")
                 continue
@@ -316,6 +314,30 @@ class _Reader:
                 mark = key.end_mark
                 self.document.values[here] = Position(0, mark.line + 1, mark.column + 2, self.document.source)
         return mapping
+
+    def _expand(self) -> None:
+        self.count += 1
+        if self.count > _MOST_VALUES:
+            raise RecipeError(f"{self.document.source}: more than {_MOST_VALUES} values once its aliases are expanded")
+
+    def _pairs(self, node: MappingNode, path: Path) -> list[tuple[Node, Node]]:
+        """Keys and values of a mapping, and behind them what ``<<: *other`` brings: keys that are not given here."""
+        self._expand()
+        own = [(key, value) for key, value in node.value if not _merges(key)]
+        given = {str(key.value) for key, _ in own}
+        for key, value in node.value:
+            if not _merges(key):
+                continue
+            for other in value.value if isinstance(value, SequenceNode) else [value]:
+                if not isinstance(other, MappingNode) or id(other) in self.open:
+                    self._problem(key, (*path, key.value), "needed behind it: an alias to another mapping, or a list of such")
+                    continue
+                self.open.add(id(other))  # one that takes itself in has no end
+                brought = [pair for pair in self._pairs(other, path) if str(pair[0].value) not in given]
+                self.open.discard(id(other))
+                given |= {str(name.value) for name, _ in brought}
+                own += brought
+        return own
 
     def _scalar(self, node: ScalarNode, path: Path) -> Any:
         kind = str(node.tag).removeprefix(_CORE)
@@ -335,6 +357,11 @@ class _Reader:
 
     def _problem(self, node: Node, path: Path, message: str) -> None:
         self.document.problems.append((self._position(node), str(Problem(path, message))))
+
+
+def _merges(key: Node) -> bool:
+    """Whether a key is the merge key of YAML 1.1, which 1.2 left out and people go on writing."""
+    return isinstance(key, ScalarNode) and key.value == "<<" and key.style is None
 
 
 def _spelt(tag: Any) -> str:

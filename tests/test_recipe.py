@@ -301,6 +301,22 @@ def test_aliases_share_values(folder: Path) -> None:
     assert recipe.passes[0] == recipe.passes[1]
 
 
+def test_merge_keys_bring_what_is_not_given(folder: Path) -> None:
+    step = "  - low_rank: &a {ratio: 0.5, blocks: 0}\n  - low_rank: &b {method: svd, rank: 3}\n"
+    merged = "  - low_rank:\n      <<: *a\n      blocks: 1\n  - drop_blocks: {<<: {count: 2, blocks: [0]}, count: 1}\n"
+    recipe = load_recipe(_write(folder, M + "passes:\n" + step + merged))
+    assert recipe.passes[2] == recipe.passes[0].model_copy(update={"blocks": 1})
+    assert recipe.passes[3] == make_pass({"drop_blocks": {"count": 1, "blocks": [0]}})
+    several = "  - low_rank: {<<: [*b, {rank: 4, multiple: 2, ratio: 0.1}], ratio: 0.5}\n"
+    with pytest.raises(RecipeError, match="give either rank or ratio"):  # the first that brings a key counts
+        load_recipe(_write(folder, M + "passes:\n" + step + several))
+    for text, where in (("<<: 3", "1.low_rank.<<"), ("<<: [*a, no]", "1.low_rank.<<")):
+        with pytest.raises(RecipeError, match=rf"passes.{where}: needed behind it: an alias to another mapping"):
+            load_recipe(_write(folder, M + f"passes:\n  - low_rank: &a {{ratio: 0.5}}\n  - low_rank: {{{text}}}\n"))
+    deep = ["x0: &x0 {a: 1}", *(f"x{n}: &x{n} {{<<: [{', '.join([f'*x{n - 1}'] * 10)}]}}" for n in range(1, 9))]
+    assert _errors(folder, "\n".join(deep)) == ["recipe.yaml: more than 100000 values once its aliases are expanded"]
+
+
 # -- overrides ----------------------------------------------------------------------------------------------------------
 
 
