@@ -86,7 +86,7 @@ class AttentionReader:
         if part.k.input is not source or part.v.input is not source:
             raise ValueError("queries, keys and values are projections of different tensors")
         core = cores[0]
-        pre = self._norm(run, region.entry, source, noise)
+        pre = in_front(self.flow, run, region.entry, source, noise)
         post, residual = behind(run, region, part.o.node, noise)
         queries, q_norm, q_wide, q_turn, q_factor = self._side(core.q, part.q, run, f"{site}.q", core.head_dim)
         keys, k_norm, k_wide, k_turn, k_factor = self._side(core.k, part.k, run, f"{site}.k", core.head_dim)
@@ -132,14 +132,6 @@ class AttentionReader:
         return x + (found if part.post is None else part.post.apply(found))
 
     # -- pieces -----------------------------------------------------------------------------------------------------
-
-    def _norm(self, run: Evaluation, entry: fx.Node, source: fx.Node, noise: Tensor) -> Norm | None:
-        if self.flow.plain(source) is entry:
-            return None
-        found = read_norm(run, entry, source, {}, noise)
-        if isinstance(found, str):
-            raise ValueError(f"in front of it, {found}")
-        return found
 
     def _heads(
         self, part: Attention, queries: Tensor, keys: Tensor, values: Tensor, core: Core
@@ -285,8 +277,7 @@ class AttentionReader:
     def _spelled_window(self, core: Core) -> int | None:
         """The window of an attention that is spelled out: with equal scores a query's result is the mean of what it sees."""
         if self._spelled_length is None:
-            most = [size for port in self.graph.inputs for size in port.most if size is not None]
-            self._spelled_length = Evaluation(self.flow, self.inputs(1, min([_SPELLED, *most])))
+            self._spelled_length = Evaluation(self.flow, self.inputs(1, self._at_most(_SPELLED)))
         run = self._spelled_length
         q, k, v = (torch.zeros(run.sizes(node)) for node in (core.q, core.k, core.v))
         v[..., 0] = torch.arange(run.length)
@@ -294,10 +285,13 @@ class AttentionReader:
         seen = 2 * (run.length - 1 - float(found[0, 0, -1, 0])) + 1  # of positions up to the last, whose mean this is
         return None if seen > 0.98 * run.length else round(seen)
 
+    def _at_most(self, length: int) -> int:
+        """That length, or the longest that the model's tables have rows for."""
+        return min([length, *(size for port in self.graph.inputs for size in port.most if size is not None)])
+
     def _seen(self, mask: fx.Node) -> int | None:
         far = any(port.role == PAST for port in self.graph.inputs)
-        most = [size for port in self.graph.inputs for size in port.most if size is not None]
-        length = 1 if far else min([_LONG, *most])
+        length = 1 if far else self._at_most(_LONG)
         given = self.inputs(1, length)
         if far:
             for port in self.graph.inputs:
@@ -318,6 +312,20 @@ class AttentionReader:
         seen = last if last.dtype == torch.bool else last > -1e4
         count = int(seen.sum())
         return None if count == last.numel() else count
+
+
+def in_front(flow: Flow, run: Evaluation, entry: fx.Node, source: fx.Node, noise: Tensor) -> Norm | None:
+    """The norm between a block's entry and what a sublayer reads, None where there is none.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if flow.plain(source) is entry:
+        return None
+    found = read_norm(run, entry, source, {}, noise)
+    if isinstance(found, str):
+        raise ValueError(f"in front of it, {found}")
+    return found
 
 
 def behind(run: Evaluation, region: Region, node: fx.Node, noise: Tensor) -> tuple[Norm | None, float]:

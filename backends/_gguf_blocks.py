@@ -42,12 +42,11 @@ class Form:
     nbytes: int
 
 
-_BYTES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
-
-
 def form(kind: str, shape: tuple[int, ...]) -> Form:
     """A tensor of this type and shape."""
-    numbers, nbytes = _BYTES[kind]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     return Form(kind, shape, int(numpy.prod(shape, dtype=numpy.int64)) // numbers * nbytes)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from surgeon.backends._gguf_attention import behind
-from surgeon.backends._gguf_parts import FeedForward, Matrix, Mixture, Norm, Weights, times
-from surgeon.backends._gguf_probe import Evaluation, read_norm
+from surgeon.backends._gguf_attention import behind, in_front
+from surgeon.backends._gguf_parts import FeedForward, Matrix, Mixture, Weights, times
+from surgeon.backends._gguf_probe import Evaluation
 from surgeon.backends._gguf_weights import matrix, stack
 from surgeon.discovery.flow import Flow
 from surgeon.gates import gate
@@ -26,7 +26,7 @@ def read_ffn(graph: Graph, flow: Flow, run: Evaluation, region: Region, site: st
     if len(region.ffn) != 1:
         raise ValueError(f"it holds {len(region.ffn)} feed-forward networks, needed one")
     part = region.ffn[0]
-    pre = _norm(flow, run, region.entry, part.input, noise)
+    pre = in_front(flow, run, region.entry, part.input, noise)
     post, factor = behind(run, region, part.down.node, noise)
     found = _dense(graph, flow, part, site)
     return replace(found, down=times(found.down, factor), pre=pre, post=post)
@@ -62,7 +62,7 @@ def read_mixture(
     part = region.moe[0]
     if problem := _unknown(part):
         raise ValueError(problem)
-    pre = _norm(flow, run, region.entry, part.input, noise)
+    pre = in_front(flow, run, region.entry, part.input, noise)
     w_in, w_out = (node for node in part.node.args[3:5])
     assert isinstance(w_in, fx.Node)
     assert isinstance(w_out, fx.Node)
@@ -160,15 +160,6 @@ def _shared(graph: Graph, flow: Flow, part: MoE, site: str) -> tuple[FeedForward
     ffn = _dense(graph, flow, part.shared[0], f"{site}.shared")
     scale = None if part.shared_gate is None else matrix(graph, flow, part.shared_gate, f"{site}.shared_gate")
     return ffn, scale
-
-
-def _norm(flow: Flow, run: Evaluation, entry: fx.Node, source: fx.Node, noise: Tensor) -> Norm | None:
-    if flow.plain(source) is entry:
-        return None
-    found = read_norm(run, entry, source, {}, noise)
-    if isinstance(found, str):
-        raise ValueError(f"in front of it, {found}")
-    return found
 
 
 # -- computing what was read ----------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ def _describe(writer: Any, decoder: Decoder, format: Format, forms: list[Form], 
     writer.add_name(name)
     types = Counter(found.kind for found in forms if len(found.shape) > 1)
     main = max(types, key=lambda kind: types[kind])
-    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}[main])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if main == "F32" else gguf.LlamaFileType[f"MOSTLY_{main}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(decoder.layers))
     writer.add_context_length(decoder.context)

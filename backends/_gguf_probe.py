@@ -17,6 +17,7 @@ from surgeon.backends._gguf_parts import Kind, Norm, Rotation
 from surgeon.caches import complete
 from surgeon.discovery.flow import Flow
 from surgeon.graph import Graph
+from surgeon.verify import relative_error
 
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """What rounding to a type of 16 bits changes, relative."""
@@ -195,9 +196,8 @@ def _read(flow: Flow, source: fx.Node, result: fx.Node) -> tuple[int, set[float]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """``||found - wanted|| / ||wanted||``."""
-    difference, norm = float((found.double() - wanted.double()).norm()), float(wanted.double().norm())
-    error = difference / norm if norm else difference
+    """``||found - wanted|| / ||wanted||``, infinite where something is not finite."""
+    error = relative_error(found, wanted)
     return error if math.isfinite(error) else math.inf
 
 

@@ -15,6 +15,7 @@ from surgeon.discovery.flow import Flow
 from surgeon.discovery.linears import stored
 from surgeon.graph import Graph
 from surgeon.numerics import QuantizedTensor
+from surgeon.resizing import constant_value
 from surgeon.structure import Embedding, Linear
 
 _DEQUANTIZE = torch.ops.surgeon.dequantize.default
@@ -26,26 +27,23 @@ def matrix(graph: Graph, flow: Flow, linear: Linear, label: str) -> Matrix:
     Raises:
         ValueError: it is stored in a form that is not read here.
     """
-    node = _operand(flow, linear)
-    found = _weight(graph, flow, node, f"{label} ({linear.weight})", transposed=linear.transposed)
+    found = whole(graph, flow, linear, label)
     rows = None
     if linear.rows is not None:
         rows = torch.arange(*linear.rows)
     elif linear.index is not None:
         rows = torch.tensor(linear.index)
     columns = None if linear.columns is None else torch.arange(*linear.columns)
-    bias = None if linear.bias is None else graph.tensor(linear.bias).detach().reshape(-1)
-    if bias is not None and rows is not None:
-        bias = bias[rows]
+    bias = found.bias if found.bias is None or rows is None else found.bias[rows]
     shape = (found.shape[0] if rows is None else len(rows), found.shape[1] if columns is None else len(columns))
-    return Matrix(found.label, shape, found.make, found.codes, rows, columns, bias=bias)
+    return replace(found, shape=shape, rows=rows, columns=columns, bias=bias)
 
 
 def whole(graph: Graph, flow: Flow, linear: Linear, label: str) -> Matrix:
     """The weight of a linear with all its rows, and its whole bias."""
     found = _weight(graph, flow, _operand(flow, linear), f"{label} ({linear.weight})", transposed=linear.transposed)
     bias = None if linear.bias is None else graph.tensor(linear.bias).detach().reshape(-1)
-    return Matrix(found.label, found.shape, found.make, found.codes, bias=bias)
+    return replace(found, bias=bias)
 
 
 def table(graph: Graph, flow: Flow, part: Embedding, label: str) -> Matrix:
@@ -116,15 +114,8 @@ def _maker(graph: Graph, node: fx.Node) -> Callable[[], Tensor]:
     """Computes what a constant node is, from stored tensors."""
 
     def make() -> Tensor:
-        return _computed(graph, node)
+        value = constant_value(graph, node)
+        assert value is not None
+        return value
 
     return make
-
-
-def _computed(graph: Graph, node: fx.Node) -> Tensor:
-    if node.op == "get_attr":
-        return graph.tensor(str(node.target)).detach()
-    with torch.no_grad():
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda part: _computed(graph, part))
-        result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function target
-    return result

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from surgeon.backends._onnx_support import quiet
+from surgeon.backends._onnx_support import is_of_python, quiet, registry_of
 from surgeon.graph import Graph
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)
@@ -118,15 +118,14 @@ def _translates(node: fx.Node, opset: int) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         known = target in _registry(opset)[0] or target in _ASSERTIONS or target.namespace == "onnx_symbolic"
         return known and not target._schema.is_mutable
-    return getattr(target, "__module__", "") in ("_operator", "math", "builtins")
+    return is_of_python(target)
 
 
 @cache
 def _registry(opset: int) -> tuple[frozenset[Any], Mapping[Any, Callable[..., Any]]]:
     """Operators that torch.onnx translates, and what it decomposes all others with."""
     from torch.onnx._internal.exporter import _decomp  # neither list is public
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+    translated = frozenset(_decomp.get_onnx_implemented_overloads(registry_of(opset)))
     with quiet():
-        translated = frozenset(_decomp.get_onnx_implemented_overloads(ONNXRegistry.from_torchlib(max(opset, 18))))
         return translated, _decomp.create_onnx_friendly_decomposition_table(set(translated))

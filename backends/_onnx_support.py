@@ -67,20 +67,30 @@ def _is_double_weight(graph: Graph, node: fx.Node) -> bool:
 def _translates(target: Any, opset: int) -> bool:
     """Whether this backend or torch.onnx translates an operator, itself or after its decomposition."""
     if not isinstance(target, torch._ops.OpOverload):
-        return getattr(target, "__module__", "") in ("_operator", "math", "builtins") or str(target) in _registered(opset)
+        return is_of_python(target) or str(target) in _registered(opset)
     if target._schema.name in OURS:
         return True
     name = f"{target._schema.name}.{target._schema.overload_name}".rstrip(".")
     return name in _registered(opset) or target in _decomposed() or _is_composite(target)
 
 
+def is_of_python(target: Any) -> bool:
+    """Whether a node calls a function of Python on sizes."""
+    return getattr(target, "__module__", "") in ("_operator", "math", "builtins")
+
+
 @cache
-def _registered(opset: int) -> frozenset[str]:
-    from torch.onnx._internal.exporter._registration import ONNXRegistry  # there is no public list of translations
+def registry_of(opset: int) -> Any:
+    """The exporter's registry of translations; there is no public one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with quiet():
-        registry = ONNXRegistry.from_torchlib(max(opset, 18))
-    return frozenset(key if isinstance(key, str) else str(key) for key in registry.functions)
+        return ONNXRegistry.from_torchlib(max(opset, 18))
+
+
+@cache
+def _registered(opset: int) -> frozenset[str]:
+    return frozenset(key if isinstance(key, str) else str(key) for key in registry_of(opset).functions)
 
 
 @cache

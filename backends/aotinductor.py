@@ -30,8 +30,8 @@ from surgeon.errors import LowerError
 from surgeon.generation import Decoder
 from surgeon.graph import Graph, assign_tensor
 from surgeon.latency import pinned_threads
-from surgeon.ports import InputCheck, port_of
-from surgeon.refusals import listed
+from surgeon.ports import InputCheck
+from surgeon.refusals import refuse
 
 FILE = "model.pt2"
 _LARGE = 1 << 24
@@ -105,9 +105,7 @@ class AotInductor(Backend):
         Raises:
             LowerError: the graph is refused (every reason is listed), torch cannot export or compile it, or the disk is full.
         """
-        refusals = self.refuses(graph)
-        if refusals:
-            raise LowerError("\n  ".join(["aotinductor cannot express this graph:", *listed(refusals, graph)]))
+        refuse("aotinductor cannot express this graph", graph, self.refuses(graph))
         from surgeon.backends._aot_joined import joined_linears
         from surgeon.backends._aot_lowering import Decomposed, low_bit_kernels, placed
         from surgeon.backends._aot_repairs import compilable
@@ -176,11 +174,7 @@ class AotInductor(Backend):
             )
         if options.device == "cuda" and not torch.cuda.is_available():
             raise LowerError(f"{folder / FILE} was compiled for CUDA, and no CUDA device is here")
-        files = ArtifactFile.recorded(folder, manifest["files"])
-        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
-        return AotInductorArtifact(
-            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))
-        )
+        return AotInductorArtifact.recorded(folder, cls.name, options.model_dump(mode="json"), manifest)
 
 
 @dataclass

@@ -25,7 +25,8 @@ from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.generation import Decoder
 from surgeon.graph import Graph
-from surgeon.ports import check_inputs, port_of
+from surgeon.ports import check_inputs
+from surgeon.refusals import refused
 
 FILE = "model.gguf"
 
@@ -107,8 +108,7 @@ class Gguf(Backend):
 
         found = self._planned(graph)
         if isinstance(found, list):
-            listed = "\n".join(f"  {refusal.node}: {refusal.reason}" for refusal in found)
-            raise LowerError(f"no architecture of llama.cpp that is written here computes this graph:\n{listed}")
+            raise refused("no architecture of llama.cpp that is written here computes this graph", graph, found)
         decoder, format = found
         vocabulary = vocabulary_of(graph, decoder.embedding.shape[0], wanted=self.tokenizer)
         name = Path(graph.source.path).name if graph.source.path else graph.source.description
@@ -131,11 +131,7 @@ class Gguf(Backend):
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> GgufArtifact:
         """Open a file that a build wrote; llama.cpp maps it on first use."""
         options = cls.model_validate(manifest["options"])
-        files = ArtifactFile.recorded(folder, manifest["files"])
-        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
-        return GgufArtifact(
-            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))
-        )
+        return GgufArtifact.recorded(folder, cls.name, options.model_dump(mode="json"), manifest)
 
 
 @dataclass

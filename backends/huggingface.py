@@ -28,8 +28,8 @@ from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.latency import pinned_threads
-from surgeon.ports import check_inputs, port_of
-from surgeon.refusals import listed
+from surgeon.ports import check_inputs
+from surgeon.refusals import refused
 
 
 class HuggingFace(Backend):
@@ -89,7 +89,7 @@ class HuggingFace(Backend):
 
         found = plan(graph, architecture=self.architecture, repeat_merged=self.merged_experts == "repeat")
         if isinstance(found, list):
-            raise LowerError("\n  ".join(["a checkpoint cannot express this graph:", *listed(found, graph)]))
+            raise refused("a checkpoint cannot express this graph", graph, found)
         details = write(found, graph, folder, self.shard)
         details["loaded_by"] = auto_class(details["architecture"]) or details["architecture"]
         files = tuple(
@@ -105,11 +105,7 @@ class HuggingFace(Backend):
     def load(cls, folder: Path, manifest: Mapping[str, Any]) -> HuggingFaceArtifact:
         """Open a checkpoint that a build wrote; its weights are read on first use."""
         options = cls.model_validate(manifest["options"])
-        files = ArtifactFile.recorded(folder, manifest["files"])
-        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
-        return HuggingFaceArtifact(
-            folder, cls.name, options.model_dump(mode="json"), files, inputs, outputs, dict(manifest.get("details", {}))
-        )
+        return HuggingFaceArtifact.recorded(folder, cls.name, options.model_dump(mode="json"), manifest)
 
 
 @dataclass

@@ -26,11 +26,9 @@ from surgeon.backends._onnx_artifact import OnnxRuntimeArtifact
 from surgeon.backends._onnx_halves import OnnxHalvesArtifact
 from surgeon.backends._trt_profiles import Sizes
 from surgeon.contract import ArtifactFile, Backend, Refusal
-from surgeon.errors import LowerError
 from surgeon.graph import Graph
 from surgeon.halves import halves, has_halves
-from surgeon.ports import port_of
-from surgeon.refusals import listed
+from surgeon.refusals import refuse
 
 __all__ = ["OnnxRuntime", "OnnxRuntimeArtifact"]
 
@@ -162,9 +160,7 @@ class OnnxRuntime(Backend):
             LowerError: the library is missing, the graph is refused (every reason is listed), or torch.onnx fails.
         """
         runtime.runtime(self.provider)
-        refusals = self.refuses(graph)
-        if refusals:
-            raise LowerError("\n  ".join(["onnxruntime cannot express this graph:", *listed(refusals, graph)]))
+        refuse("onnxruntime cannot express this graph", graph, self.refuses(graph))
         if self.provider == "tensorrt":
             return self._lower_to_engines(graph, folder)
         whole = OnnxRuntimeArtifact(
@@ -240,8 +236,6 @@ class OnnxRuntime(Backend):
         """
         options = cls.model_validate(manifest["options"])
         runtime.runtime(options.provider)
-        files = ArtifactFile.recorded(folder, manifest["files"])
-        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
-        kept, details = options.model_dump(mode="json"), dict(manifest.get("details", {}))
-        whole = OnnxRuntimeArtifact(folder, cls.name, kept, files, inputs, outputs, details, session_threads=options.threads)
-        return both.opened(whole) if "halves" in details else whole
+        kept = options.model_dump(mode="json")
+        whole = OnnxRuntimeArtifact.recorded(folder, cls.name, kept, manifest, session_threads=options.threads)
+        return both.opened(whole) if "halves" in whole.details else whole

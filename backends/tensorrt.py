@@ -30,8 +30,8 @@ from surgeon.contract import Artifact, ArtifactFile, Backend, Refusal
 from surgeon.discovery import discover
 from surgeon.errors import LowerError
 from surgeon.graph import Graph
-from surgeon.ports import check_inputs, port_of
-from surgeon.refusals import listed
+from surgeon.ports import check_inputs
+from surgeon.refusals import refuse
 from surgeon.verify import relative_error
 from surgeon.zeros import two_of_four
 
@@ -113,9 +113,7 @@ class TensorRT(Backend):
         Raises:
             LowerError: the graph is refused, or the parser or the builder refuse a node; names nodes and reasons.
         """
-        refusals = self.refuses(graph)
-        if refusals:
-            raise LowerError("\n  ".join(["tensorrt cannot express this graph:", *listed(refusals, graph)]))
+        refuse("tensorrt cannot express this graph", graph, self.refuses(graph))
         flavour = self._flavour()
         library = importlib.import_module(FLAVOURS[flavour])
         profile = profiles.profile(self.shapes, graph)
@@ -150,7 +148,7 @@ class TensorRT(Backend):
         Raises:
             LowerError: the flavour it was built by is not installed, or is another version.
         """
-        details = dict(manifest.get("details", {}))
+        details = manifest.get("details", {})
         name = FLAVOURS[details["flavour"]]
         if not _installed(name):
             raise LowerError(f"{folder / FILE} needs {name}, which is not installed: {cls.install()}")
@@ -160,9 +158,7 @@ class TensorRT(Backend):
                 f"{folder / FILE} was built by {name} {details['version']} and runs with that version only; this is {version}: "
                 "install that one, or build the artefact again"
             )
-        files = ArtifactFile.recorded(folder, manifest["files"])
-        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
-        return TensorRTArtifact(folder, cls.name, dict(manifest["options"]), files, inputs, outputs, details)
+        return TensorRTArtifact.recorded(folder, cls.name, dict(manifest["options"]), manifest)
 
     # -- building -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from surgeon.contract import Statistics
 from surgeon.graph import Graph
 from surgeon.numerics import QuantizedTensor
-from surgeon.sensitivity import Changed, Metric, Part, choose, matrix_of, names_of, weigh
+from surgeon.sensitivity import Changed, Metric, Part, choose, matrix_of, most_tokens, names_of, stated, weigh
 
 Rounded = Callable[[Tensor, int], QuantizedTensor]
 """Quantizes a weight [..., out, in] to a number of bits."""
@@ -85,7 +85,7 @@ def share_out(
     Raises:
         PlanError: a weight, or what the data make of it, is not finite.
     """
-    tokens = max((int(getattr(statistics[name], "tokens", 0)) for name in sites), default=0)
+    tokens = most_tokens(sites, statistics) if metric == "model" else 1
     stored: dict[str, int] = {}
 
     def changed(name: str, number: int) -> Changed:
@@ -104,10 +104,9 @@ def share_out(
     taken = choose(weights, budget, [usual] * len(weights))
     shares = {}
     for entry, choice, count in zip(weights, taken, codes, strict=True):
-        scale = 1 / max(tokens, 1) if metric == "model" else 1.0
-        errors = {bits: float(f"{error * scale:.4g}") for bits, error in zip(choices, entry.errors, strict=True)}
+        errors = stated(choices, entry, tokens)
         for number, name in enumerate(entry.readers):
-            shares[name] = Share(choices[choice], 0 if number else count, errors if entry.known else None)
+            shares[name] = Share(choices[choice], 0 if number else count, errors)
     unknown = (name for each in weights if not each.known for name in each.readers)
     notes = [f"{name}: calibration data say nothing of it; {choices[usual]} bits" for name in unknown]
     return shares, notes

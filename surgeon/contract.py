@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, fx
 
 from surgeon.errors import GenerateError, LowerError, PlanError
+from surgeon.ports import port_of
 from surgeon.structure import Linear, Selection, Site, Structure
 
 if TYPE_CHECKING:
@@ -402,6 +403,17 @@ class Artifact(abc.ABC):
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def recorded(cls, folder: Path, backend: str, options: dict[str, Any], manifest: Mapping[str, Any], **own: Any) -> Self:
+        """The artefact that a manifest describes, with its files as they were; ``own`` are fields of this class alone.
+
+        Raises:
+            LowerError: a file is missing or damaged.
+        """
+        files = ArtifactFile.recorded(folder, manifest["files"])
+        inputs, outputs = (tuple(map(port_of, manifest[key])) for key in ("inputs", "outputs"))
+        return cls(folder, backend, options, files, inputs, outputs, dict(manifest.get("details", {})), **own)
 
     @property
     def nbytes(self) -> int:

@@ -155,7 +155,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
         if request.backend is not None and lower:
             with bars.step(f"asking {request.backend.name}"), clock.phase("foresee"):
                 rehearsed, refusals = foreseen(request.backend, graph, request.steps, plans)
-                refuse(request.backend, rehearsed, refusals)
+                refuse(f"backend {request.backend.name} refuses this model", rehearsed, refusals)
                 del rehearsed
         fingerprint = graph.fingerprint()
 
@@ -258,7 +258,7 @@ def run(request: Request, *, progress: bool = True, lower: bool = True) -> Compi
             return _finish(compiled, clock)
 
         # lower, check the artefact against the graph, evaluate, write
-        refuse(request.backend, graph, request.backend.refuses(graph))
+        refuse(f"backend {request.backend.name} refuses this model", graph, request.backend.refuses(graph))
         target = request.output if request.output is not None else compiled.temporary_folder() / "artifact"
         with staged(target, request.force) as folder:
             lowered = lower_and_compare(request.backend, graph, folder, data.held_back, partial(_timed, bars, clock))

@@ -10,7 +10,7 @@ from surgeon.contract import Statistics
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.numerics import NumericsError, rank_for_ratio, rank_losses, saves
-from surgeon.sensitivity import Squares, Weight, choose, matrix_of
+from surgeon.sensitivity import Squares, Weight, choose, matrix_of, most_tokens, stated
 from surgeon.structure import Linear
 
 _CHOICES = 32
@@ -50,7 +50,7 @@ def by_loss(
     Raises:
         PlanError: a weight, or what the data make of it, is not finite, or no ranks are as small as the ratio.
     """
-    tokens = max((int(getattr(statistics[name], "tokens", 0)) for name in sites), default=0)
+    tokens = most_tokens(sites, statistics)
     weights, ranks, usual = [], [], []
     for name, part in sites.items():
         size = part.out_features * part.in_features
@@ -68,8 +68,7 @@ def by_loss(
     shares, notes = {}, []
     for entry, few, choice in zip(weights, ranks, taken, strict=True):
         (name,) = entry.readers
-        errors = {rank: float(f"{error / max(tokens, 1):.4g}") for rank, error in zip(few, entry.errors[:-1], strict=True)}
-        shares[name] = Share(few[choice] if choice < len(few) else None, errors if entry.known else None)
+        shares[name] = Share(few[choice] if choice < len(few) else None, stated(few, entry, tokens))
         if not entry.known and few:
             notes.append(f"{name}: calibration data say nothing of it; it keeps the share {ratio:g}")
     return shares, notes

@@ -62,14 +62,24 @@ def _rehearsed(step: Pass[Any], graph: Graph, plan: Plan[Any] | None) -> Graph:
     return clone
 
 
-def refuse(backend: Backend, graph: Graph, refusals: Sequence[Refusal]) -> None:
+def refuse(who: str, graph: Graph, refusals: Sequence[Refusal]) -> None:
     """Refuse a graph where there are reasons to.
+
+    Args:
+        who: refuses what, the head of the message.
+        graph: that is refused.
+        refusals: the reasons.
 
     Raises:
         LowerError: lists them.
     """
     if refusals:
-        raise LowerError("\n  ".join([f"backend {backend.name} refuses this model:", *listed(refusals, graph)]))
+        raise refused(who, graph, refusals)
+
+
+def refused(who: str, graph: Graph, refusals: Iterable[Refusal]) -> LowerError:
+    """The error of :func:`refuse`."""
+    return LowerError("\n  ".join([f"{who}:", *listed(refusals, graph)]))
 
 
 def listed(refusals: Iterable[Refusal], graph: Graph) -> list[str]:

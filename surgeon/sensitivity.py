@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -37,6 +37,7 @@ from surgeon.structure import Embedding, Linear, MoE, Site
 
 Metric = Literal["model", "site"]
 Part = Linear | Embedding | MoE
+Choice = TypeVar("Choice")
 
 TOKENS = 2048
 """Tokens on which each mixture is run with its experts changed."""
@@ -139,6 +140,21 @@ class Weight:
     errors: list[float] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     known: bool = False
+
+
+def stated(choices: Iterable[Choice], weight: Weight, tokens: int) -> dict[Choice, float] | None:
+    """What choices cost for each of so many tokens, to four digits, as plans say it; None where the data say nothing.
+
+    The last choices may be left out.
+    """
+    if not weight.known:
+        return None
+    return {choice: float(f"{error / max(tokens, 1):.4g}") for choice, error in zip(choices, weight.errors, strict=False)}
+
+
+def most_tokens(sites: Iterable[str], statistics: Statistics) -> int:
+    """How many tokens were seen at the site that saw the most."""
+    return max((int(getattr(statistics[name], "tokens", 0)) for name in sites), default=0)
 
 
 def weigh(

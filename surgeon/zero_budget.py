@@ -15,7 +15,7 @@ from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
 from surgeon.numerics import Zeros
 from surgeon.samples import Sample
-from surgeon.sensitivity import Changed, Part, Squares, choose, matrix_of, names_of, weigh
+from surgeon.sensitivity import Changed, Part, Squares, choose, matrix_of, most_tokens, names_of, stated, weigh
 from surgeon.structure import MoE
 
 Sparse = Callable[[Tensor, Tensor, Zeros], Tensor]
@@ -76,7 +76,7 @@ def by_loss(
     """
     shares = shares_about(average, spread)
     usual = shares.index(average)
-    tokens = max((int(getattr(statistics[name], "tokens", 0)) for name in sites), default=0)
+    tokens = most_tokens(sites, statistics)
     sums: dict[str, Sequence[Tensor]] = {}  # of the site at hand
 
     def changed(name: str, number: int) -> Changed:
@@ -93,11 +93,10 @@ def by_loss(
 
     weights = weigh(graph, sites, statistics, changed, [f"with {100 * share:.0f} % zeros" for share in shares], "model")
     taken = choose(weights, sum(each.sizes[usual] for each in weights), [usual] * len(weights))
-    found = {}
+    found: dict[str, Share] = {}
     for entry, choice in zip(weights, taken, strict=True):
-        errors = {share: float(f"{error / tokens:.4g}") for share, error in zip(shares, entry.errors, strict=True)}
-        for name in entry.readers:
-            found[name] = Share(shares[choice], errors if entry.known else None)
+        errors = stated(shares, entry, tokens)
+        found |= {name: Share(shares[choice], errors) for name in entry.readers}
     unknown = (name for each in weights if not each.known for name in each.readers)
     return found, [f"{name}: calibration data say nothing of it; the share {average:g} goes" for name in unknown]
 
