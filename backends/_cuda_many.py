@@ -122,7 +122,8 @@ def _many_rows_kernel(
     """One program: one block of the product of one expert.
 
     Programs are dealt to the experts in their order, as many as each has blocks; those of one expert that read the same rows of
-    its matrix follow each other.  An expert's last rows of x are seldom a whole block, and take half of one where they fit.
+    its matrix follow each other.  An expert's last rows of x are seldom a whole block, and take half or a quarter of one if
+    they fit.
     """
     slot = tl.arange(0, SLOTS)
     stop = tl.load(ends + slot, mask=slot < EXPERTS, other=0)
@@ -142,10 +143,16 @@ def _many_rows_kernel(
                 BITS, UNIT, GROUP, ZERO, TILE, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, FOURS, GATED, BIASED, BASE, ALPHA, GATE_MAX,
                 CAP, SCALE, SHIFT, UP_LIMIT, OFFSET, NONE,
             )  # fmt: skip
-        else:
+        elif last - first > BLOCK_M // 4:
             _block(
                 x, weight, scale, zero, bias, out, expert, first, last, place // blocks_m, count, rows_out, width, groups,
                 BITS, UNIT, GROUP, ZERO, TILE, BLOCK_M // 2, BLOCK_N, BLOCK_K, EVEN, FOURS, GATED, BIASED, BASE, ALPHA,
+                GATE_MAX, CAP, SCALE, SHIFT, UP_LIMIT, OFFSET, NONE,
+            )  # fmt: skip
+        else:
+            _block(
+                x, weight, scale, zero, bias, out, expert, first, last, place // blocks_m, count, rows_out, width, groups,
+                BITS, UNIT, GROUP, ZERO, TILE, BLOCK_M // 4, BLOCK_N, BLOCK_K, EVEN, FOURS, GATED, BIASED, BASE, ALPHA,
                 GATE_MAX, CAP, SCALE, SHIFT, UP_LIMIT, OFFSET, NONE,
             )  # fmt: skip
 

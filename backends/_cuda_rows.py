@@ -42,10 +42,11 @@ _PROGRAMS = 256
 def _few_rows_kernel(
     x, index, weight, scale, zero, bias, out, pairs, rows_out, width, row_units, row_step, group_step, groups, scale_row,
     scale_group,
-    DIVISOR: tl.constexpr, PAIRED: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FOURS: tl.constexpr, GATED: tl.constexpr,
-    BIASED: tl.constexpr, BASE: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, CAP: tl.constexpr,
+    DIVISOR: tl.constexpr, PAIRED: tl.constexpr, EXPERTS: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FOURS: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, BASE: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr,
+    CAP: tl.constexpr,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr, NONE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of the matrix of one expert times the rows of x that it has, over one part of the columns.
@@ -67,7 +68,14 @@ def _few_rows_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     every = tl.arange(0, ALL)
     if PAIRED:
-        mine = tl.load(index + every, mask=every < pairs, other=-1) == expert
+        chosen = tl.load(index + every, mask=every < pairs, other=-1)
+        if tl.num_programs(1) < EXPERTS:  # fewer pairs than experts: one program for each pair, the first of its expert
+            own = tl.program_id(1)
+            expert = tl.sum(tl.where(every == own, chosen, 0), 0)
+            mine = (chosen == expert) & (tl.min(tl.where(chosen == expert, every, ALL), 0) == own)
+            mine = mine & (expert >= 0) & (expert < EXPERTS)
+        else:
+            mine = chosen == expert
     else:
         mine = every < pairs
     count = tl.sum(mine.to(tl.int32))
@@ -262,13 +270,15 @@ def _launch(
     halves = x.element_size() == 2
     base, alpha, gate_max, cap, factor, shift, up_limit, offset = gate or (0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     columns, block_n = (rows_out, TILE) if gate is None else (rows_out // 2, TILE // 2)
-    wrapped(_few_rows_kernel)[(-(-columns // block_n), experts, parts)](
+    # programs of experts without rows end at once, but eight experts have three times as many of them as two that are chosen
+    matrices = experts if index is None else torch.sym_min(experts, pairs)  # type: ignore[no-untyped-call]
+    wrapped(_few_rows_kernel)[(-(-columns // block_n), matrices, parts)](
         x, weight if index is None else index, weight, weight if scale is None else scale, weight if zero is None else zero,
         weight if bias is None else bias, out, pairs, rows_out, width, units, row_step, group_step, groups, scale_row,
         scale_group,
-        DIVISOR=divisor, PAIRED=index is not None, BITS=bits, UNIT=unit, GROUP=max(group, 1), ZERO=zero is not None,
-        PARTS=parts, ALL=PAIRS, BLOCK_M=8 if bits and index is not None and halves else 16, BLOCK_N=TILE, BLOCK_K=block_k,
-        EVEN=columns % block_n == 0 and width % block_k == 0, PRECISION="ieee",
+        DIVISOR=divisor, PAIRED=index is not None, EXPERTS=experts, BITS=bits, UNIT=unit, GROUP=max(group, 1),
+        ZERO=zero is not None, PARTS=parts, ALL=PAIRS, BLOCK_M=8 if bits and index is not None and halves else 16,
+        BLOCK_N=TILE, BLOCK_K=block_k, EVEN=columns % block_n == 0 and width % block_k == 0, PRECISION="ieee",
         FOURS=unit == 4 and bits == 4 and halves and compiles(), GATED=gate is not None, BIASED=bias is not None, BASE=base,
         ALPHA=alpha, GATE_MAX=gate_max, CAP=cap, SCALE=factor, SHIFT=shift, UP_LIMIT=up_limit, OFFSET=offset, NONE=UNLIMITED,
         num_warps=4, num_stages=4,

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+STEPS = 8
+"""Steps of decoding that are timed together: a text goes on without waiting for each token to reach the host."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,6 +42,11 @@ class Cell:
     phase: str
     batch: int
     length: int
+
+    @property
+    def steps(self) -> int:
+        """Runs of the model in one that is timed."""
+        return STEPS if self.phase == "decode" else 1
 
 
 def cells(shape: Shape) -> list[Cell]:

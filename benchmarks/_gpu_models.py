@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_floor import Cell, Shape, cells, layers_and_experts
+from _gpu_floor import STEPS, Cell, Shape, cells, layers_and_experts
 
 MERGE = {"merge_experts": {"groups": 4, "align": False}}
 DROP = {"drop_blocks": {"ratio": 0.25}}
@@ -137,6 +137,7 @@ def _port(port: Any) -> dict[str, Any]:
 
 
 def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, Any], int, Any]:
+    """By cell what runs it (``cell.steps`` of decoding), bytes and the artefact."""
     from surgeon.candidates import Case, inputs_for
     from surgeon.registry import backend_class
 
@@ -146,8 +147,26 @@ def artifact_runs(shape: Shape, runtime: str, folder: Path) -> tuple[dict[Cell, 
     for cell in cells(shape):
         case = Case("decode" if cell.phase == "decode" else "prefill", cell.batch, cell.length)
         inputs = inputs_for(artifact.inputs, case, {"input_ids": [0, shape.vocabulary - 1]})
-        runs[cell] = artifact.stepping({name: value.to(shape.device) for name, value in inputs.items()})
+        placed = {name: value.to(shape.device) for name, value in inputs.items()}
+        runs[cell] = _continuing(artifact, placed) if cell.phase == "decode" else artifact.stepping(placed)
     return runs, artifact.nbytes, artifact
+
+
+def _continuing(artifact: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """Steps of decoding behind one past, each a position further where the artefact keeps its caches in buffers."""
+    from surgeon.caches import MASK, POSITIONS
+
+    decoder = artifact.decoder()
+    if not hasattr(decoder, "resume"):
+        step = artifact.stepping(inputs)
+        return lambda: [step() for _ in range(STEPS)]
+    rest = decoder.resume(inputs)
+    counted = [port.name for port in artifact.inputs if port.role == POSITIONS]
+    steps = [
+        {**rest, MASK: torch.nn.functional.pad(rest[MASK], (0, step), value=1), **{name: rest[name] + step for name in counted}}
+        for step in range(STEPS)
+    ]
+    return lambda: [decoder(step) for step in steps]
 
 
 def module_runs(shape: Shape, variant: str, compiled: bool) -> tuple[dict[Cell, Any], int]:
@@ -169,7 +188,7 @@ def module_runs(shape: Shape, variant: str, compiled: bool) -> tuple[dict[Cell, 
         if cell.phase == "prefill":
             runs[cell] = partial(prefill, input_ids=ids, use_cache=True)
             continue
-        room = cell.length + 1
+        room = cell.length + STEPS
         cache = StaticCache(config=model.config, max_cache_len=room) if compiled else DynamicCache(config=model.config)
         filled = torch.randint(0, shape.vocabulary, (cell.batch, cell.length), generator=generator).to(shape.device)
         argument = "cache" if "cache" in _parameters(model) else "past_key_values"
@@ -185,18 +204,20 @@ def _parameters(model: Any) -> Any:
 
 
 def _step(forward: Any, ids: Any, cache: Any, argument: str, length: int, static: bool) -> Any:
-    positions = torch.full((ids.shape[0], 1), length, device=ids.device)
+    """Steps of decoding, each a position further; then the cache is as it was."""
+    positions = [torch.full((ids.shape[0], 1), length + step, device=ids.device) for step in range(STEPS)]
 
-    def step() -> None:
-        forward(input_ids=ids, position_ids=positions, use_cache=True, **{argument: cache})
+    def steps() -> None:
+        for position in positions:
+            forward(input_ids=ids, position_ids=position, use_cache=True, **{argument: cache})
         if static:
-            for layer in cache.layers:  # the next step writes to the same place
+            for layer in cache.layers:
                 held = getattr(layer, "cumulative_length", None)
                 if torch.is_tensor(held):
                     held.fill_(length)
                 elif held is not None:
                     layer.cumulative_length = length
         else:
-            cache.crop(-1)
+            cache.crop(-STEPS)
 
-    return step
+    return steps

@@ -1,8 +1,9 @@
 """Operating on a model on a GPU beside the same on the CPU: seconds of each pass, and how alike the results are.
 
-A random Llama-shaped decoder in bfloat16; GPTQ, SparseGPT, factoring, pruning of neurons and heads and dropping of blocks,
-each alone on the same random tokens.  The CPU has all its cores.  ``same`` is the share of tokens for which both results
-predict the same token, ``KL`` their divergence from the source, which must be alike: sums round in another order there.
+A random Llama-shaped decoder in bfloat16; GPTQ, SparseGPT, factoring, pruning of neurons and heads and dropping of blocks
+(budgets shared out by loss too), each alone on the same random tokens.  The CPU has all its cores.  ``same`` is the share of
+tokens for which both results predict the same token, ``KL`` their divergence from the source, which must be alike: sums round
+in another order there.
 
     python benchmarks/device.py
     python benchmarks/device.py --hidden 4096 --layers 2 --length 2048
@@ -24,8 +25,11 @@ from surgeon.compiled import Compiled
 
 STEPS = {
     "quantize int4": {"quantize": {"scheme": "int4", "algorithm": "gptq", "group": 128}},
-    "sparsify": {"sparsify": {"pattern": "2:4"}},
+    "quantize mixed": {"quantize": {"scheme": "mixed", "bits": 3, "of": [2, 4, 8], "algorithm": "gptq", "group": 128}},
+    "sparsify 2:4": {"sparsify": {"pattern": "2:4"}},
+    "sparsify loss": {"sparsify": {"sparsity": 0.5, "allocation": "loss"}},
     "low_rank": {"low_rank": {"ratio": 0.8}},
+    "low_rank loss": {"low_rank": {"ratio": 0.8, "allocation": "loss"}},
     "drop_neurons": {"drop_neurons": {"ratio": 0.25, "multiple": 64}},
     "drop_heads": {"drop_heads": {"ratio": 0.5}},
     "drop_blocks": {"drop_blocks": {"count": 1}},
@@ -58,7 +62,7 @@ def main(arguments: list[str]) -> int:
     data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
     card = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
     print(f"torch {torch.__version__}, {card}, {torch.get_num_threads()} threads of the CPU, bfloat16, {given}")
-    print(f"{'':14}{'CPU s':>9}{'device s':>10}{'faster':>9}{'KL CPU':>11}{'KL device':>11}{'same':>7}")
+    print(f"{'':16}{'CPU s':>9}{'device s':>10}{'faster':>9}{'KL CPU':>11}{'KL device':>11}{'same':>7}")
     for name in given.steps:
         built: list[Compiled] = [
             surgeon.compile(
@@ -73,7 +77,7 @@ def main(arguments: list[str]) -> int:
             tokens = [one.graph(**data[-1])["logits"].argmax(-1) for one in built]
         same = float((tokens[0] == tokens[1]).double().mean())
         times = f"{here:9.1f}{there:10.1f}{here / there:8.2f}x"
-        print(f"{name:14}{times}{divergence[0]:11.4f}{divergence[1]:11.4f}{same:7.1%}", flush=True)
+        print(f"{name:16}{times}{divergence[0]:11.4f}{divergence[1]:11.4f}{same:7.1%}", flush=True)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 Random weights, hidden 4096, expert width 14336, 8 experts of which 2 are chosen, bfloat16.  Variants: ``whole``; experts
 ``merged`` from 8 to 4; a quarter of the blocks ``dropped``; ``int4`` weights; ``dropped int4``.  Cells: prefill of 2048 tokens
-at batch 1, decode of one token behind 2048 cached positions at batch 1 and 16.  Beside each decode stands the floor: bytes
-that a step must read (weights of the experts that are hit in expectation, and the caches) over the card's bandwidth.
+at batch 1, decode behind 2048 cached positions at batch 1 and 16: eight tokens in a row, as a text goes on, and an eighth of
+their time (ONNX Runtime repeats one step, and waits for each).  Beside each decode stands the floor: bytes that a step must
+read (weights of the experts that are hit in expectation, and the caches) over the card's bandwidth.
 
 Eager and torch.compile run a model of the variant's shape (fewer layers, fewer experts); they have no int4, and run bfloat16
 there.  Every cell runs in a process of its own, so that one that fails or runs out of memory leaves the others, and says why.
@@ -87,16 +88,17 @@ def synchronised(function: Any, device: str) -> Any:
     return run
 
 
-def launches(run: Callable[[], Any], repeats: int = 4) -> list[dict[str, Any]]:
-    """What one run launches on the device: each kernel's name, times and microseconds in all, the longest first."""
+def launches(run: Callable[[], Any], steps: int, repeats: int = 4) -> list[dict[str, Any]]:
+    """What one of a run's steps launches on the device: each kernel's name, times and microseconds in all, longest first."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profile:
         for _ in range(repeats):
             run()
     found = [event for event in profile.key_averages() if event.self_device_time_total]
     found.sort(key=lambda event: -event.self_device_time_total)
+    count = repeats * steps
     return [
-        {"kernel": event.key, "times": event.count / repeats, "microseconds": event.self_device_time_total / repeats}
+        {"kernel": event.key, "times": event.count / count, "microseconds": event.self_device_time_total / count}
         for event in found
     ]
 
@@ -139,10 +141,13 @@ def run_cell(shape: Shape, variant: str, runtime: str, folder: Path, profile: bo
                 figures.append({**asdict(cell), "problem": problems[cell]})
                 continue
             timing = measure(synchronised(run, shape.device), warmup=5, seconds=1.0 if shape.device == "cuda" else 0.0)
+            each = {name: ms / cell.steps if name.endswith("_ms") else ms for name, ms in asdict(timing).items()}
             tokens = cell.batch * (cell.length if cell.phase == "prefill" else 1)
-            figures.append({**asdict(cell), **asdict(timing), "tokens_per_second": 1e3 * tokens / timing.median_ms})
+            figures.append({
+                **asdict(cell), **each, "steps": cell.steps, "tokens_per_second": 1e3 * tokens / each["median_ms"]
+            })  # fmt: skip
             if profile and runtime not in PEERS:
-                figures[-1]["launches"] = launches(synchronised(run, shape.device))
+                figures[-1]["launches"] = launches(synchronised(run, shape.device), cell.steps)
     peak = torch.cuda.max_memory_allocated() if shape.device == "cuda" else 0
     measured = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     return {**facts, "measured": measured, "bytes": size, "peak_bytes": peak, "cells": figures}
