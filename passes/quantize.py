@@ -60,6 +60,7 @@ from surgeon.numerics import (
     Levels,
     NumericsError,
     QuantizedTensor,
+    fitting_group,
     quantize_compensated,
     quantize_float8,
     quantize_groupwise,
@@ -350,7 +351,7 @@ class Quantize(Pass[QuantizePlan]):
         def make(weight: torch.Tensor) -> QuantizedTensor:
             matrix = weight.transpose(-1, -2) if transposed else weight
             if coded.hollow:
-                return QuantizedTensor.hollow(matrix, self._levels(decision), _fitting(decision.group, matrix.shape[-1]))
+                return QuantizedTensor.hollow(matrix, self._levels(decision), fitting_group(decision.group, matrix.shape[-1]))
             return made or self._quantized(matrix, decision, moment)
 
         return coded.read(name, (decision.bits, decision.group, decision.float8), make)
@@ -358,7 +359,7 @@ class Quantize(Pass[QuantizePlan]):
     def _quantized(
         self, matrix: torch.Tensor, decision: QuantizeWeight, moment: torch.Tensor | None
     ) -> QuantizedTensor:
-        group = _fitting(decision.group, matrix.shape[-1])
+        group = fitting_group(decision.group, matrix.shape[-1])
         if moment is not None:
             return quantize_compensated(
                 matrix,
@@ -427,7 +428,7 @@ class Quantize(Pass[QuantizePlan]):
                 stack,
                 *editor.graph.placed(sample.values()),
                 levels=self._levels(decision),
-                groups=(_fitting(decision.group, widths[0]), _fitting(decision.group, widths[1])),
+                groups=(fitting_group(decision.group, widths[0]), fitting_group(decision.group, widths[1])),
                 damp=self._damping,
                 shrink=self._shrink,
             )
@@ -485,13 +486,6 @@ def _scheme(decision: QuantizeWeight, scheme: str) -> str:
 def _weights(graph: Graph, part: _Part) -> int:
     names = (part.w_in, part.w_out) if isinstance(part, MoE) else (part.weight,)
     return sum(graph.tensor(name).numel() for name in names)
-
-
-def _fitting(group: int, in_features: int) -> int:
-    """A group that one row does not fill, halved as often as it still holds the row: the same codes with less padding."""
-    while group // 2 >= in_features and group % 32 == 0:
-        group //= 2
-    return group
 
 
 def _refuse_quantized(site: str, weight: torch.Tensor) -> None:

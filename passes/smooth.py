@@ -1,24 +1,29 @@
-"""Move the range of activations into the weights behind them, so that rounding both to 8 bits loses less.
+"""Scale activations down and the weights behind them up, feature by feature, so that rounding loses less.
 
 Paper:
-    SmoothQuant (Xiao et al. 2022, arXiv:2211.10438).
+    SmoothQuant (Xiao et al. 2022, arXiv:2211.10438), for weights and activations of 8 bits; AWQ (Lin et al. 2023,
+    arXiv:2306.00978), for low-bit weights alone.
 Formula:
     ``W x = (W diag(s)) (x / s)``, ``s_j = max_t |x_tj|^a / max_i |W_ij|^(1-a)``, over ``sqrt(max(s) min(s))``, and rounded to
     powers of two where weights have 16 bits, so that no digit of them is lost.  ``alpha: search`` takes, for every input, the
     a (or none) of least ``||Q(W diag(s)) Q(x / s) - W x||^2``, Q being the rounding of ``quantize: {scheme: int8_dynamic}``.
+    ``method: awq``: ``s_j = (mean_t |x_tj|)^a``, likewise centred and rounded, and the a of least
+    ``||Q(W diag(s)) (x / s) - W x||^2``, Q being rounding to the nearest in groups.
 Shapes:
     x: [tokens, in]; W: [out, in]; s: [in], one for all linears that read x.
 Units:
     alpha: the exponent a, the share of the range that moves into the weights; tokens: rows of the input.
 Reads:
     Each selected linear's input: its extremes (padding too, which takes part in the range at run time), and ``tokens`` rows.
+    Experts of mixtures stay as they are.
 Changes:
     The columns of the linears' weights are multiplied by s.  The input is divided by it where it is computed: in the weight of
     the norm or of the linear in front, where nothing else reads that; with ``insert: true`` elsewhere by one multiplication.
 Errors:
     PlanError for quantized weights, and for weights or inputs (padding too) that are not finite.
 Example:
-    ``- smooth: {alpha: search}``, before quantize with scheme int8_dynamic
+    ``- smooth: {alpha: search}``, before quantize with scheme int8_dynamic; ``- smooth: {method: awq, bits: 4, group: 128}``,
+    before quantize with that scheme and group
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
@@ -36,7 +41,7 @@ from surgeon.discovery import operators
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.mixtures import rows
-from surgeon.numerics import NumericsError, fake_quantize_dynamic, quantize_groupwise, require_finite
+from surgeon.numerics import NumericsError, fake_quantize_dynamic, fitting_group, quantize_groupwise, require_finite
 from surgeon.observe import Extremes
 from surgeon.rescaling import Factor, Readers, divisible, multiplied
 from surgeon.rewrite import Editor
@@ -45,6 +50,8 @@ from surgeon.structure import Linear, Site, Structure
 
 _EXPONENTS = (0.4, 0.55, 0.7, 0.85, 0.95)
 """Exponents that a search tries, beside none."""
+_AWQ_EXPONENTS = tuple(tenths / 10 for tenths in range(1, 11))
+"""The same for AWQ, which tries twice as many: the loss is flat between."""
 _FARTHEST = 2.0**8
 """Largest factor between a feature and the middle of all."""
 
@@ -69,7 +76,7 @@ class SmoothPlan(Plan[SmoothInput]):
 
 
 class Smooth(Pass[SmoothPlan]):
-    """Scale activations down and weights up, feature by feature, without changing the outputs, before both are quantized."""
+    """Scale activations down and weights up (SmoothQuant, AWQ), without changing the outputs, before they are quantized."""
 
     name = "smooth"
     scope: ClassVar[Literal["model", "block"]] = "block"
@@ -77,22 +84,37 @@ class Smooth(Pass[SmoothPlan]):
     apply_reads_statistics = True
     heals = False
 
+    method: Literal["smoothquant", "awq"] = "smoothquant"
+    """smoothquant: before int8_dynamic; awq: before low-bit weights with the nearest codes (gptq gains nothing by it)."""
     alpha: Annotated[float, Field(gt=0, le=1)] | Literal["search"] = "search"
     """Share of the range that moves into the weights: one number for all, or for every input what loses least."""
     insert: bool = True
     """Where the division cannot be made in weights in front, multiply: a norm whose output is the residual stream too, or an
     activation function. False leaves those alone: a checkpoint (backend huggingface) has no place for one more tensor."""
     tokens: Annotated[int, Field(ge=16)] = 256
-    """For search: tokens on which the roundings are compared."""
+    """For search and awq: tokens on which the roundings are compared."""
     seed: Seed = 0
     """Seed of their sample."""
+    bits: Literal[2, 4, 8] | None = None
+    """For awq: bits of the weights that quantize will store; 4 by default."""
+    group: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
+    """For awq: inputs per scale there; 32 by default."""
+    symmetric: bool | None = None
+    """For awq: whether zero points are fixed there; True by default."""
+
+    @model_validator(mode="after")
+    def _for_awq(self) -> Smooth:
+        for field in ("bits", "group", "symmetric"):
+            if getattr(self, field) is not None and self.method != "awq":
+                raise ValueError(f"{field} is for method awq; method is {self.method}")
+        return self
 
     def observers(self, structure: Structure) -> Mapping[str, Observer]:
         """Extremes, and where the exponent is searched tokens, of every value that selected linears read."""
         found: dict[str, Observer] = {}
         for source in _by_input(self.linears(structure)):
             found[source.name] = Extremes(source)
-            if self.alpha == "search":
+            if self.alpha == "search" or self.method == "awq":
                 found[f"{source.name}.sample"] = Sample(source, limit=self.tokens, seed=self.seed)
         return found
 
@@ -129,26 +151,56 @@ class Smooth(Pass[SmoothPlan]):
     ) -> float:
         if isinstance(self.alpha, float):
             return self.alpha
-        sample = statistics[f"{source.name}.sample"]
-        assert isinstance(sample, Sample)
-        peaks, largest = graph.placed((_extremes(statistics, source).peaks, _largest(graph, sites)))
-        x = graph.placed(sample.values()[0]).float()
+        x = graph.placed(_sample(statistics, source).values()[0]).float()
         weights = [graph.placed(rows(graph, site.part)).float() for site in sites]
-        wanted, halves = [x @ weight.T for weight in weights], _in_halves(graph, sites)
+        lost = self._lost_by_weights if self.method == "awq" else self._lost_by_both
+        exponents = _AWQ_EXPONENTS if self.method == "awq" else _EXPONENTS
+        errors = lost(graph, source, sites, statistics, (0.0, *exponents), x, weights)
+        return min(errors, key=errors.__getitem__)
 
-        def lost(alpha: float) -> float:
-            """Squared error where the scales are those of one half of the data and the range that of the other."""
-            total = 0.0
+    def _lost_by_both(
+        self, graph: Graph, source: fx.Node, sites: Sequence[Site[Linear]], statistics: Statistics,
+        exponents: Sequence[float], x: Tensor, weights: list[Tensor],
+    ) -> dict[float, float]:  # fmt: skip
+        """Squared error for each exponent, scales being those of one half of the data and the range that of the other."""
+        peaks, largest = graph.placed((_extremes(statistics, source).peaks, _largest(graph, sites)))
+        wanted, halves = [x @ weight.T for weight in weights], _in_halves(graph, sites)
+        found = dict.fromkeys(exponents, 0.0)
+        for alpha in exponents:
             for mine, other in ((0, 1), (1, 0)):
                 scale = _scale(alpha, peaks[mine], largest, halves) if alpha else torch.ones_like(largest, dtype=x.dtype)
                 # two rows at the end give the rounding the range that it will have, which padding widens too
                 reach = peaks[other].float() / scale
                 rounded = fake_quantize_dynamic(torch.cat([x / scale, reach[None], -reach[None]]))[:-2]
                 for weight, want in zip(weights, wanted, strict=True):
-                    total += float((rounded @ _rounded(weight * scale).T - want).double().square().sum())
-            return total
+                    found[alpha] += float((rounded @ _rounded(weight * scale).T - want).double().square().sum())
+        return found
 
-        return min((0.0, *_EXPONENTS), key=lost)
+    def _lost_by_weights(
+        self, graph: Graph, source: fx.Node, sites: Sequence[Site[Linear]], statistics: Statistics,
+        exponents: Sequence[float], x: Tensor, weights: list[Tensor],
+    ) -> dict[float, float]:  # fmt: skip
+        """Squared error of the outputs for each exponent, with weights in low bits."""
+        magnitude, halves = graph.placed(_magnitude(statistics, source)), _in_halves(graph, sites)
+        levels = {"bits": self.bits or 4, "symmetric": self.symmetric is not False}
+        found = dict.fromkeys(exponents, 0.0)
+        for alpha in exponents:
+            scale = _scale(alpha, magnitude, None, halves) if alpha else torch.ones_like(magnitude, dtype=x.dtype)
+            for weight in weights:
+                group = fitting_group(self.group or 32, weight.shape[1])
+                codes = quantize_groupwise(weight * scale, group=group, **levels)  # type: ignore[arg-type]
+                error = x @ (codes.dequantize() / scale - weight).T
+                found[alpha] += float(error.double().square().sum())
+        return found
+
+    def _scale_of(
+        self, graph: Graph, source: fx.Node, sites: Sequence[Site[Linear]], statistics: Statistics, alpha: float
+    ) -> Tensor:
+        """The factors s [in] of one value."""
+        halves = _in_halves(graph, sites)
+        if self.method == "awq":
+            return _scale(alpha, _magnitude(statistics, source), None, halves)
+        return _scale(alpha, _extremes(statistics, source).peak, _largest(graph, sites), halves)
 
     def check(self, graph: Graph, structure: Structure, plan: SmoothPlan) -> None:
         """Linears exist, read one value, and it can be divided as the plan says."""
@@ -176,8 +228,7 @@ class Smooth(Pass[SmoothPlan]):
             sites = [by_name[name] for name in decision.readers]
             source = sites[0].part.input
             _refuse_not_finite(editor.graph, sites, _extremes(statistics, source).peak)
-            peak, largest = _extremes(statistics, source).peak, _largest(editor.graph, sites)
-            scale = _scale(decision.alpha, peak, largest, _in_halves(editor.graph, sites))
+            scale = self._scale_of(editor.graph, source, sites, statistics, decision.alpha)
             factors = _foldable(source, structure, readers) if decision.folded else None
             # linears that are not selected read the divided value too where that is folded
             for site in sites if factors is None else _readers_of(source, structure):
@@ -232,6 +283,17 @@ def _extremes(statistics: Statistics, source: fx.Node) -> Extremes:
     return found
 
 
+def _sample(statistics: Statistics, source: fx.Node) -> Sample:
+    found = statistics[f"{source.name}.sample"]
+    assert isinstance(found, Sample)
+    return found
+
+
+def _magnitude(statistics: Statistics, source: fx.Node) -> Tensor:
+    """Mean magnitude of each feature over the sampled tokens, [in] float64."""
+    return _sample(statistics, source).values()[0].double().abs().mean(0)
+
+
 def _refuse_not_finite(graph: Graph, sites: Sequence[Site[Linear]], peak: Tensor) -> None:
     """Refuse a range that is no number: scales made of it would be none, or 1 without a word."""
     for site in sites:
@@ -263,12 +325,21 @@ def _in_halves(graph: Graph, sites: Sequence[Site[Linear]]) -> bool:
     return graph.tensor(sites[0].part.weight).dtype.itemsize < torch.float32.itemsize
 
 
-def _scale(alpha: float, peak: Tensor, largest: Tensor, halves: bool) -> Tensor:
-    """The factors s [in] for features of these peaks and columns of these largest weights; 1 where one of them is zero."""
-    alive = (peak > 0) & (largest > 0)
+def _scale(alpha: float, size: Tensor, largest: Tensor | None, halves: bool) -> Tensor:
+    """The factors s [in], ``size^alpha`` over ``largest^(1 - alpha)`` where that is given; 1 where one of them is zero.
+
+    Args:
+        alpha: the exponent.
+        size: of the features: their peaks or mean magnitudes.
+        largest: of the weights of each column.
+        halves: weights have 16 bits.
+    """
+    alive = (size > 0) if largest is None else (size > 0) & (largest > 0)
     if not bool(alive.any()):
-        return torch.ones(len(largest), device=largest.device)
-    exponent = alpha * peak.log2() - (1 - alpha) * largest.log2()
+        return torch.ones(len(size), device=size.device)
+    exponent = alpha * size.log2()
+    if largest is not None:
+        exponent = exponent - (1 - alpha) * largest.log2()
     middle = (exponent[alive].max() + exponent[alive].min()) / 2
     limit = math.log2(_FARTHEST)
     powers = (exponent - middle).clamp(-limit, limit)

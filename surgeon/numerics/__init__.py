@@ -61,6 +61,7 @@ from surgeon.numerics.quantization import QuantizedTensor as QuantizedTensor
 from surgeon.numerics.quantization import dequantize as dequantize
 from surgeon.numerics.quantization import dynamic_quantize_linear as dynamic_quantize_linear
 from surgeon.numerics.quantization import fake_quantize_dynamic as fake_quantize_dynamic
+from surgeon.numerics.quantization import fitting_group as fitting_group
 from surgeon.numerics.quantization import pack_codes as pack_codes
 from surgeon.numerics.quantization import quantize_float8 as quantize_float8
 from surgeon.numerics.quantization import quantize_groupwise as quantize_groupwise

@@ -200,6 +200,13 @@ class QuantizedTensor:
         return dequantize(self.packed, self.scale, self.zero_point, self.bits, self.group, self.in_features)
 
 
+def fitting_group(group: int, in_features: int) -> int:
+    """A group that one row does not fill, halved as often as it still holds the row: the same codes with less padding."""
+    while group // 2 >= in_features and group % 32 == 0:
+        group //= 2
+    return group
+
+
 def quantize_groupwise(
     weight: Tensor, *, bits: int, group: int, symmetric: bool, shrink: Sequence[float] = WHOLE_RANGE
 ) -> QuantizedTensor:
