@@ -350,7 +350,8 @@ class Quantize(Pass[QuantizePlan]):
         def make(weight: torch.Tensor) -> QuantizedTensor:
             matrix = weight.transpose(-1, -2) if transposed else weight
             if coded.hollow:
-                return QuantizedTensor.hollow(matrix, self._levels(decision), _fitting(decision.group, matrix.shape[-1]))
+                levels, columns = self._levels(decision), matrix.shape[-1]
+                return QuantizedTensor.empty(matrix, levels, levels.group(name, _fitting(decision.group, columns), columns))
             return made or self._quantized(matrix, decision, moment)
 
         return coded.read(name, (decision.bits, decision.group, decision.float8), make)

@@ -169,19 +169,6 @@ class QuantizedTensor:
         return cls(packed, weight.new_empty(inner), zero, levels.bits, group, columns)
 
     @classmethod
-    def hollow(cls, weight: Tensor, levels: Levels, group: int) -> QuantizedTensor:
-        """Codes of the form of those for a weight [..., out, in], all zero and in no memory to speak of."""
-        group = weight.shape[-1] if group == -1 else group
-        form = cls.empty(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), levels, group)
-        packed, scale, zero = (
-            None if tensor is None else torch.zeros(1, dtype=torch.uint8).to(tensor.dtype).expand(tensor.shape)
-            for tensor in form.tensors
-        )
-        assert packed is not None
-        assert scale is not None
-        return cls(packed, scale, zero, form.bits, form.group, form.in_features)
-
-    @classmethod
     def joined(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
         """Codes of several weights of one form, one behind the other in the first dimension."""
         if len(parts) == 1:
