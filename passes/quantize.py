@@ -57,6 +57,7 @@ from surgeon.moments import SecondMoment, totals
 from surgeon.numerics import (
     SEARCH,
     WHOLE_RANGE,
+    WIDE_SEARCH,
     Levels,
     NumericsError,
     QuantizedTensor,
@@ -162,10 +163,11 @@ class Quantize(Pass[QuantizePlan]):
                 raise ValueError(f"{field} is for algorithm gptq; algorithm is {self.algorithm}")
         return self
 
-    @property
-    def _shrink(self) -> Sequence[float]:
+    def _shrink(self, bits: int) -> Sequence[float]:
         searched = self.scales == "search" or (self.scales is None and self.algorithm == "gptq")
-        return SEARCH if searched and self.scheme != "fp8" else WHOLE_RANGE
+        if not searched or self.scheme == "fp8":
+            return WHOLE_RANGE
+        return WIDE_SEARCH if bits == 2 and self.algorithm == "nearest" else SEARCH
 
     @property
     def _metric(self) -> Metric:
@@ -367,12 +369,12 @@ class Quantize(Pass[QuantizePlan]):
                 levels=self._levels(decision),
                 group=group,
                 damp=self._damping,
-                shrink=self._shrink,
+                shrink=self._shrink(decision.bits),
             )
         if decision.float8:
             return quantize_float8(matrix, group=group)
         return quantize_groupwise(
-            matrix, bits=decision.bits, group=group, symmetric=self.symmetric, shrink=self._shrink
+            matrix, bits=decision.bits, group=group, symmetric=self.symmetric, shrink=self._shrink(decision.bits)
         )
 
     def _levels(self, decision: QuantizeWeight) -> Levels:
@@ -430,7 +432,7 @@ class Quantize(Pass[QuantizePlan]):
                 levels=self._levels(decision),
                 groups=(_fitting(decision.group, widths[0]), _fitting(decision.group, widths[1])),
                 damp=self._damping,
-                shrink=self._shrink,
+                shrink=self._shrink(decision.bits),
             )
         for name, codes in zip((part.w_in, part.w_out), made, strict=True):
             readers = [node for node in part.node.all_input_nodes if node.op == "get_attr" and node.target == name]

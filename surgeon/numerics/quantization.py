@@ -24,6 +24,11 @@ WHOLE_RANGE = (1.0,)
 SEARCH = tuple(1 - step / 20 for step in range(6))
 """The factors that AWQ's search for clipping tries (Lin et al. 2023, arXiv:2306.00978), to 0.75: at 4 bits none below is
 ever the best."""
+WIDE_SEARCH = tuple(1 - step / 20 for step in range(15))
+"""To 0.3, for 2 bits and rounding to the nearest.  Where others make up for the error (GPTQ), finer steps are not worth that
+much clipping.  Steps of least squares for scale and zero point behind it, or those of HQQ (Badri and Shaji 2023,
+https://mobiusml.github.io/hqq_blog/) for an lp norm below 1, gain nothing more that is clear on trained models, since zero
+points are whole numbers here; with real ones and the scale of the whole range, HQQ loses more than this at 2 bits."""
 _ELEMENTS_AT_ONCE = 2**20
 _ELEMENTS_ON_DEVICE = 2**25
 """The same on a device, which is fast on much at a time: about 1 GiB of working copies."""
