@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,53 @@ def tabulate(
             known[row] = measure(row, source, data, judge)
             print(model, row, known[row], flush=True)
     write(name, page(models), versions_of("torch", "transformers"), models)
+
+
+def tabulate_rises(
+    name: str,
+    description: str | None,
+    titles: tuple[str, str],
+    columns: tuple[str, str],
+    rows: Sequence[str],
+    measure: Callable[[str, Graph, Data, Judge], dict[str, float]],
+    share: str | None = None,
+) -> None:
+    """Measure two language models, and write their ``loss`` by row and by how much it exceeds that of the row ``dense``.
+
+    Args:
+        name: as above.
+        description: as above.
+        titles: of the page, and what it shows beside the loss.
+        columns: what the two parts of a row's name are.
+        rows: ``dense``, and names such as ``50 %: wanda``.
+        measure: as above.
+        share: another figure that is shown, from 0 to 1.
+    """
+    subjects = {model: partial(language_model, model, samples=32, windows=64) for model in ("tiny-llama", "tiny-mixtral")}
+    shown = ["rise", *([share] if share else [])]
+
+    def page(models: dict[str, dict[str, dict[str, float]]]) -> str:
+        lines = [
+            f"# {titles[0]}",
+            "",
+            f"Made by `python benchmarks/{name}.py`, which says what is measured: cross entropy of held-out text in nats per "
+            f"token, {titles[1]}.",
+            "",
+            f"| {' | '.join([*columns, *(cell for model in subjects for cell in (model, *shown))])} |",
+            "|---|---|" + "--:|" * (1 + len(shown)) * len(subjects),
+        ]
+        for row in rows:
+            first, _, second = row.partition(": ")
+            cells = [first, second]
+            for model in subjects:
+                figures = models.get(model, {}).get(row)
+                if figures is None:
+                    cells += [""] * (1 + len(shown))
+                    continue
+                rise = figures["loss"] - models[model]["dense"]["loss"]
+                cells += [f"{figures['loss']:.3f}", f"{rise:.3f}" if second else ""]
+                cells += [f"{100 * figures[share]:.1f} %"] if share else []
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+    tabulate(name, description, subjects, rows, measure, page)

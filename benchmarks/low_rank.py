@@ -10,16 +10,14 @@ kept.  Writes ``benchmarks/results/low_rank.json`` (with the share of the model'
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from _trained import Judge, changed_by, language_model, tabulate
+from _trained import Judge, changed_by, tabulate_rises
 
 from surgeon.accounting import parameter_count
 from surgeon.data import Data
 from surgeon.graph import Graph
 
-MODELS = ("tiny-llama", "tiny-mixtral")
 RATIOS = (0.9, 0.8, 0.6, 0.4)
 FORMS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
@@ -38,31 +36,6 @@ def rows_of() -> dict[str, dict[str, Any] | None]:
     return found
 
 
-def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
-    head = " | ".join(f"{name} | rise | parameters" for name in MODELS)
-    lines = [
-        "# What factoring linears loses",
-        "",
-        "Made by `python benchmarks/low_rank.py`, which says what is measured: cross entropy of held-out text in nats per "
-        "token, by how much it rises, and the share of the model's parameters that is left.",
-        "",
-        f"| linears | form | {head} |",
-        "|---|---|" + "--:|--:|--:|" * len(MODELS),
-    ]
-    for row in rows_of():
-        share, _, name = row.partition(": ")
-        cells = []
-        for model in MODELS:
-            figures = models.get(model, {}).get(row)
-            if figures is None:
-                cells += ["", "", ""]
-                continue
-            rise = figures["loss"] - models[model]["dense"]["loss"]
-            cells += [f"{figures['loss']:.3f}", f"{rise:.3f}" if name else "", f"{100 * figures['parameters']:.1f} %"]
-        lines.append(f"| {share} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def measured(row: str, source: Graph, data: Data, judge: Judge) -> dict[str, float]:
     step = rows_of()[row]
     graph = source if step is None else changed_by(step, source, data)
@@ -70,5 +43,6 @@ def measured(row: str, source: Graph, data: Data, judge: Judge) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    subjects = {model: partial(language_model, model, samples=32, windows=64) for model in MODELS}
-    tabulate("low_rank", __doc__, subjects, list(rows_of()), measured, table)
+    said = "by how much it rises, and the share of the model's parameters that is left"
+    titles = ("What factoring linears loses", said)
+    tabulate_rises("low_rank", __doc__, titles, ("linears", "form"), list(rows_of()), measured, share="parameters")

@@ -13,16 +13,14 @@ the mean of three lots.
 from __future__ import annotations
 
 import statistics
-from functools import partial
 from typing import Any
 
-from _trained import Judge, changed_by, language_model, tabulate
+from _trained import Judge, changed_by, tabulate_rises
 
 from surgeon.data import Data
 from surgeon.discovery import discover
 from surgeon.graph import Graph
 
-MODELS = ("tiny-llama", "tiny-mixtral")
 SHARES: dict[str, dict[str, Any]] = {
     "30 %": {"sparsity": 0.3},
     "50 %": {"sparsity": 0.5},
@@ -72,31 +70,6 @@ def zeros(graph: Graph) -> float:
     return sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
 
 
-def table(models: dict[str, dict[str, dict[str, float]]]) -> str:
-    head = " | ".join(f"{name} | rise" for name in MODELS)
-    lines = [
-        "# What zeros among the weights lose",
-        "",
-        "Made by `python benchmarks/sparsify.py`, which says what is measured: cross entropy of held-out text in nats per "
-        "token, and by how much it rises.",
-        "",
-        f"| zeros | criterion | {head} |",
-        "|---|---|" + "--:|--:|" * len(MODELS),
-    ]
-    for row in rows_of():
-        share, _, name = row.rpartition(": ") if row.count(": ") == 1 else row.partition(": ")
-        cells = []
-        for model in MODELS:
-            figures = models.get(model, {}).get(row)
-            if figures is None:
-                cells += ["", ""]
-                continue
-            rise = figures["loss"] - models[model]["dense"]["loss"]
-            cells += [f"{figures['loss']:.3f}", f"{rise:.3f}" if row != "dense" else ""]
-        lines.append(f"| {share} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def measured(row: str, source: Graph, data: Data, judge: Judge) -> dict[str, float]:
     losses, share = [], 0.0
     for steps in rows_of()[row]:
@@ -109,5 +82,5 @@ def measured(row: str, source: Graph, data: Data, judge: Judge) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    subjects = {model: partial(language_model, model, samples=32, windows=64) for model in MODELS}
-    tabulate("sparsify", __doc__, subjects, list(rows_of()), measured, table)
+    titles = ("What zeros among the weights lose", "and by how much it rises")
+    tabulate_rises("sparsify", __doc__, titles, ("zeros", "criterion"), list(rows_of()), measured)

@@ -31,7 +31,7 @@ Changes:
 Errors:
     PlanError where weights are quantized or factored, calibration data never reaches a network, or ``keep`` is more than it
     has.  Networks whose neurons cannot be told apart, or that share their weights with other layers, are left alone, with a
-    note.
+    note; PlanError where that is so for all.
 Example:
     ``- drop_neurons: {ratio: 0.25}`` or ``- drop_neurons: {keep: 1024, criterion: contribution, names: "*.ffn"}``
 """
@@ -46,7 +46,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgeon.contract import Decision, Observer, Pass, Plan, Seed, Statistics
+from surgeon.contract import LEFT, Decision, Observer, Pass, Plan, Seed, Statistics, refuse_all_left
 from surgeon.errors import PlanError
 from surgeon.expert_stack import ExpertStack
 from surgeon.graph import Graph
@@ -148,7 +148,7 @@ class DropNeurons(Pass[DropNeuronsPlan]):
         for site in networks(structure):
             reason = self._reason(graph, site)
             if reason is not None:
-                notes.append(f"{site.name}: {reason}; left alone")
+                notes.append(f"{site.name}: {LEFT}: {reason}")
                 continue
             width = self._width(site)
             if width == site.part.width:
@@ -217,6 +217,10 @@ class DropNeurons(Pass[DropNeuronsPlan]):
         if self.refit:
             return refitted_outputs(network.moment, network.columns, columns, network.tokens)
         return network.columns.gather(2, columns[:, None].expand(-1, network.columns.shape[1], -1))
+
+    def accept(self, plan: DropNeuronsPlan) -> None:
+        """Something is removed, or stays because so much was asked."""
+        refuse_all_left(plan, "no network can be made narrower")
 
     # -- applying -----------------------------------------------------------------------------------------------
 

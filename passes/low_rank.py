@@ -192,7 +192,7 @@ class LowRank(Pass[LowRankPlan]):
             _factor(editor, site.part, left, right)
 
     def rehearse(self, editor: Editor, structure: Structure, plan: LowRankPlan | None) -> None:
-        """Two factors of the same ranks, all zero and in no memory to speak of."""
+        """Two factors of the same ranks, without their numbers."""
         if plan is None:
             plan = self.plan(editor.graph, structure, {})
             if self.allocation != "uniform":  # some stay whole: that one will not is all that is certain
@@ -200,8 +200,8 @@ class LowRank(Pass[LowRankPlan]):
         self.check(editor.graph, structure, plan)
         for site, rank in _ranks(structure, plan):
             part, dtype = site.part, editor.tensor(site.part.weight).dtype
-            left = torch.zeros(1, 1, dtype=dtype).expand(part.out_features, rank)
-            _factor(editor, part, left, torch.zeros(1, 1, dtype=dtype).expand(rank, part.in_features))
+            shapes = ((part.out_features, rank), (rank, part.in_features))
+            _factor(editor, part, *(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes))
 
     def _decompose(self, matrix: Tensor, rank: int, part: Linear, statistics: Statistics) -> Factors:
         if self.method == "svd":

@@ -104,6 +104,7 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
     scope: ClassVar[Literal["model", "block"]] = "block"
     plan_type = MoefyFFNPlan
     apply_reads_statistics = True
+    heals = False
 
     experts: Annotated[int, Field(ge=2)]
     """Number of parts; must divide the FFN's width. The shared ones are among them."""
@@ -190,13 +191,7 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
         """Cut the neurons of every selected FFN."""
         decisions = []
         for site in structure.ffns():
-            refuse_ffn(self.name, graph, site.name, site.part)
-            width = site.part.width
-            if width % self.experts:
-                raise PlanError(
-                    f"{site.name}: {self.experts} experts do not divide its width {width}; "
-                    f"these do: {', '.join(map(str, _divisors(width)))}"
-                )
+            self._refuse(graph, site)
             _refuse_unreached(site, statistics)
             try:
                 experts, shared = self._split(graph, site, statistics)
@@ -211,6 +206,15 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
                 )
             )
         return MoefyFFNPlan(decisions=tuple(decisions))
+
+    def _refuse(self, graph: Graph, site: Site[FFN]) -> None:
+        refuse_ffn(self.name, graph, site.name, site.part)
+        width = site.part.width
+        if width % self.experts:
+            raise PlanError(
+                f"{site.name}: {self.experts} experts do not divide its width {width}; "
+                f"these do: {', '.join(map(str, _divisors(width)))}"
+            )
 
     def _split(self, graph: Graph, site: Site[FFN], statistics: Statistics) -> tuple[Tensor, Tensor]:
         """Neurons of the routed experts [R, m] and of the shared ones [shared m]."""
@@ -287,6 +291,47 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
             shared = torch.tensor(decision.shared, dtype=torch.int64)
             replace_by_experts(editor, site.part, neurons, experts, shared, router, choice, means)
 
+    def rehearse(self, editor: Editor, structure: Structure, plan: MoefyFFNPlan | None) -> None:
+        """Routers and mixtures of the same sizes; neurons in their order where the plan is not made yet."""
+        if plan is None:
+            plan = MoefyFFNPlan(decisions=tuple(self._in_order(editor.graph, site) for site in structure.ffns()))
+        self.check(editor.graph, structure, plan)
+        sites = {site.name: site.part for site in structure.select(Selection()).ffns()}
+        for decision in plan.decisions:
+            ffn = sites[decision.site]
+            neurons, experts = Neurons.of(editor.graph, ffn).hollow, torch.tensor(decision.experts)
+            router = self._hollow_router(ffn.up.in_features, len(experts), neurons.up.dtype)
+            weighting, factor = self._weighting(len(experts))
+            if self.scaling in ("norm", "least_squares"):
+                factor *= 2.0  # it comes from data: any but 1, by which nothing is multiplied
+            choice = Choice(self.select, decision.top_k, self.threshold or 0.0, weighting, factor)
+            means = neurons.up.new_empty(len(experts), ffn.down.out_features) if self.scaling == "mean_output" else None
+            shared = torch.tensor(decision.shared, dtype=torch.int64)
+            replace_by_experts(editor, ffn, neurons, experts, shared, router, choice, means)
+
+    def _in_order(self, graph: Graph, site: Site[FFN]) -> SplitFFN:
+        self._refuse(graph, site)
+        parts = torch.arange(site.part.width).reshape(self.experts, -1)
+        shared, routed = parts[: self.shared].flatten(), parts[self.shared :]
+        return SplitFFN(
+            site=site.name,
+            experts=tuple(map(tuple, routed.tolist())),
+            top_k=self.top_k or len(routed),
+            shared=tuple(shared.tolist()),
+        )
+
+    def _hollow_router(self, inputs: int, experts: int, dtype: torch.dtype | None = None) -> Router:
+        """A router of the form of those that are made, without numbers."""
+        hidden = self.router_width if self.router == "mlp" else None
+        bias = self.router != "centroid" or self.split == "importance"
+        return Router.hollow(inputs, experts, hidden, bias=bias, unit=self.router == "similarity", dtype=dtype)
+
+    def _weighting(self, routed: int) -> tuple[Literal["one", "count", "softmax"], float]:
+        """How chosen experts are weighed, and the factor where it is not fitted to data."""
+        if self.scaling in ("expectation", "softmax"):
+            return "count" if self.scaling == "expectation" else "softmax", float(routed)
+        return "one", 1.0
+
     def _router(self, neurons: Neurons, experts: Tensor, site: str, statistics: Statistics) -> Router:
         dtype = neurons.up.dtype
         if self.router == "centroid" and self.split == "importance":
@@ -309,10 +354,7 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
     ) -> tuple[Choice, Tensor | None]:
         """How experts are chosen and weighed, and for ``mean_output`` the means [R, G] that replace them."""
         routed = experts.shape[0]
-        weighting: Literal["one", "count", "softmax"] = "one"
-        if self.scaling in ("expectation", "softmax"):
-            weighting = "count" if self.scaling == "expectation" else "softmax"
-        factor = 1.0 if weighting == "one" else float(routed)
+        weighting, factor = self._weighting(routed)
         choice = Choice(self.select, decision.top_k, self.threshold or 0.0, weighting, factor)
         if self.scaling not in ("norm", "least_squares", "mean_output"):
             return choice, None
@@ -352,17 +394,11 @@ class MoefyFFN(Pass[MoefyFFNPlan]):
             routed = sum(map(len, decision.experts))
             delta += routed * (matrices * inputs + outputs + (matrices if biases else 0))
             delta += len(decision.shared) * (matrices * inputs + outputs + biases)
-            delta += self._router_size(inputs, count)
+            delta += self._hollow_router(inputs, count).numel()
             averaged = self.scaling == "mean_output"
             delta += (count + 1) * outputs if averaged else 0
         split = [sites[decision.site] for decision in plan.decisions]
         return delta - freed_parameters(graph, split, keep_down_bias=self.scaling != "mean_output")
-
-    def _router_size(self, inputs: int, experts: int) -> int:
-        if self.router == "mlp":
-            return self.router_width * (inputs + 1) + experts * (self.router_width + 1)
-        bare = self.router == "centroid" and self.split != "importance"
-        return experts * (inputs if bare else inputs + 1)
 
     def summary(self, plan: MoefyFFNPlan) -> str:
         """Number of FFNs and the shape of the mixtures."""

@@ -57,6 +57,7 @@ from surgeon.moments import SecondMoment, totals
 from surgeon.numerics import (
     SEARCH,
     WHOLE_RANGE,
+    WIDE_SEARCH,
     Levels,
     NumericsError,
     QuantizedTensor,
@@ -163,10 +164,11 @@ class Quantize(Pass[QuantizePlan]):
                 raise ValueError(f"{field} is for algorithm gptq; algorithm is {self.algorithm}")
         return self
 
-    @property
-    def _shrink(self) -> Sequence[float]:
+    def _shrink(self, bits: int) -> Sequence[float]:
         searched = self.scales == "search" or (self.scales is None and self.algorithm == "gptq")
-        return SEARCH if searched and self.scheme != "fp8" else WHOLE_RANGE
+        if not searched or self.scheme == "fp8":
+            return WHOLE_RANGE
+        return WIDE_SEARCH if bits == 2 and self.algorithm == "nearest" else SEARCH
 
     @property
     def _metric(self) -> Metric:
@@ -351,7 +353,8 @@ class Quantize(Pass[QuantizePlan]):
         def make(weight: torch.Tensor) -> QuantizedTensor:
             matrix = weight.transpose(-1, -2) if transposed else weight
             if coded.hollow:
-                return QuantizedTensor.hollow(matrix, self._levels(decision), fitting_group(decision.group, matrix.shape[-1]))
+                levels, columns = self._levels(decision), matrix.shape[-1]
+                return QuantizedTensor.empty(matrix, levels, levels.group(name, fitting_group(decision.group, columns), columns))
             return made or self._quantized(matrix, decision, moment)
 
         return coded.read(name, (decision.bits, decision.group, decision.float8), make)
@@ -367,12 +370,12 @@ class Quantize(Pass[QuantizePlan]):
                 levels=self._levels(decision),
                 group=group,
                 damp=self._damping,
-                shrink=self._shrink,
+                shrink=self._shrink(decision.bits),
             )
         if decision.float8:
             return quantize_float8(matrix, group=group)
         return quantize_groupwise(
-            matrix, bits=decision.bits, group=group, symmetric=self.symmetric, shrink=self._shrink
+            matrix, bits=decision.bits, group=group, symmetric=self.symmetric, shrink=self._shrink(decision.bits)
         )
 
     def _levels(self, decision: QuantizeWeight) -> Levels:
@@ -430,7 +433,7 @@ class Quantize(Pass[QuantizePlan]):
                 levels=self._levels(decision),
                 groups=(fitting_group(decision.group, widths[0]), fitting_group(decision.group, widths[1])),
                 damp=self._damping,
-                shrink=self._shrink,
+                shrink=self._shrink(decision.bits),
             )
         for name, codes in zip((part.w_in, part.w_out), made, strict=True):
             readers = [node for node in part.node.all_input_nodes if node.op == "get_attr" and node.target == name]

@@ -103,6 +103,7 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
     name = "upcycle_ffn"
     plan_type = UpcycleFFNPlan
     apply_reads_statistics = True
+    heals = False
 
     experts: Annotated[int, Field(ge=2)] | None = None
     """Number of experts; with checkpoints they decide: granularity times one more than there are checkpoints."""
@@ -163,6 +164,15 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
 
     def plan(self, graph: Graph, structure: Structure, statistics: Statistics) -> UpcycleFFNPlan:
         """One mixture for every selected FFN."""
+        plan = self._listed(graph, structure)
+        for decision in plan.decisions:
+            if getattr(statistics.get(decision.site), "tokens", 1) == 0:
+                raise PlanError(f"{decision.site}: calibration data never reached it (no unmasked token)")
+        companions(graph, structure, self.checkpoints)  # refuses what does not fit
+        return plan
+
+    def _listed(self, graph: Graph, structure: Structure) -> UpcycleFFNPlan:
+        """The plan, before data and checkpoints are looked at."""
         decisions, copies = [], self._copies()
         sites = list(structure.ffns())
         if not sites:
@@ -171,8 +181,6 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
             refuse_ffn(self.name, graph, site.name, site.part)
             if site.part.width % self.granularity:
                 raise PlanError(f"{site.name}: granularity {self.granularity} does not divide its width {site.part.width}")
-            if getattr(statistics.get(site.name), "tokens", 1) == 0:
-                raise PlanError(f"{site.name}: calibration data never reached it (no unmasked token)")
             normalised = self.gate == "topk_softmax" or self.scaling == "parity"
             scale = output_scale(copies, self.granularity, self.top_k, normalised=normalised)
             decisions.append(
@@ -184,7 +192,6 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
                     scale=scale,
                 )
             )
-        companions(graph, structure, self.checkpoints)  # refuses what does not fit
         return UpcycleFFNPlan(decisions=tuple(decisions))
 
     def check(self, graph: Graph, structure: Structure, plan: UpcycleFFNPlan) -> None:
@@ -228,10 +235,26 @@ class UpcycleFFN(Pass[UpcycleFFNPlan]):
                 raise PlanError(f"{decision.site}: {error}") from error
             self._replace(editor, sites[decision.site], decision, made[decision.site], router)
 
-    def _experts(self, copies: list[Neurons], decision: UpcycleOne, generator: torch.Generator) -> Experts:
+    def rehearse(self, editor: Editor, structure: Structure, plan: UpcycleFFNPlan | None) -> None:
+        """Routers and mixtures of the same sizes."""
+        if plan is None:
+            plan = self._listed(editor.graph, structure)
+        self.check(editor.graph, structure, plan)
+        sites = {site.name: site.part for site in structure.select(Selection()).ffns()}
+        for decision in plan.decisions:
+            ffn = sites[decision.site]
+            copies = [Neurons.of(editor.graph, ffn).hollow] * (decision.experts // decision.granularity)
+            dtype = ffn.input.meta["val"].dtype
+            router = Router.hollow(ffn.up.in_features, decision.experts, bias=False, dtype=dtype)
+            self._replace(editor, ffn, decision, self._experts(copies, decision, None), router)
+
+    def _experts(self, copies: list[Neurons], decision: UpcycleOne, generator: torch.Generator | None) -> Experts:
+        """The stacked shards of all copies; without a generator they are alike."""
         shards = torch.arange(copies[0].up.shape[0]).reshape(decision.granularity, -1)
+        if self.checkpoints:
+            generator = None
         each = [
-            (neurons if number == 0 or self.checkpoints else self._changed(neurons, generator)).experts(shards)
+            (neurons if generator is None or number == 0 else self._changed(neurons, generator)).experts(shards)
             for number, neurons in enumerate(copies)
         ]
         spread = weight_scale(decision.scale, gated=copies[0].gate is not None)

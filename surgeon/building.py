@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgeon.compiled import Compiled
 from surgeon.contract import Backend, Pass
 from surgeon.errors import PlanError, RecipeError
+from surgeon.export import Varying
 from surgeon.graph import Graph
 from surgeon.observe import Batch
 from surgeon.pipeline import Request, run
@@ -35,7 +36,7 @@ def compile(
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
-    dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
+    dynamic: Varying | None = None,
     trust_remote_code: bool = False,
     plan: SavedPlan | str | Path | None = None,
     force: bool = False,
@@ -161,7 +162,7 @@ def _from_recipe(recipe: Recipe, plan: SavedPlan | None, output: Path | None, fo
         task=recipe.model.task,
         dtype=recipe.model.dtype,
         device=recipe.device,
-        dynamic=recipe.model.dimensions,
+        dynamic=recipe.model.dynamic,
         trust_remote_code=recipe.model.trust_remote_code,
         saved=plan,
         force=force,

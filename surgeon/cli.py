@@ -218,7 +218,7 @@ def inspect(
     with Progress(not quiet) as bars:
         with bars.step("tracing"):
             weights = "fake" if fake_weights else "real"
-            graph = trace(spec.path, task=spec.task, dtype=spec.dtype, weights=weights, dynamic=spec.dimensions)
+            graph = trace(spec.path, task=spec.task, dtype=spec.dtype, weights=weights, dynamic=spec.dynamic)
         with bars.step("discovering the structure"):
             structure = discover(graph)
     found = inspection(graph, structure)

@@ -45,14 +45,15 @@ class CodedWeights:
         Args:
             name: the name the weight is read under.
             form: what codes of one weight may differ in.
-            make: quantizes the weight, where the graph is run; called where there are no such codes yet.
+            make: quantizes the weight, where the graph is run (on the meta device where the codes are hollow); called where
+                there are no such codes yet.
         """
         editor = self._editor
         weight = editor.tensor(name).detach()
         key = (memory(weight), form)
         have = self._stored.get(key)
         if have is None:
-            codes = make(editor.graph.placed(weight))
+            codes = make(weight.to("meta") if self.hollow else editor.graph.placed(weight))
             packed = editor.add_tensor(f"{name}_codes", codes.packed)
             scale = editor.add_tensor(f"{name}_scale", codes.scale)
             zeros = None if codes.zero_point is None else editor.add_tensor(f"{name}_zero_point", codes.zero_point)

@@ -167,7 +167,8 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
         plan_type: the pydantic class of its plan.
         apply_reads_statistics: ``apply`` needs the statistics too, so that repeating a saved plan observes again.
         heals: a backend may take the graph behind the pass where it refuses the one in front of it, since operators, inputs
-            or sizes are others; False lets a build be refused before the passes work for all that is refused of the source.
+            or sizes are others; False lets a build be refused before the passes work for all that is refused of the source, or
+            of what ``rehearse`` leaves of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -275,8 +276,9 @@ class Pass(BaseModel, abc.ABC, Generic[P]):
         """Edit the clone that ``editor`` holds; replace tensors, never write into them."""
 
     def rehearse(self, editor: Editor, structure: Structure, plan: P | None) -> None:
-        """Leave operators of the kinds and sizes that ``apply`` will certainly leave, on tensors of any numbers: a backend is
-        asked about them before hours of work are done.  Nothing by default; no heavy work, no data, little memory.
+        """Leave operators of the kinds and sizes that ``apply`` will certainly leave, on tensors of any numbers (those on the
+        meta device): a backend is asked about them before hours of work are done.  Nothing by default; no heavy work, no
+        data, little memory.
 
         Args:
             editor: of a copy of the graph.

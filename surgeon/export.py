@@ -10,7 +10,7 @@ import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from surgeon.unrolling import Site, decisions, overrun, unrolled
 
 Dims = Mapping[str, Mapping[int, str]]
 """For each input, its dimensions that vary and their names."""
+Varying = Mapping[str, Mapping[int, str] | Sequence[str | None] | None]
+"""The same as a caller may say it: ``{0: "batch"}``, or a name or None for every dimension, or None where all are fixed."""
 
 
 def export(loaded: LoadedSource, example: Mapping[str, Tensor], dims: Dims, returned: list[Any]) -> ExportedProgram:

@@ -62,6 +62,14 @@ class Neurons:
         )
 
     @property
+    def hollow(self) -> Neurons:
+        """As many neurons without their numbers, on the meta device."""
+        fields: dict[str, Any] = {
+            key: value.to("meta") if isinstance(value, Tensor) else value for key, value in vars(self).items()
+        }
+        return Neurons(**fields)
+
+    @property
     def keys(self) -> Tensor:
         """The rows [I, H] that decide whether a neuron is active: of the gate, or of up where there is none."""
         return self.up if self.gate is None else self.gate

@@ -25,6 +25,7 @@ from surgeon.discovery import discover
 from surgeon.environment import installed_version, versions_of
 from surgeon.errors import LowerError, ObserveError, RecipeError, SurgeonError, TraceError
 from surgeon.evaluate import Outputs, Reading, compare
+from surgeon.export import Varying
 from surgeon.final_check import evaluate_section, text_rows
 from surgeon.graph import Graph
 from surgeon.inspection import inspection
@@ -95,7 +96,7 @@ class Request:
     task: str | None = None
     dtype: str | torch.dtype | None = None
     device: str = "cpu"
-    dynamic: Mapping[str, Mapping[int, str] | None] | None = None
+    dynamic: Varying | None = None
     trust_remote_code: bool = False
     saved: SavedPlan | None = None
     force: bool = False

@@ -72,7 +72,7 @@ class ModelSpec(_Settings):
     """What to trace: "forward" is the model as it is called, without caches, "text-generation" a causal language model or an
     encoder-decoder with them; by default what a checkpoint's architecture is for."""
     dynamic: dict[str, list[str | None]] | None = None
-    """Names of the dimensions of each input named here, null where one is fixed: {input_ids: [batch, null]}; by default the
+    """Names of all dimensions of each input named here, null where one is fixed: {input_ids: [batch, null]}; by default the
     batch varies, and the sequence of integer inputs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
@@ -99,14 +99,6 @@ class ModelSpec(_Settings):
             RecipeError: the package is not installed, or has no such folder.
         """
         return self.path if self.package is None else str(package_folder(self.package, self.path))
-
-    @property
-    def dimensions(self) -> dict[str, dict[int, str]]:
-        """``dynamic`` as ``surgeon.trace`` takes it."""
-        return {
-            name: {dim: label for dim, label in enumerate(labels) if label is not None}
-            for name, labels in (self.dynamic or {}).items()
-        }
 
 
 class Calibration(_Settings):

@@ -61,12 +61,12 @@ class Editor:
 
         Args:
             name: dotted name.
-            tensor: the value.
+            tensor: the value; on the meta device it stands for any numbers, as rehearsals leave them.
 
         Returns:
             The ``get_attr`` node at the current insertion point.
         """
-        tensor = tensor.cpu()
+        tensor = _of_any_numbers(tensor) if tensor.is_meta else tensor.cpu()
         unique, number = name, 1
         while self._taken(unique):
             unique, number = f"{name}_{number}", number + 1
@@ -359,6 +359,13 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
         if isinstance(mode, FakeTensorMode):
             return mode
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def _of_any_numbers(tensor: Tensor) -> Tensor:
+    """A tensor of a shape and type in little memory; vectors of several numbers, since equal biases may be left out."""
+    if tensor.dim() == 1:
+        return torch.linspace(1, 2, len(tensor)).to(tensor.dtype)
+    return torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _as_parameter(tensor: Tensor) -> torch.nn.Parameter:

@@ -38,6 +38,27 @@ class Router:
     tensors: Mapping[str, Tensor]
     unit: bool = False
 
+    @classmethod
+    def hollow(
+        cls,
+        inputs: int,
+        experts: int,
+        hidden: int | None = None,
+        *,
+        bias: bool = True,
+        unit: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Router:
+        """A router without numbers, on the meta device; ``hidden``: width of its hidden layer."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if hidden is not None:
+            shapes |= {"hidden.weight": (hidden, inputs), "hidden.bias": (hidden,)}
+        shapes["weight"] = (experts, inputs if hidden is None else hidden)
+        if bias:
+            shapes["bias"] = (experts,)
+        tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
+        return cls(tensors, unit)
+
     def scores(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, E]."""
         found: Tensor = self._scores(eager, x, self.tensors)

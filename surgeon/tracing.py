@@ -7,7 +7,7 @@ comparison with the source model on inputs of other sizes.  The source model is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from surgeon.canonical import canonicalise
 from surgeon.complex_numbers import spell_in_pairs
 from surgeon.errors import TraceError, nearest
 from surgeon.example_inputs import default_dims
-from surgeon.export import Dims, export, first_lines, identifier, is_symbol, placeholders, refuse_specialised
+from surgeon.export import Dims, Varying, export, first_lines, identifier, is_symbol, placeholders, refuse_specialised
 from surgeon.graph import Dim, Graph, Port
 from surgeon.positions import bounded, table_length
 from surgeon.projections import flatten_projections
@@ -45,7 +45,7 @@ def trace(
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
     weights: str = "real",
-    dynamic: Mapping[str, Mapping[int, str] | None] | None = None,
+    dynamic: Varying | None = None,
     trust_remote_code: bool = False,
 ) -> Graph:
     """Trace a source model to its canonical graph.
@@ -61,7 +61,8 @@ def trace(
             built from its config.json.  The graph can be discovered and inspected, not run, and is not compared with the
             source.
         dynamic: for each input named here, which of its dimensions vary and under which name (dimensions of one name
-            have one size), or None where all are fixed.  By default the first dimension of every input is ``batch`` and
+            have one size): ``{0: "batch"}``, or ``["batch", None]`` with one entry for every dimension, or None where all
+            are fixed.  By default the first dimension of every input is ``batch`` and
             the second of two-dimensional integer inputs is ``sequence``.
         trust_remote_code: allow a checkpoint to bring its own Python code.
 
@@ -83,7 +84,7 @@ def trace(
     return trace_source(loaded, dynamic=dynamic)
 
 
-def trace_source(loaded: LoadedSource, *, dynamic: Mapping[str, Mapping[int, str] | None] | None = None) -> Graph:
+def trace_source(loaded: LoadedSource, *, dynamic: Varying | None = None) -> Graph:
     """Trace a source that is loaded already; see :func:`trace`."""
     _refuse_quantized(loaded)
     dims = _dims(loaded.inputs, dynamic, loaded.causal.dims if loaded.causal else loaded.dims)
@@ -134,18 +135,14 @@ def _refuse_quantized(loaded: LoadedSource) -> None:
 # -- dimensions -------------------------------------------------------------------------------------------------------
 
 def _dims(
-    inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str] | None] | None, own: Dims
+    inputs: Mapping[str, Tensor], dynamic: Varying | None, own: Dims
 ) -> Dims:
     """The dynamic dimensions of every input: the task's own or the defaults, replaced input by input by the caller's."""
     dims = {name: own[name] if name in own else default_dims(name, tensor) for name, tensor in inputs.items()}
     for name, chosen in (dynamic or {}).items():
         if name not in inputs:
             raise TraceError(f"dynamic names an input {name!r} that the model does not take; {nearest(name, inputs)}")
-        rank = inputs[name].dim()
-        for dim in chosen or {}:
-            if not 0 <= dim < rank:
-                raise TraceError(f"dynamic: input {name!r} has dimensions 0 to {rank - 1}, found {dim}")
-        dims[name] = dict(chosen or {})
+        dims[name] = _chosen(name, list(inputs[name].shape), chosen)
     sizes: dict[str, tuple[str, int]] = {}
     for name, chosen in dims.items():
         for dim, label in chosen.items():
@@ -156,6 +153,24 @@ def _dims(
                     f"(dimension {dim}); name it otherwise or fix it, e.g. dynamic={{{name!r}: None}}"
                 )
     return dims
+
+
+def _chosen(name: str, shape: Sequence[int], said: Any) -> dict[int, str]:
+    """The dimensions of one input that a caller says vary."""
+    rank = len(shape)
+    if isinstance(said, Mapping):
+        wrong = [dim for dim in said if dim not in range(rank)]
+        if wrong:
+            known = f"dimensions 0 to {rank - 1}" if rank else "no dimensions"
+            raise TraceError(f"dynamic: input {name!r} of shape {shape} has {known}, found {wrong[0]!r}")
+        return dict(said)
+    labels = [None] * rank if said is None else said
+    if isinstance(labels, str) or len(labels) != rank:
+        raise TraceError(
+            f"dynamic: input {name!r} has the shape {shape}, so that {rank} names are needed, one for every dimension, null "
+            f"(None) where it is fixed; found {labels!r}"
+        )
+    return {dim: label for dim, label in enumerate(labels) if label is not None}
 
 
 def _sizes(inputs: Mapping[str, Tensor], dims: Dims) -> dict[str, int]:

@@ -187,8 +187,6 @@ def drop_silent_neurons(case: Case) -> str:
     silent = case.silenced()
     graph, plan = silent.operate({"drop_neurons": {"ratio": 0.25, "multiple": 1}})
     assert len(plan.decisions) + len(plan.notes) == len(sites)
-    if not plan.decisions:
-        return f"left alone ({plan.notes[0].removesuffix('; left alone')})"
     assert all("share" in note for note in plan.notes), plan.notes
     for decision in plan.decisions:
         first = range(decision.width // 4)

@@ -153,8 +153,7 @@ what is committed here; `python -m tests.families --write` rewrites them.
 - `sparsify` is *exact* where SparseGPT leaves a model whose weights are 2:4 already, by magnitude, as it is, to the last bit.
 - `smooth` is *exact* where half of the range of activations moved into weights leaves the outputs as they were to 1e-5.
 - `quantize` (eight bits) is *lossy*: outputs within 10 %.
-- *refused*: the message of the pass. *left alone*: its note. *n/a*: the model has no part that the pass works on; it refuses
-  that too.
+- *refused*: the message of the pass. *n/a*: the model has no part that the pass works on; it refuses that too.
 """
 
 

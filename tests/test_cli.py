@@ -173,6 +173,10 @@ def test_inspect_prints_json_and_a_page(run: Run, tmp_path: Path, shallow_llama:
         (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids"], "needed NAME=DIMENSIONS"),
         (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids=[batch"], "--dynamic input_ids=[batch:1:"),
         (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids=[7]"], "dynamic.input_ids.0: found 7"),
+        (
+            ["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_ids=[b]", "--task", "forward"],
+            "input 'input_ids' has the shape [2, 7], so that 2 names are needed",
+        ),
         (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "input_id=[b]", "--task", "forward"], "did you mean 'input_ids'"),
         (["inspect", str(MODELS / "tiny-llama"), "--dynamic", "x=[b]", "--dynamic", "x=[c]"], "x was given before"),
     ],
@@ -182,7 +186,7 @@ def test_inspect_refuses(run: Run, arguments: list[str], words: str) -> None:
 
 
 def test_inspect_fixes_dimensions(run: Run, shallow_llama: Path) -> None:
-    fixed = ["--dynamic", "input_ids=[rows,null]", "--dynamic", "attention_mask=[rows]"]
+    fixed = ["--dynamic", "input_ids=[rows,null]", "--dynamic", "attention_mask=[rows,null]"]
     data = json.loads(run("inspect", shallow_llama, "--task", "forward", "--json", *fixed).out)
     shapes = {port["name"]: port["shape"] for port in data["inputs"]}
     length = shapes["input_ids"][1]

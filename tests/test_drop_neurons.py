@@ -33,7 +33,7 @@ from surgeon.numerics import (
     pruning,
     refitted_outputs,
 )
-from surgeon.passes.drop_neurons import DropNeurons, KeepNeurons, networks
+from surgeon.passes.drop_neurons import DropNeurons, DropNeuronsPlan, KeepNeurons, networks
 from surgeon.registry import make_pass
 from surgeon.rewrite import Editor
 from surgeon.structure import FFN, MoE, Site
@@ -363,19 +363,22 @@ def test_networks_beside_the_experts_have_sites_of_their_own() -> None:
 # -- what is left alone, and what is refused --------------------------------------------------------------------------
 
 
-def test_networks_that_share_weights_or_neurons_are_left_alone() -> None:
+def test_a_model_whose_networks_all_share_weights_or_neurons_is_refused() -> None:
     for name, reason in (
         ("albert", "is read by other parts of the model too (layers that share their weights)"),
         ("ffn: Normed", "a normalisation over all neurons stands in front of down, so they cannot be told apart"),
         ("ffn: Snake", "its activation function was not recognised, so its neurons cannot be told apart"),
     ):
         subject = subject_of(name)
-        result = drop(subject, ratio=0.5)
-        assert not result.plan.decisions
-        assert result.graph.fingerprint(weights=True) == subject.graph.fingerprint(weights=True)
-        assert [note.split(":")[0] for note in result.plan.notes] == [s.name for s in networks(subject.structure)]
-        assert all(note.endswith(f"{reason}; left alone") for note in result.plan.notes)
-        plan = type(result.plan)(decisions=(KeepNeurons(site="blocks.0.ffn", keep=((0, 1),), width=2),))
+        others = len(list(networks(subject.structure))) - 1
+        assert others > 0
+        with pytest.raises(PlanError) as caught:
+            drop(subject, ratio=0.5)
+        head, first, left = str(caught.value).split("; ")[0], "blocks.0.ffn: left alone: ", f"{reason} (and {others} more)"
+        assert head == "no network can be made narrower"
+        assert first in str(caught.value)
+        assert str(caught.value).endswith(left)
+        plan = DropNeuronsPlan(decisions=(KeepNeurons(site="blocks.0.ffn", keep=((0, 1),), width=2),))
         with pytest.raises(PlanError, match=r"blocks\.0\.ffn: the plan drops neurons here, but"):
             drop(subject, plan, ratio=0.5)
 

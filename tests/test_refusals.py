@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from surgeon.plans import PlannedPass, SavedPlan
 from surgeon.progress import Progress
 from surgeon.refusals import compact, foreseen, grouped, listed
 from surgeon.registry import make_backend, make_pass
-from tests.conftest import MODELS, Trained
+from tests.conftest import MODELS, Patient, Trained
 
 ALL = "attention.q, attention.k, attention.v, attention.o, moe.w_in, moe.w_out of blocks 0-3"
 MIXED = {"scheme": "mixed", "algorithm": "gptq"}
@@ -112,6 +113,76 @@ def test_factors_are_rehearsed(tiny_llama: Trained) -> None:
     assert len(refusals) == 2 * 7 * 6
     assert len(lines) == 7
     assert lines[0].startswith("ffn.down.1, ffn.down.0 of blocks 0-5: it stands for a part of model.layers.*.mlp.down_proj")
+
+
+MIXTURES: list[dict[str, Any]] = [
+    {"moefy_ffn": {"experts": 4, "top_k": 2, "shared": 1}},
+    {"moefy_ffn": {"experts": 4, "top_k": 2, "router": "centroid", "scaling": "expectation"}},
+    {"moefy_ffn": {"experts": 4, "top_k": 2, "router": "similarity", "scaling": "softmax", "blocks": 0}},
+    {
+        "moefy_ffn": {
+            "experts": 4, "router": "mlp", "router_width": 8, "router_steps": 2, "select": "dynamic_k", "threshold": 0.4,
+            "split": "random", "scaling": "mean_output",
+        }
+    },
+    {"moefy_ffn": {"experts": 4, "top_k": 1, "shared": 1, "split": "importance", "overlap": True, "router": "centroid"}},
+    {"upcycle_ffn": {"experts": 4, "top_k": 2}},
+    {"upcycle_ffn": {"experts": 8, "granularity": 2, "top_k": 4, "gate": "softmax_topk", "scaling": "published", "noise": 0.1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("step", MIXTURES)
+def test_mixtures_are_rehearsed(step: dict[str, Any], name: str, patient: Callable[[str], Patient]) -> None:
+    """On no data: operators, shapes and types are those of the mixtures that are made, with biases and without."""
+    subject, made = patient(name), make_pass(step)
+    rehearsed, _ = foreseen(make_backend("onnxruntime"), subject.graph, [made])
+    graph = subject.operate(made).graph
+    assert rehearsed.fingerprint() == graph.fingerprint()
+    for backend in ("huggingface", "gguf", {"aotinductor": {"experts": "grouped"}}):
+        assert make_backend(backend).refuses(rehearsed) == make_backend(backend).refuses(graph)
+    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in rehearsed.parameters().values()}
+    own = {tensor.untyped_storage()._cdata for tensor in subject.graph.parameters().values()}
+    assert sum(size for key, size in held.items() if key not in own) < 4096
+
+
+def test_a_factor_that_comes_from_data_is_some_number(patient: Callable[[str], Patient]) -> None:
+    subject, made = patient("llama"), make_pass({"moefy_ffn": {"experts": 4, "top_k": 2, "scaling": "norm"}})
+    rehearsed, _ = foreseen(make_backend("onnxruntime"), subject.graph, [made])
+    graph = subject.operate(made).graph
+    targets = [[str(node.target) for node in each.module.graph.nodes] for each in (rehearsed, graph)]
+    assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("step", [{"moefy_ffn": {"experts": 4, "top_k": 2}}, {"upcycle_ffn": {"experts": 4, "top_k": 2}}])
+def test_backends_that_refuse_a_mixture_say_so_before_it_is_made(step: dict[str, Any], tiny_llama: Trained) -> None:
+    lines = asked({"aotinductor": {"experts": "grouped"}}, tiny_llama.graph, [step])
+    assert lines == ["experts: torch has no grouped matrix multiplication to compile for the CPU; use auto"]
+    assert asked("aotinductor", tiny_llama.graph, [step]) == []
+    # behind it nothing is known of experts that may go
+    assert asked({"aotinductor": {"experts": "grouped"}}, tiny_llama.graph, [step, {"densify_moe": {}}]) == []
+
+
+def test_what_a_format_cannot_say_of_a_mixture_is_known_before_it_is_made(tiny_llama: Trained) -> None:
+    (line,) = asked("huggingface", tiny_llama.graph, [{"moefy_ffn": {"experts": 4, "top_k": 2}}])
+    assert line.startswith("moe.w_in of blocks 0-5: ")
+    assert "its router has a bias per expert" in line
+    assert asked("huggingface", tiny_llama.graph, [{"upcycle_ffn": {"experts": 4, "top_k": 2}}]) == []
+
+
+@pytest.mark.parametrize("step", [{"moefy_ffn": {"experts": 4, "top_k": 2}}, {"upcycle_ffn": {"experts": 4, "top_k": 2}}])
+def test_passes_behind_a_mixture_are_rehearsed_on_it(step: dict[str, Any], tiny_llama: Trained) -> None:
+    first, *_ = asked("tensorrt", tiny_llama.graph, [step, quantize(scheme="int2", blocks=":")])
+    assert first.startswith(f"{ALL.removesuffix('3')}5: 2 bits")
+
+
+def test_a_plan_that_was_made_is_rehearsed(patient: Callable[[str], Patient]) -> None:
+    """Its numbers of experts count, not the fields'."""
+    subject, step = patient("llama"), make_pass({"upcycle_ffn": {"experts": 4, "top_k": 2}})
+    plan = subject.operate(step).plan
+    edited = plan.model_copy(update={"decisions": (plan.decisions[0].model_copy(update={"experts": 6, "top_k": 3}),)})
+    rehearsed, _ = foreseen(make_backend("onnxruntime"), subject.graph, [step], [edited])
+    assert rehearsed.fingerprint() == subject.operate(step, edited).graph.fingerprint()
 
 
 def test_a_build_is_refused_before_its_passes_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

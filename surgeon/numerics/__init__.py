@@ -56,6 +56,7 @@ from surgeon.numerics.pruning import others as others
 from surgeon.numerics.pruning import refitted_outputs as refitted_outputs
 from surgeon.numerics.quantization import SEARCH as SEARCH
 from surgeon.numerics.quantization import WHOLE_RANGE as WHOLE_RANGE
+from surgeon.numerics.quantization import WIDE_SEARCH as WIDE_SEARCH
 from surgeon.numerics.quantization import Levels as Levels
 from surgeon.numerics.quantization import QuantizedTensor as QuantizedTensor
 from surgeon.numerics.quantization import dequantize as dequantize

@@ -24,6 +24,11 @@ WHOLE_RANGE = (1.0,)
 SEARCH = tuple(1 - step / 20 for step in range(6))
 """The factors that AWQ's search for clipping tries (Lin et al. 2023, arXiv:2306.00978), to 0.75: at 4 bits none below is
 ever the best."""
+WIDE_SEARCH = tuple(1 - step / 20 for step in range(15))
+"""To 0.3, for 2 bits and rounding to the nearest.  Where others make up for the error (GPTQ), finer steps are not worth that
+much clipping.  Steps of least squares for scale and zero point behind it, or those of HQQ (Badri and Shaji 2023,
+https://mobiusml.github.io/hqq_blog/) for an lp norm below 1, gain nothing more that is clear on trained models, since zero
+points are whole numbers here; with real ones and the scale of the whole range, HQQ loses more than this at 2 bits."""
 _ELEMENTS_AT_ONCE = 2**20
 _ELEMENTS_ON_DEVICE = 2**25
 """The same on a device, which is fast on much at a time: about 1 GiB of working copies."""
@@ -167,19 +172,6 @@ class QuantizedTensor:
         packed = weight.new_empty(*inner, group * levels.bits // 8, dtype=FLOAT8 if levels.float8 else torch.uint8)
         zero = weight.new_empty(inner, dtype=torch.uint8) if levels.has_zero_point else None
         return cls(packed, weight.new_empty(inner), zero, levels.bits, group, columns)
-
-    @classmethod
-    def hollow(cls, weight: Tensor, levels: Levels, group: int) -> QuantizedTensor:
-        """Codes of the form of those for a weight [..., out, in], all zero and in no memory to speak of."""
-        group = weight.shape[-1] if group == -1 else group
-        form = cls.empty(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), levels, group)
-        packed, scale, zero = (
-            None if tensor is None else torch.zeros(1, dtype=torch.uint8).to(tensor.dtype).expand(tensor.shape)
-            for tensor in form.tensors
-        )
-        assert packed is not None
-        assert scale is not None
-        return cls(packed, scale, zero, form.bits, form.group, form.in_features)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
