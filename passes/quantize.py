@@ -354,7 +354,8 @@ class Quantize(Pass[QuantizePlan]):
             matrix = weight.transpose(-1, -2) if transposed else weight
             if coded.hollow:
                 levels, columns = self._levels(decision), matrix.shape[-1]
-                return QuantizedTensor.empty(matrix, levels, levels.group(name, fitting_group(decision.group, columns), columns))
+                group = levels.group(name, fitting_group(decision.group, columns), columns)
+                return QuantizedTensor.empty(matrix, levels, group)
             return made or self._quantized(matrix, decision, moment)
 
         return coded.read(name, (decision.bits, decision.group, decision.float8), make)
