@@ -1,19 +1,19 @@
 """Rotate the residual stream, without changing what the model computes, so that no channel of it stands out when it is rounded.
 
 Paper:
-    QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406), of which this is what weights
-    can absorb (R1); SliceGPT (Ashkboos et al. 2024, arXiv:2401.15024) for why nothing changes.
+    QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406, its rotations R1 and R2 by
+    lot), of which this is what weights can absorb; SliceGPT (Ashkboos et al. 2024, arXiv:2401.15024) for why nothing changes.
 Formula:
-    ``x' = U^T x``, ``U = diag(s) Hd / sqrt(H)`` with Hd a Hadamard matrix and signs s by lot.  ``rms(x') = rms(x)``, so that norms
-    mean what they did.  What writes to the stream becomes ``U^T W``, what reads it ``W diag(g) U``, g the gain of the norm in
-    front, whose gain becomes 1; an offset b of a norm becomes a bias ``W b`` behind it.  A channel that is a times as large as
-    the others becomes a / sqrt(H) in all channels, and columns of weights that were small where it was large are so no more:
-    groups of weights and rows of activations have smaller ranges, for the same energy.
+    ``x' = U^T x``, ``U = diag(s) Hd / sqrt(H)`` with Hd a Hadamard matrix and signs s by lot.  ``rms(x') = rms(x)``, so that
+    norms mean what they did.  What writes to the stream becomes ``U^T W``, what reads it ``W diag(g) U``, g the gain of the
+    norm in front, whose gain becomes 1; an offset b of a norm becomes a bias ``W b`` behind it.  A channel that is a times as
+    large as the others becomes a / sqrt(H) in all channels, and columns of weights that were small where it was large are so no
+    more: groups of weights and rows of activations have smaller ranges, for the same energy.
     Norms that subtract the mean: U is reflected so that the ones are mapped to themselves, and leaves out the mean, which no
     norm sees; a layer norm stays one.
-    ``heads: true`` (R2 of SpinQuant): a head's results are sums of values, ``a = sum_s p_s v_s``, with one p_s for all features of
-    the head. Every head's rows of the value projection (and bias) become ``R^T W``, its columns of the output projection ``W R``,
-    R made as U is, one for each attention: what the output projection reads is rotated too, and so are caches of values.
+    ``heads: true``: a head's results are sums of values, ``a = sum_s p_s v_s``, with one p_s for all features of the head.
+    Every head's rows of the value projection (and bias) become ``R^T W``, its columns of the output projection ``W R``, R made
+    as U is, one for each attention: what the output projection reads is rotated too, and so are caches of values.
 Shapes:
     x [tokens, H]; U [H, H], R [c, c] of heads of c features, in float64; weights keep their shapes.
 Units:
@@ -27,18 +27,20 @@ Changes:
 Errors:
     PlanError where no stream can be rotated, with the node: one that the model returns or takes as an input; one that something
     other than a sum, a norm or a product with a weight reads; norms that stand on the stream or behind a sublayer, whose gain
-    cannot be rotated (BERT, Gemma 2); factors for each channel.  Attentions are left alone by name (a note, an error where nothing
-    else is rotated) where something else stands between values and output projection, such as a norm or a gate for each feature,
-    or reads the values.  PlanError for ``blocks`` and for quantized weights.
+    cannot be rotated (BERT, Gemma 2); factors for each channel.  Attentions are left alone by name (a note, an error where
+    nothing else is rotated) where something else stands between values and output projection, such as a norm or a gate for each
+    feature, or reads the values.  PlanError for ``blocks`` and for quantized weights.
 Example:
     ``- rotate: {}`` or ``- rotate: {heads: true}``, before quantize
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor, fx
 
 from surgeon.channel_axes import Channels, Unfit, find_channels
 from surgeon.channel_bases import rotation
@@ -78,7 +80,7 @@ class Rotate(Pass[RotatePlan]):
     heals = False
 
     basis: RotationBasis = "hadamard"
-    """A Hadamard matrix with signs by lot, or an orthogonal matrix by lot; the latter also where no Hadamard matrix is known."""
+    """A Hadamard matrix with signs by lot, or an orthogonal matrix by lot: that also where no Hadamard matrix is known."""
     heads: bool = False
     """Whether the values of attention heads are rotated too, between their projection and the output projection."""
     seed: Seed = 0
@@ -157,7 +159,7 @@ class Rotate(Pass[RotatePlan]):
             assert isinstance(channels, Channels)
             change = rotation(editor.graph, channels)
             basis = spreading_basis(decision.width, decision.basis, lots, centred=change.centred)
-            rotate(editor, channels, change, basis, lambda _, basis=basis: basis)
+            rotate(editor, channels, change, basis, partial(_same, basis))
 
     def exact(self, plan: RotatePlan) -> bool:
         """A rotation changes nothing."""
@@ -179,3 +181,8 @@ class Rotate(Pass[RotatePlan]):
         streams = [f"{d.site} ({d.width} channels, {d.basis})" for d in plan.decisions if d not in heads]
         parts = [f"{len(streams)} streams rotated{': ' if streams else ''}{', '.join(streams)}"]
         return "; ".join([*parts, f"heads of {len(heads)} attentions"] if heads else parts)
+
+
+def _same(basis: Tensor, _: fx.Node) -> Tensor:
+    """What readers of any norm make of the rotated stream: no energy is lost."""
+    return basis

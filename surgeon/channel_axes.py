@@ -149,7 +149,7 @@ class _Walk:
     def _unknown(self, node: fx.Node) -> Unfit:
         kind = operators.kind(node)
         if kind in _PACKED:
-            return Unfit(f"{named(node)}: weights or activations are quantized already; put passes that change channels before quantize")
+            return Unfit(f"{named(node)}: weights or activations are quantized already; put this pass before quantize")
         read = ", ".join(source.name for source in node.all_input_nodes if self.has(source))
         does = f"reads the stream's channels ({read})" if read else "makes the stream's channels"
         return Unfit(f"{named(node)} {does}, and is no sum, norm or product with a weight")

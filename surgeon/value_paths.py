@@ -78,7 +78,8 @@ def rotate_heads(editor: Editor, tensors: list[Rotated], basis: Tensor) -> None:
         tensor = editor.tensor(each.name).detach()
         places = each.places.to(tensor.device)
         rows = tensor.double().movedim(each.axis, -1).clone()
-        heads = rows[..., places].unflatten(-1, (-1, len(basis))) @ basis.to(tensor.device)
+        heads = rows[..., places]
+        heads = heads.reshape(*heads.shape[:-1], -1, len(basis)) @ basis.to(tensor.device)
         rows[..., places] = heads.flatten(-2)
         editor.set_tensor(each.name, rows.movedim(-1, each.axis).to(tensor.dtype).contiguous())
 

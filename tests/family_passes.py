@@ -226,8 +226,8 @@ def narrow_stream(case: Case) -> str:
 
 def rotate_stream(case: Case) -> str:
     """Whatever the stream is rotated with, the model computes what it did."""
-    for basis in ("hadamard", "random"):
-        graph, plan = case.operate({"rotate": {"basis": basis}})
+    for fields in ({"heads": True}, {"basis": "random"}, {}):
+        graph, plan = case.operate({"rotate": fields})
         same(outputs(graph, case.inputs), outputs(case.graph, case.inputs))
     count = len(list(find_channels(case.structure)))
     return "exact" if len(plan.decisions) == count else f"exact ({len(plan.decisions)} of {count} streams)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # ships no stubs
 import torch
 from torch import Tensor
 
@@ -20,7 +20,8 @@ RotationBasis = Literal["hadamard", "random"]
 def hadamard_core(order: int) -> int | None:
     """The smallest m with ``order = 2^k m`` of which a Hadamard matrix is known here; None where there is none.
 
-    1, q + 1 for primes q of the form 4n + 3 (12, 20, 24, 44 ...), and 2 (q + 1) for those of the form 4n + 1 (12, 28, 36, 60 ...).
+    These are 1, q + 1 for primes q of the form 4n + 3 (12, 20, 24, 44 ...), and 2 (q + 1) for those of the form 4n + 1 (12, 28,
+    36, 60 ...).
     """
     core = order & -order if order > 0 else 0
     core = order // core if core else 0
@@ -81,8 +82,8 @@ def spreading_basis(width: int, kind: RotationBasis, generator: torch.Generator,
 
     ``hadamard``: ``diag(s) Hd / sqrt(H)`` with signs s by lot, so that nothing that a model could have learnt is in line with a
     row.  ``random``: an orthogonal matrix, uniformly.  Of what is centred, ``1^T x = 0``, it is ``(1 - 1 1^T / H) R U``, with R
-    the reflection that maps ``U 1`` to 1: then ``1^T U^T x = 0`` too, and the entries of R U differ by O(1 / H) from those of U,
-    but for one row.
+    the reflection that maps ``U 1`` to 1: then ``1^T U^T x = 0`` too.  Of a Hadamard matrix R changes one row, the others
+    by O(1 / H).
 
     Args:
         width: H.
@@ -97,8 +98,8 @@ def spreading_basis(width: int, kind: RotationBasis, generator: torch.Generator,
         NumericsError: no Hadamard matrix of this order is known here.
     """
     if kind == "hadamard":
-        signs = torch.randint(0, 2, (width, 1), generator=generator).double() * 2 - 1
-        basis = signs * hadamard(width) / width**0.5
+        signs: Tensor = torch.randint(0, 2, (width, 1), generator=generator).double() * 2 - 1
+        basis: Tensor = signs * hadamard(width) / width**0.5
     else:
         orthogonal, triangular = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
         basis = orthogonal * triangular.diagonal().sign()  # without the signs it would not be uniform
