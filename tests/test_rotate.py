@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from scipy.linalg import hadamard as sylvester
 from torch import Tensor, nn
 
 from surgeon.accounting import parameter_count
+from surgeon.backends.huggingface import HuggingFace
 from surgeon.channel_axes import Channels, find_channels
 from surgeon.channel_bases import rotation
 from surgeon.channels import rotate
@@ -207,7 +209,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma2", "bert"])
 def test_heads_are_rotated_between_their_projections(name: str) -> None:
-    """In float64: groups of queries, values within fused projections, with biases, transposed, streams that cannot be rotated."""
+    """In float64: groups of queries, values within fused projections, biases, transposed weights, streams that are refused."""
     subject, inputs = family(name)
     result = turned(subject, heads=True, names="*attention*")
     attentions = [site.part for site in subject.structure.attentions()]
@@ -231,14 +233,13 @@ def test_the_products_of_heads_stay_and_queries_and_keys_too() -> None:
         assert part.o is not None
         assert part.v is not None
         assert part.heads == 2 * part.kv_heads
-        before, after = (
-            (graph.tensor(part.o.weight).unflatten(1, (part.heads, -1)), graph.tensor(part.v.weight).unflatten(0, (part.kv_heads, -1)))
+        (o, v), (new_o, new_v) = (
+            (graph.tensor(part.o.weight).chunk(part.heads, 1), graph.tensor(part.v.weight).chunk(part.kv_heads))
             for graph in (subject.graph, result.graph)
         )
         for head in range(part.heads):
-            wanted, found = (o[:, head] @ v[head // 2] for o, v in (before, after))
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15)
-        assert not torch.allclose(before[1], after[1])
+            torch.testing.assert_close(new_o[head] @ new_v[head // 2], o[head] @ v[head // 2], rtol=0, atol=1e-15)
+        assert not torch.allclose(v[0], new_v[0])
 
 
 def test_streams_and_heads_are_rotated_together(tiny_llama: Trained) -> None:
@@ -267,7 +268,8 @@ class Attending(nn.Module):
         self.blocks = nn.ModuleList(
             nn.ModuleDict({"norm": nn.LayerNorm(16), **{key: nn.Linear(16, 16) for key in "qkvo"}}) for _ in range(2)
         )
-        self.last, self.gates, self.perhead = nn.LayerNorm(16), nn.Parameter(torch.rand(2, 4)), nn.Parameter(torch.rand(2, 4, 1, 1))
+        self.last = nn.LayerNorm(16)
+        self.gates, self.perhead = nn.Parameter(torch.rand(2, 4)), nn.Parameter(torch.rand(2, 4, 1, 1))
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         x = self.table(ids)
@@ -291,13 +293,13 @@ class Attending(nn.Module):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ("features", r"mul_tensor\S* \(aten::mul\), between the values and the output projection, is not the same for a head's"),
+        ("features", r"\(aten::mul\), between the values and the output projection, is not the same for a head's"),
         ("power", r"between the values and the output projection, is not the same for a head's"),
         ("returned", r"output \(.*\) reads the heads' values too"),
     ],
 )
 def test_heads_whose_values_are_not_only_summed_are_left_alone(way: str, reason: str) -> None:
-    subject, ids = attending(way)
+    subject, _ = attending(way)
     with pytest.raises(PlanError, match=rf"nothing can be rotated; blocks\.0\.attention: left alone: .*{reason}"):
         turned(subject, heads=True, names="*attention*")
     both = turned(subject, heads=True)  # the stream is rotated, and notes say why no heads are
@@ -311,9 +313,10 @@ def test_factors_of_whole_heads_do_no_harm() -> None:
     assert len(result.plan.decisions) == 3
     (wanted,), (found,) = (outputs(each, ids).values() for each in (subject, result))
     assert relative_error(found, wanted) < 1e-13
+    decisions = tuple(d.model_copy(update={"width": 8}) if "attention" in d.site else d for d in result.plan.decisions)
+    plan = result.plan.model_copy(update={"decisions": decisions})
     with pytest.raises(PlanError, match=r"blocks\.0\.attention: the plan rotates 8 features of each head, it has 4"):
-        decisions = tuple(d.model_copy(update={"width": 8}) if "attention" in d.site else d for d in result.plan.decisions)
-        turned(subject, result.plan.model_copy(update={"decisions": decisions}), heads=True)
+        turned(subject, plan, heads=True)
 
 
 def attending(way: str) -> tuple[Patient, dict[str, Tensor]]:
@@ -367,7 +370,6 @@ FORMS = {
     "int8_dynamic": {"scheme": "int8_dynamic"},
     "int4, group 32": {"scheme": "int4", "group": 32, "blocks": ":"},
     "int4, group 128": {"scheme": "int4", "group": 128, "blocks": ":"},
-    "int4, group 32, gptq": {"scheme": "int4", "group": 32, "blocks": ":", "algorithm": "gptq"},
 }
 
 
@@ -408,23 +410,24 @@ def test_outliers_do_no_harm_once_they_are_rotated(tiny_llama: Trained, form: st
     assert rotated < 1.1 * usual, (usual, rotated)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_stream_in_its_principal_axes_is_worse_and_one_rotated_by_lot_better(tiny_llama: Trained, form: str) -> None:
-    """Few channels then have most of the energy, as of models that are larger."""
+def test_a_stream_in_its_principal_axes_is_worse_and_one_rotated_by_lot_better(tiny_llama: Trained) -> None:
+    """Few channels then have most of the energy, and groups of weights that are read with them most of theirs."""
     assert tiny_llama.held_out is not None
     batch = tiny_llama.held_out
     want = outputs(tiny_llama, batch)["logits"]
     axes = tiny_llama.operate({"drop_channels": {"ratio": 0}})
+    form = "int4, group 128"
     assert divergence(turned(axes), form, want, batch) < 0.9 * divergence(axes, form, want, batch)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_mixtral"])
-def test_four_bits_lose_less_of_models_as_they_were_trained(request: pytest.FixtureRequest, name: str) -> None:
-    subject: Trained = request.getfixturevalue(name)
-    assert subject.held_out is not None
-    want = outputs(subject, subject.held_out)["logits"]
-    lost = [divergence(each, "int4, group 128", want, subject.held_out) for each in (subject, turned(subject))]
-    assert lost[1] < 0.95 * lost[0], lost
-
-
 # -- backends -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_a_rotated_llama_is_one_of_the_same_class(tiny_llama: Trained, tmp_path: Path) -> None:
+    result = turned(tiny_llama, heads=True)
+    HuggingFace().lower(result.graph, tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert tiny_llama.held_out is not None
+    with torch.no_grad():
+        logits = loaded(**tiny_llama.held_out, use_cache=False).logits
+    assert relative_error(logits, outputs(tiny_llama, tiny_llama.held_out)["logits"]) < 1e-5
