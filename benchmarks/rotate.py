@@ -115,7 +115,8 @@ def page(models: dict[str, dict[str, dict[str, float]]]) -> str:
         lines += ["", f"## {name}", "", f"| stream | form | {' | '.join(METHODS)} |", "|---|---|" + "--:|" * len(METHODS)]
         for stream in STREAMS:
             rows = models.get(f"{name}, {stream}", {})
-            lines += [f"| {stream} | {form} | {' | '.join(cell(rows, form, by) for by in METHODS)} |" for form in FORMS]
+            cells = {form: [cell(rows, form, method) for method in METHODS] for form in FORMS}
+            lines += [f"| {stream} | {form} | {' | '.join(found)} |" for form, found in cells.items() if any(found)]
     return "\n".join(lines) + "\n"
 
 
