@@ -86,7 +86,7 @@ def rotate_heads(editor: Editor, tensors: list[Rotated], basis: Tensor) -> None:
 
 def _stored(graph: Graph, node: Any, reader: fx.Node, axis: int, places: Tensor) -> Rotated:
     """A stored tensor that one node alone reads, a matrix perhaps with its dimensions exchanged."""
-    while operators.kind(node) in _EXCHANGES and len(operators.shape(node)) == 2 and len(node.users) == 1:
+    while _exchanges(node) and len(node.users) == 1:
         node, axis = node.args[0], -3 - axis
     if node.op != "get_attr":
         raise Unfit(f"{named(reader)} computes its weight from stored tensors")
@@ -95,6 +95,13 @@ def _stored(graph: Graph, node: Any, reader: fx.Node, axis: int, places: Tensor)
     if sum(len(each.users) for each in reads) != 1:
         raise Unfit(f"{name} is read by other parts of the model too")
     return Rotated(name, axis, places)
+
+
+def _exchanges(node: fx.Node) -> bool:
+    """Whether a node is a matrix with its dimensions exchanged."""
+    kind = operators.kind(node)
+    exchanged = kind in _EXCHANGES or (kind == "aten::permute" and list(node.args[1]) == [1, 0])  # type: ignore[arg-type]
+    return exchanged and len(operators.shape(node)) == 2
 
 
 class _Walk:

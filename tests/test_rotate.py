@@ -207,7 +207,7 @@ class Odd(nn.Module):
 # -- heads --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "falcon", "gemma2", "bert"])
 def test_heads_are_rotated_between_their_projections(name: str) -> None:
     """In float64: groups of queries, values within fused projections, biases, transposed weights, streams that are refused."""
     subject, inputs = family(name)
