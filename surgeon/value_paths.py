@@ -100,7 +100,7 @@ def _stored(graph: Graph, node: Any, reader: fx.Node, axis: int, places: Tensor)
 def _exchanges(node: fx.Node) -> bool:
     """Whether a node is a matrix with its dimensions exchanged."""
     kind = operators.kind(node)
-    exchanged = kind in _EXCHANGES or (kind == "aten::permute" and list(node.args[1]) == [1, 0])  # type: ignore[arg-type]
+    exchanged = kind in _EXCHANGES or (kind == "aten::permute" and list(node.args[1]) == [1, 0])  # type: ignore[arg-type]  # a list
     return exchanged and len(operators.shape(node)) == 2
 
 
