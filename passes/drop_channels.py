@@ -56,15 +56,14 @@ from surgeon.channel_bases import Rotation, rotation
 from surgeon.channel_moments import ChannelMoments
 from surgeon.channels import (
     affine,
-    alike,
-    check_shifts,
     cuttable,
     joined_norms,
     keep_channels,
     kept_parameters,
+    refuse_packed,
+    rotatable,
     rotate,
     rotated_parameters,
-    untied,
 )
 from surgeon.contract import LEFT, Decision, Observer, Pass, Plan, Seed, Statistics, refuse_all_left
 from surgeon.errors import PlanError
@@ -146,7 +145,7 @@ class DropChannels(Pass[DropChannelsPlan]):
         """Choose how many channels of every stream stay, and which."""
         if self.blocks is not None:
             raise PlanError(f"{self.name}: blocks: all blocks share the stream and its width; leave blocks out")
-        _refuse_packed(graph, structure)
+        refuse_packed(self.name, graph, structure)
         decisions, notes = [], []
         for label, channels in find_channels(structure):
             if not structure.selection.admits(label, None):
@@ -179,10 +178,7 @@ class DropChannels(Pass[DropChannelsPlan]):
             bare = [node.name for node, norm in channels.norms.items() if affine(channels, norm)[1] is None]
             note = f"{label}: no gain stands behind {', '.join(bare)} to take the factor of fewer channels"
             return [note] if bare and self.criterion == "activation" else []
-        change = rotation(graph, channels)
-        check_shifts(graph, change)
-        names = untied(alike(graph, change))
-        return [f"{label}: {name} both writes to the stream and reads it; it becomes two tensors" for name in names]
+        return rotatable(graph, label, channels)
 
     def _instead(self, graph: Graph, channels: Channels | Unfit) -> str:
         """What to try where a stream cannot be rotated."""
@@ -297,21 +293,6 @@ class DropChannels(Pass[DropChannelsPlan]):
             return f"{', '.join(decision.site for decision in plan.decisions)} rotated, and as wide as before"
         widths = ", ".join(f"{decision.site} {decision.width} to {decision.left}" for decision in plan.decisions)
         return f"{len(plan.decisions)} streams made narrower{': ' if widths else ''}{widths} channels ({self.criterion})"
-
-
-def _refuse_packed(graph: Graph, structure: Structure) -> None:
-    """Refuse a model with packed weights.
-
-    Raises:
-        PlanError: names the first one's site.
-    """
-    weights = [(site.name, site.part.weight) for site in structure.linears]
-    weights += [(table.name, table.part.weight) for table in structure.embeddings]
-    for moe in structure.select(Selection()).moes():
-        weights += [(moe.name, moe.part.w_in), (moe.name, moe.part.w_out)]
-    for site, name in weights:
-        if not graph.tensor(name).is_floating_point():
-            raise PlanError(f"{site}: its weight {name} is quantized already; put drop_channels before quantize")
 
 
 def _key(label: str, node: fx.Node) -> str:

@@ -132,9 +132,9 @@ class _Walk:
             return
         if node.op == "output":
             read = next(source for source in node.all_input_nodes if self.has(source))
-            raise Unfit(f"the model returns {named(read)}, which would be narrower")
+            raise Unfit(f"the model returns {named(read)}, whose channels would change")
         if node.op == "placeholder":
-            raise Unfit(f"input {node.name} is added to the stream, and would have to be narrower")
+            raise Unfit(f"input {node.name} is added to the stream, and its channels would have to change too")
         rule = self._rule(node)
         if rule is None:
             raise self._unknown(node)
@@ -149,7 +149,7 @@ class _Walk:
     def _unknown(self, node: fx.Node) -> Unfit:
         kind = operators.kind(node)
         if kind in _PACKED:
-            return Unfit(f"{named(node)}: weights or activations are quantized already; put drop_channels before quantize")
+            return Unfit(f"{named(node)}: weights or activations are quantized already; put this pass before quantize")
         read = ", ".join(source.name for source in node.all_input_nodes if self.has(source))
         does = f"reads the stream's channels ({read})" if read else "makes the stream's channels"
         return Unfit(f"{named(node)} {does}, and is no sum, norm or product with a weight")

@@ -13,15 +13,17 @@ import networkx
 import torch
 from torch import Tensor, fx
 
+from surgeon import channel_bases
 from surgeon.accounting import memory, stored_reads
 from surgeon.channel_axes import Channels, Unfit, is_stored, named
 from surgeon.channel_bases import Rotation, Shift, Use
 from surgeon.channel_norms import LAYER_NORM, RMS_NORM, Norm
 from surgeon.discovery import operators
-from surgeon.errors import RewriteError
+from surgeon.errors import PlanError, RewriteError
 from surgeon.graph import Graph
 from surgeon.head_labels import FILLED
 from surgeon.rewrite import Editor
+from surgeon.structure import Selection, Structure
 
 aten = torch.ops.aten
 UNTIED = "_untied"
@@ -80,6 +82,33 @@ def alike(graph: Graph, rotation: Rotation) -> list[Alike]:
 def untied(groups: Sequence[Alike]) -> list[str]:
     """Names of stored tensors that are written with and read, so that each use has a tensor of its own afterwards."""
     return sorted({str(group.uses[0].leaf.target) for group in groups if not group.first})
+
+
+def rotatable(graph: Graph, label: str, channels: Channels) -> list[str]:
+    """Notes on what becomes of a stream that is rotated.
+
+    Raises:
+        Unfit: it cannot be rotated.
+    """
+    change = channel_bases.rotation(graph, channels)
+    check_shifts(graph, change)
+    names = untied(alike(graph, change))
+    return [f"{label}: {name} both writes to the stream and reads it; it becomes two tensors" for name in names]
+
+
+def refuse_packed(step: str, graph: Graph, structure: Structure) -> None:
+    """Refuse a model with packed weights.
+
+    Raises:
+        PlanError: names the first one's site.
+    """
+    weights = [(site.name, site.part.weight) for site in structure.linears]
+    weights += [(table.name, table.part.weight) for table in structure.embeddings]
+    for moe in structure.select(Selection()).moes():
+        weights += [(moe.name, moe.part.w_in), (moe.name, moe.part.w_out)]
+    for site, name in weights:
+        if not graph.tensor(name).is_floating_point():
+            raise PlanError(f"{site}: its weight {name} is quantized already; put {step} before quantize")
 
 
 def joined_norms(graph: Graph, channels: Channels, rotation: Rotation) -> list[frozenset[fx.Node]]:

@@ -222,6 +222,15 @@ def narrow_stream(case: Case) -> str:
     return "exact" if len(plan.decisions) == count else f"exact ({len(plan.decisions)} of {count} streams)"
 
 
+def rotate_stream(case: Case) -> str:
+    """Whatever the stream is rotated with, the model computes what it did."""
+    for fields in ({"heads": True}, {"basis": "random"}, {}):
+        graph, plan = case.operate({"rotate": fields})
+        same(outputs(graph, case.inputs), outputs(case.graph, case.inputs))
+    count = len(list(find_channels(case.structure)))
+    return "exact" if len(plan.decisions) == count else f"exact ({len(plan.decisions)} of {count} streams)"
+
+
 def flattened(case: Case) -> Graph:
     """The graph with all that writes to a stream projected on half of its directions, drawn at random."""
     editor = Editor(case.graph.clone())
@@ -438,6 +447,7 @@ PASSES: dict[str, Entry] = {
     "upcycle_ffn": Entry(upcycle, {"experts": 2, "top_k": 1}, Structure.ffns, "no dense FFN"),
     "moefy_attention": Entry(route_to_all_groups, {"top_k": 1}, Structure.attentions, "no attention"),
     "drop_channels": Entry(narrow_stream, {}),
+    "rotate": Entry(rotate_stream, {}),
     "drop_neurons": Entry(drop_silent_neurons, {"ratio": 0.5}, networks, "no feed-forward network"),
     "drop_heads": Entry(drop_silent_heads, {"keep": 1}, Structure.attentions, "no attention"),
     "drop_experts": Entry(drop_idle_experts, {"keep": 1}, Structure.moes, "no experts"),

@@ -139,6 +139,8 @@ what is committed here; `python -m tests.families --write` rewrites them.
 - `drop_channels` is *exact* where rotating the residual stream changes no output by more than 1e-5, and where the pass finds
   the half of all directions that the stream is confined to (what writes to it is projected on them first) and the model that
   is half as wide computes the same to 1e-5. In brackets, how many streams can be rotated, where not all can.
+- `rotate` is *exact* where rotating the residual stream, with a Hadamard matrix, an orthogonal one by lot, and with the heads
+  that can be rotated, changes no output by more than 1e-5. In brackets as for `drop_channels`.
 - `drop_heads` is *exact* where it finds half of the heads of each attention, whose results its output projection multiplies
   by 0 (the model is edited so that it does), and dropping them leaves the outputs as they were to 1e-5. In brackets, how many
   attentions have heads that are apart, where not all have.

@@ -36,6 +36,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "moefy_attention": ("llama", {"top_k": 1}),
     "moefy_ffn": ("llama", {"experts": 4, "top_k": 2}),
     "quantize": ("mixtral", {"scheme": "int4", "group": 16}),
+    "rotate": ("llama", {}),
     "skip_experts": ("mixtral", {"beta": "median"}),
     "smooth": ("llama", {"alpha": 0.5}),
     "sparsify": ("mixtral", {"pattern": "2:4"}),
@@ -43,7 +44,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHAPELESS = {"drop_blocks", "expose_routing", "skip_experts"}
 """Passes that read no weight, and so may follow quantization."""
-WHOLE = {"drop_channels"}
+WHOLE = {"drop_channels", "rotate"}
 """Passes that act on what all blocks share."""
 
 

@@ -111,7 +111,8 @@ def test_refusals_are_the_expected_ones() -> None:
         for step, found in zip(PASSES, text.strip("| ").split(" | ")[2:], strict=True):
             if found.startswith("refused"):
                 refused.setdefault(step, set()).add(name)
-    assert refused.pop("drop_channels")  # streams that are returned, or normed with a gain and go on
+    channels = refused.pop("drop_channels")  # streams that are returned, or normed with a gain and go on
+    assert refused.pop("rotate") == channels
     assert refused.pop("drop_heads")  # heads that are normed together, weights that blocks share
     assert refused.pop("moefy_attention")  # one key/value head, and projections that are no linears of their own
     assert refused == {

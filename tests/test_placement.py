@@ -62,6 +62,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantize: gptq": (LLAMA, {"quantize": {"scheme": "int4", "algorithm": "gptq", "blocks": "1:3"}}),
     "quantize: gptq of experts": (MIXTRAL, {"quantize": {"scheme": "int4", "algorithm": "gptq", "names": "*.moe"}}),
     "quantize: mixed experts": (MIXTRAL, {"quantize": {"scheme": "mixed", "bits": 3, "names": ["*.moe", "*.o"]}}),
+    "rotate": (LLAMA, {"rotate": {}}),
     "skip_experts": (MIXTRAL, {"skip_experts": {"beta": "median"}}),
     "smooth": (LLAMA, {"smooth": {"blocks": "0:2"}}),
     "sparsify": (LLAMA, {"sparsify": {"sparsity": 0.5, "blocks": "1:3"}}),

@@ -67,6 +67,10 @@ from surgeon.numerics.quantization import pack_codes as pack_codes
 from surgeon.numerics.quantization import quantize_float8 as quantize_float8
 from surgeon.numerics.quantization import quantize_groupwise as quantize_groupwise
 from surgeon.numerics.quantization import unpack_codes as unpack_codes
+from surgeon.numerics.rotation import RotationBasis as RotationBasis
+from surgeon.numerics.rotation import hadamard as hadamard
+from surgeon.numerics.rotation import hadamard_core as hadamard_core
+from surgeon.numerics.rotation import spreading_basis as spreading_basis
 from surgeon.numerics.router import centroid_router as centroid_router
 from surgeon.numerics.router import ridge_regression as ridge_regression
 from surgeon.numerics.router import train_linear_router as train_linear_router
