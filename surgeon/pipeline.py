@@ -85,7 +85,7 @@ class Request:
 
     model: str | Path | nn.Module | Graph | Compiled
     steps: tuple[Pass[Any], ...]
-    inputs: Mapping[str, Tensor] | None = None
+    inputs: Mapping[str, Any] | None = None
     calibration: Calibration | tuple[Batch, ...] | None = None
     tokenizer: Any = None
     backend: Backend | None = None
