@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.ambient import own_modes

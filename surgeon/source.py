@@ -101,7 +101,8 @@ def load_source(
     Args:
         model: a checkpoint directory, a hub id, ``"package.module:callable"`` (returning a module, or a module and its
             inputs; modules of the current directory are found), or a module.
-        inputs: example keyword inputs: tensors, nested ones, and values that are the same in every call; None to let surgeon make them (models of transformers only).
+        inputs: example keyword inputs: tensors, nested ones, and values that are the same in every call (see
+            ``surgeon.trace``); None to let surgeon make them (models of transformers only).
         task: one of ``TASKS``; None for what a checkpoint's architecture is for, and for ``forward`` otherwise.
         dtype: floating-point type, e.g. ``"bfloat16"``; None keeps the model's own.  A module is copied, not changed.
         weights: ``"real"``, or ``"fake"`` for a model without the values of its weights: they are not loaded.
@@ -162,7 +163,8 @@ def load_source(
             f"task text-generation calls the model with caches of its own making, and inputs has {', '.join(arguments.forms)}, "
             "which is no tensor: leave it out, or trace with task forward"
         )
-    notes += tuple(f"input {name} is {value!r} in every call: it is a part of the graph" for name, value in arguments.fixed.items())
+    fixed = arguments.fixed.items()
+    notes += tuple(f"input {name} is {value!r} in every call: it is a part of the graph" for name, value in fixed)
     causal = None
     own_choice = task is None and path is not None and inputs is None and not fake
     if task == "text-generation" or (own_choice and _generates(module)):

@@ -102,7 +102,8 @@ def _never(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "wrapped", [lambda m: torch.compile(m, backend=_never), nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m)), _in_part]
+    "wrapped",
+    [lambda m: torch.compile(m, backend=_never), nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m)), _in_part],
 )
 def test_wrappers_that_say_how_a_model_runs_are_looked_through(wrapped: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)

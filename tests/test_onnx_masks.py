@@ -19,7 +19,8 @@ class Masked(nn.Module):
         super().__init__()
         self.form = form
         self.table, self.qkv, self.out = nn.Embedding(20, 16), nn.Linear(16, 48), nn.Linear(16, 16)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x, seen = self.table(input_ids), attention_mask == 1
