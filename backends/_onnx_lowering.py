@@ -171,13 +171,19 @@ class Lowering(Experts):
         q, k, v, mask, is_causal, scale = args
         if self.appends and self._caches.lower(node):
             self.fused["grouped_attention" if self._caches.flat_output else "cached_attention"] += 1
-        elif self.appends and not is_causal and (mask is None or _has_rows_of(mask, q)):
+            return
+        if mask is not None and not is_causal:
+            mask = self._spread(mask, q, k)
+        if self.appends and not is_causal and (mask is None or mask.meta["val"].dim() == 4):
             self._replace(node, attention.attention, (q, k, v, mask, scale))
         else:
-            self._replace(node, attend, node.args)
+            self._replace(node, attend, (q, k, v, mask, is_causal, scale))
 
     def _attention(self, node: fx.Node) -> None:
         """Attention without a dimension of heads gets one: ONNX knows the four-dimensional form only."""
+        q, k, _, *masks = node.args
+        if masks and isinstance(masks[0], fx.Node):
+            node.update_arg(3, self._spread(masks[0], q, k))
         rank = node.meta["val"].dim()
         if rank == 4:
             return
@@ -189,8 +195,14 @@ class Lowering(Experts):
             squeezed = self._nodes.call_function(aten.squeeze.dim, (node, 1))
         node.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
 
+    def _spread(self, mask: fx.Node, q: Any, k: Any) -> fx.Node:
+        """A mask with a row for every query and a column for every key: kernels repeat batches and heads alone.
 
-def _has_rows_of(mask: fx.Node, q: fx.Node) -> bool:
-    """Whether a mask [B, N, S, T] has a row for every query: the kernel repeats batches and heads, rows not."""
-    value = mask.meta["val"]
-    return value.dim() == 4 and str(value.shape[2]) == str(q.meta["val"].shape[2])
+        A mask of padding has one row for all queries.
+        """
+        value, needed = mask.meta["val"], (q.meta["val"].shape[-2], k.meta["val"].shape[-2])
+        if list(map(str, value.shape[-2:])) == list(map(str, needed)):
+            return mask
+        spread = self._nodes.call_function(emit.spread_to_scores, (mask, q, k))
+        spread.meta["val"] = value.expand(*value.shape[:-2], *needed)
+        return spread

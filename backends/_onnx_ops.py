@@ -23,6 +23,11 @@ Linear = tuple[Any, ...]
 block, columns, level)`` or ``("integer", w int8 [K, N], scale[N], zero_point int8 [N]?, b?)``."""
 
 
+def spread_to_scores(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A mask [..., S or 1, T or 1] as [..., S, T], of queries [..., S, D] over keys [..., T, D]."""
+    return mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
+
+
 def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X [..., K] times weight [K, N] plus bias [N]."""
     y = torch.matmul(x, weight)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 import surgeon.ops  # noqa: F401  # registers torch.ops.surgeon
+from surgeon.complex_numbers import without_rule
 from surgeon.contract import Refusal
 from surgeon.graph import Graph
 
@@ -48,10 +49,12 @@ def without_kernels(graph: Graph, provider: str) -> list[Refusal]:
             codes = node.op == "get_attr" and all(user.target is DEQUANTIZE for user in node.users)
             unknown = isinstance(tensor, torch.Tensor) and tensor.dtype in NO_KERNELS[provider] and not codes
             if unknown or _is_double_weight(graph, node):
-                reason = (
-                    f"{tensor.dtype} has no kernels on provider {provider!r}; trace the model in another type "
-                    "(model: {dtype: float32}, or dtype=\"float32\" from Python)"
+                advice = (
+                    f"write with pairs of real numbers what surgeon does not: {', '.join(without_rule(graph))}"
+                    if tensor.is_complex()
+                    else "trace the model in another type (model: {dtype: float32}, or dtype=\"float32\" from Python)"
                 )
+                reason = f"{tensor.dtype} has no kernels on provider {provider!r}; {advice}"
                 found.setdefault(tensor.dtype, Refusal(node.name, reason, lasting=True))
     return list(found.values())
 

@@ -27,7 +27,7 @@ def compile(
     model: str | Path | nn.Module | Graph | Compiled,
     passes: Sequence[Pass[Any] | Mapping[str, Any] | str] | str | Path,
     *,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | Iterable[Batch] | None = None,
     backend: str | Mapping[str, Any] | Backend | None = "onnxruntime",
     output: str | Path | None = None,
@@ -50,7 +50,8 @@ def compile(
             with its graph, fine-tuned meanwhile, say, which is then what the result is compared with.
         passes: pass objects or one-key dicts in order, or the path of a recipe, whose passes are taken and whose
             calibration, verify, evaluate and device stand in where those arguments are None.
-        inputs: example keyword inputs; needed for a module that is not a transformers model.
+        inputs: example keyword inputs; needed for a module that is not a transformers model.  Nested tensors and
+            values that are no tensors are taken as ``surgeon.trace`` says.
         calibration: an iterable of keyword-input dicts, a text file (tokenized with the model's tokenizer), or the
             recipe's mapping, to which ``tokenizer`` (an object or a path) may be added.
         backend: a name, a one-key dict with its options, or None for the rewritten graph itself.

@@ -214,7 +214,7 @@ class EagerCandidate(Candidate):
 
     def _run(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
         try:
-            return _finished(self.module(**inputs, **options), self.device)
+            return _finished(self.module(**{**self.source.arguments(inputs), **options}), self.device)
         except SurgeonError:
             raise
         except Exception as error:  # a model's forward may raise anything: another case may still run

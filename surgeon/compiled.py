@@ -69,11 +69,11 @@ class Compiled:
         """Directory of the artefact."""
         return self.artifact.folder if self.artifact is not None else None
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run on the model's own keyword inputs.
 
         Args:
-            **inputs: torch tensors.
+            **inputs: torch tensors; nested ones as the source model takes them, or flat.
 
         Returns:
             Torch tensors by the model's own output names.

@@ -93,6 +93,7 @@ def _from_batches(spec: Iterable[Batch], graph: Graph) -> Data:
                 f"calibration batch {number} must be a mapping of input names to tensors, found {type(batch).__name__}"
             )
         try:
+            batch = graph.flat(batch)
             graph.bind(batch)
         except TraceError as error:
             raise ObserveError(f"calibration batch {number}: {error}") from error

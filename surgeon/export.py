@@ -27,6 +27,7 @@ from surgeon.caches import SUM
 from surgeon.errors import TraceError
 from surgeon.experts import use_semantic_experts
 from surgeon.functional import is_functional
+from surgeon.ops.attention import flexible_attention
 from surgeon.source import LoadedSource, size_of
 from surgeon.symbolic_sizes import symbolic_sizes
 from surgeon.unrolling import Site, decisions, overrun, unrolled
@@ -192,6 +193,7 @@ def _exportable(module: nn.Module) -> Iterator[None]:
             stack.enter_context(_sdpa(module))
         stack.enter_context(use_semantic_experts(module))
         stack.enter_context(_settled())
+        stack.enter_context(_spelled_flex_attention())
         stack.enter_context(symbolic_sizes())
         yield
 
@@ -217,6 +219,20 @@ def _settled() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = original  # type: ignore[method-assign]  # the original
+
+
+@contextmanager
+def _spelled_flex_attention() -> Iterator[None]:
+    """``flex_attention`` as the products, the mask and the softmax that it is (``surgeon.ops.attention``).
+
+    Its functions of scores and positions are nested graphs otherwise, and a canonical graph is flat.
+    """
+    home = sys.modules.get("torch.nn.attention.flex_attention")
+    if home is None:
+        yield
+        return
+    with patch.object(home, "flex_attention_hop", flexible_attention):
+        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon import caches
+from surgeon.arguments import flat
 from surgeon.errors import RewriteError, TraceError
 from surgeon.placement import Placement
 
@@ -81,6 +82,7 @@ class Source:
         model_class: name of the source model's class, for backends that write it again.
         generation: what the source says about generating with it: ``eos_token_id``, ``pad_token_id`` ...
         left: weights that looked like those of experts and were left as they were, by name, with the reason.
+        fixed: arguments of the model that are no tensors, by name: the same in every call, and so a part of the graph.
     """
 
     description: str = "nn.Module"
@@ -92,6 +94,7 @@ class Source:
     model_class: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Graph:
@@ -141,6 +144,7 @@ class Graph:
 
         Caches and positions may be left out, see :func:`surgeon.caches.complete`.
         """
+        inputs = self.flat(inputs)
         problem = caches.misfit(self.inputs, inputs)
         if problem:
             raise TraceError(problem)
@@ -169,11 +173,19 @@ class Graph:
             ordered.append(value)
         return ordered
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def flat(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keyword arguments of the model by the names of the inputs: nested ones flattened, fixed values left out.
+
+        Raises:
+            TraceError: a value is another than the model was traced with.
+        """
+        return flat(inputs, frozenset(port.name for port in self.inputs), self.source.fixed)
+
+    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run the graph in torch.
 
         Args:
-            **inputs: the model's keyword inputs.
+            **inputs: the model's keyword inputs; nested ones as the model takes them, or by the names of the ports.
 
         Returns:
             Output tensors by the model's own output names; caches only where caches were handed in.

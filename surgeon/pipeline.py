@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon.accounting import active_parameter_count, parameter_count
 from surgeon.ambient import own_modes
@@ -86,7 +86,7 @@ class Request:
 
     model: str | Path | nn.Module | Graph | Compiled
     steps: tuple[Pass[Any], ...]
-    inputs: Mapping[str, Tensor] | None = None
+    inputs: Mapping[str, Any] | None = None
     calibration: Calibration | tuple[Batch, ...] | None = None
     tokenizer: Any = None
     backend: Backend | None = None

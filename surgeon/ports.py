@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.arguments import flat
 from surgeon.caches import SUM, complete, misfit
 from surgeon.errors import LowerError
 from surgeon.graph import Port
@@ -37,7 +38,7 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
     Args:
         where: what refuses, for the message: the artefact's file.
         ports: the artefact's inputs.
-        inputs: what it is to be run on, by name.
+        inputs: what it is to be run on, by name; nested ones as the source model takes them, or flat.
 
     Returns:
         One tensor per port, by name.
@@ -46,6 +47,7 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
         LowerError: an input is missing, unknown, or of another type or shape, or longer than the model's tables of positions;
             dynamic dimensions of one name must agree.
     """
+    inputs = flat(inputs, frozenset(port.name for port in ports), {})
     problem = misfit(ports, inputs)
     if problem:
         raise LowerError(problem)

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
+from surgeon.arguments import Arguments, split
 from surgeon.caches import SUM
 from surgeon.causal import CausalInputs, causal_inputs, of_text
 from surgeon.checkpoint import build_checkpoint, load_checkpoint, resolve_hub_id
@@ -31,6 +33,7 @@ from surgeon.sampling import Settings
 
 TASKS = ("forward", "text-generation")
 WEIGHTS = ("real", "fake")
+_WRAPPERS = (OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -47,6 +50,7 @@ class LoadedSource:
         causal: how a model that generates text is called with caches (task ``text-generation``).
         notes: what a reader of the report should know.
         dims: names of the dimensions that vary where surgeon made the inputs, by input; else empty.
+        arguments: how the model is called with the tensors, where it takes more than lone ones.
     """
 
     module: nn.Module
@@ -57,6 +61,7 @@ class LoadedSource:
     causal: CausalInputs | None = None
     notes: tuple[str, ...] = ()
     dims: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=Arguments)
 
     def call(self, forward: Callable[..., Any], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         """Call the model's forward, or what stands in for it, on the example's kind of inputs.
@@ -66,7 +71,7 @@ class LoadedSource:
         """
         if self.causal is not None:
             return self.causal.call(forward, inputs), "dict"
-        result = forward(**inputs)
+        result = forward(**self.arguments(inputs))
         return flatten_outputs(result), type(result).__name__
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -79,12 +84,12 @@ class LoadedSource:
             Its output tensors by name.
         """
         with calling(self.module):
-            return flatten_outputs(self.module(**inputs))
+            return flatten_outputs(self.module(**self.arguments(inputs)))
 
 
 def load_source(
     model: str | Path | nn.Module,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     *,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -96,7 +101,8 @@ def load_source(
     Args:
         model: a checkpoint directory, a hub id, ``"package.module:callable"`` (returning a module, or a module and its
             inputs; modules of the current directory are found), or a module.
-        inputs: example keyword inputs, each a tensor; None to let surgeon make them (models of transformers only).
+        inputs: example keyword inputs: tensors, nested ones, and values that are the same in every call (see
+            ``surgeon.trace``); None to let surgeon make them (models of transformers only).
         task: one of ``TASKS``; None for what a checkpoint's architecture is for, and for ``forward`` otherwise.
         dtype: floating-point type, e.g. ``"bfloat16"``; None keeps the model's own.  A module is copied, not changed.
         weights: ``"real"``, or ``"fake"`` for a model without the values of its weights: they are not loaded.
@@ -114,7 +120,8 @@ def load_source(
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
-        module, description = model, type(model).__name__
+        module = _unwrapped(model)
+        description = type(module).__name__
     elif isinstance(model, str) and _CALLABLE.fullmatch(model) and not Path(model).exists():
         description = model
         with fake_weights() if fake else nullcontext():
@@ -145,8 +152,19 @@ def load_source(
         module = _converted(module, wanted)
     else:
         module = writable(module)
+    arguments = Arguments()
     with calling(module):  # which may run it
-        example = _check_inputs(inputs, module, wanted) if inputs is not None else default_inputs(module, path)
+        if inputs is not None:
+            example, arguments = _check_inputs(inputs, module, wanted)
+        else:
+            example = default_inputs(module, path)
+    if arguments.forms and task == "text-generation":
+        raise TraceError(
+            f"task text-generation calls the model with caches of its own making, and inputs has {', '.join(arguments.forms)}, "
+            "which is no tensor: leave it out, or trace with task forward"
+        )
+    fixed = arguments.fixed.items()
+    notes += tuple(f"input {name} is {value!r} in every call: it is a part of the graph" for name, value in fixed)
     causal = None
     own_choice = task is None and path is not None and inputs is None and not fake
     if task == "text-generation" or (own_choice and _generates(module)):
@@ -172,9 +190,10 @@ def load_source(
         weights="fake" if fake else "real",
         model_class=type(module).__name__,
         generation=_generation(module, plain),
+        fixed=arguments.fixed,
     )
     dims = agreed_dims(example) if inputs is None and causal is None else {}
-    return LoadedSource(module, example, source, _tokenizer(path), missing, causal, notes, dims)
+    return LoadedSource(module, example, source, _tokenizer(path), missing, causal, notes, dims, arguments)
 
 
 # -- calling ----------------------------------------------------------------------------------------------------------
@@ -182,7 +201,11 @@ def load_source(
 
 @contextmanager
 def calling(module: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and returns named outputs without caches; it is put back on leaving."""
+    """Inside, the model is in evaluation mode and returns named outputs without caches; it is put back on leaving.
+
+    What is compiled in it (``torch.compile``, ``module.compile()``) runs as it was written: compiling it for each of the sizes
+    that are compared takes minutes.
+    """
     training = {m: m.training for m in module.modules()}
     configs = _configs(module)
     before = []
@@ -193,7 +216,8 @@ def calling(module: nn.Module) -> Iterator[None]:
                 setattr(config, flag, value)
     module.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for config, flag, value in before:
             setattr(config, flag, value)
@@ -289,20 +313,22 @@ def size_of(label: str, sizes: Mapping[str, int], otherwise: int) -> int:
     return otherwise
 
 
-def _check_inputs(inputs: Mapping[str, Tensor], module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _check_inputs(
+    inputs: Mapping[str, Any], module: nn.Module, dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], Arguments]:
     if not isinstance(inputs, Mapping):
         raise TraceError(f"inputs is a mapping of input name to tensor, found {type(inputs).__name__}")
     if not inputs:
         raise TraceError("inputs is empty; give one example tensor for each input of the model")
     accepted = inspect.signature(module.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-    for name, tensor in inputs.items():
-        if not isinstance(tensor, Tensor):
-            raise TraceError(f"input {name!r} must be a torch.Tensor, found {type(tensor).__name__}")
+    for name in inputs:
         if name not in accepted and not anything:
-            raise TraceError(f"{type(module).__name__}.forward takes no {name!r}; {nearest(name, accepted)}")
-    own = {name: tensor.clone() if tensor.is_inference() else tensor.detach() for name, tensor in inputs.items()}
-    return {n: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor for n, tensor in own.items()}
+            raise TraceError(f"{type(module).__name__}.forward takes no {name!r}; {nearest(str(name), accepted)}")
+    given, arguments = split(inputs)
+    own = {name: tensor.clone() if tensor.is_inference() else tensor.detach() for name, tensor in given.items()}
+    floats = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in own.items()}
+    return floats, arguments
 
 
 # -- forms of a source ------------------------------------------------------------------------------------------------
@@ -315,6 +341,17 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in known:
         raise TraceError(f"unknown dtype {dtype!r}: {nearest(str(dtype), known)}")
     return known[dtype]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model within torch's wrappers that say how it runs, not what it computes: ``torch.compile``, data parallelism.
+
+    Their prefix would stand in front of every weight's name.
+    """
+    while isinstance(module, _WRAPPERS):
+        inner = module._orig_mod if isinstance(module, OptimizedModule) else module.module
+        module = cast(nn.Module, inner)
+    return module
 
 
 def _converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:

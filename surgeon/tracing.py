@@ -40,7 +40,7 @@ units in the last place; reordered sums in attention kernels reach a tenth of it
 @own_modes()
 def trace(
     model: str | Path | nn.Module,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     *,
     task: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -52,7 +52,9 @@ def trace(
 
     Args:
         model: a checkpoint directory, a hub id, ``"package.module:callable"``, or a module.
-        inputs: example keyword inputs; optional for models of the transformers library.
+        inputs: example keyword inputs; optional for models of the transformers library.  Tensors in mappings, tuples and
+            lists become inputs of their own, named by where they stand (``batch.query.ids``); what is no tensor (None, a flag,
+            a number) is the same in every call and becomes a part of the graph.
         task: ``"forward"``: the model as it is called, without caches; ``"text-generation"``: a causal language model or an
             encoder-decoder with its key/value caches as inputs and outputs.  By default forward for a module, and for a
             checkpoint what its architecture is for.

@@ -6,6 +6,8 @@ position may see is said by a mask in front of it, or by ``is_causal``.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
         mask = with_causal(mask, q, k.shape[-2])
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def flexible_attention(
+    q: Tensor, k: Tensor, v: Tensor, score_mod: Callable[..., Tensor], block_mask: Sequence[Any], scale: float,
+    kernel_options: Mapping[str, Any], score_buffers: Sequence[Any] = (), mask_buffers: Sequence[Any] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator behind ``flex_attention``, in ATen; its two functions are called once, on all places.
+
+    They are functions of single scores and positions, and so broadcast over tensors of them.
+
+    Args:
+        q: [B, N, S, D].
+        k: [B or 1, K, T, D].
+        v: [B or 1, K, T, E].
+        score_mod: new scores of scores [B, N, S, T] and of the numbers of batch, head, query and key.
+        block_mask: its last entry says of these numbers which keys are seen.
+        scale: factor of the scores.
+        kernel_options: how a kernel computes it; nothing here.
+        score_buffers: further arguments of ``score_mod``.
+        mask_buffers: likewise of the mask.
+
+    Returns:
+        [B, N, S, E], and for each query the logarithm of the sum of exponentials and the largest score, in powers of 2.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (tensor.repeat_interleave(group, 1) if group > 1 else tensor for tensor in (k, v))
+    scores = scale * (q @ keys.mT)
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    places = [
+        torch.arange(size, device=q.device).reshape([-1 if other == axis else 1 for other in range(4)])
+        for axis, size in enumerate(sizes)
+    ]
+    scores = score_mod(scores, *places, *score_buffers)
+    scores = torch.where(block_mask[-1](*places, *mask_buffers), scores, -torch.inf)
+    weights = torch._safe_softmax(scores, -1)  # a row that sees nothing gives zeros
+    return weights.to(q.dtype) @ values, scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
