@@ -55,9 +55,11 @@ class CachedAttention:
         output, keys, values = (self._nodes.call_function(operator.getitem, (results, index)) for index in range(3))
         order = {n: i for i, n in enumerate(self._nodes.nodes)}
         for old, new in ((k, keys), (v, values)):
+            new.meta["val"] = old.meta["val"]  # later layers may attend to it, too
             # What is read before this point stays the concatenation that it is.
             old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[values])
         if flat is None and not self.flat_output:
+            output.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(output)
         else:
             self._join(node, output)
