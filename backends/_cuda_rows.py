@@ -46,8 +46,8 @@ def _few_rows_kernel(
     GROUP: tl.constexpr, ZERO: tl.constexpr, PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, FOURS: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, BASE: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr,
-    CAP: tl.constexpr,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr, NONE: tl.constexpr,
+    CAP: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, UP_LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    NONE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of the matrix of one expert times the rows of x that it has, over one part of the columns.
 
@@ -270,7 +270,7 @@ def _launch(
     halves = x.element_size() == 2
     base, alpha, gate_max, cap, factor, shift, up_limit, offset = gate or (0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     columns, block_n = (rows_out, TILE) if gate is None else (rows_out // 2, TILE // 2)
-    # programs of experts without rows end at once, but eight experts have three times as many of them as two that are chosen
+    # programs of experts without rows end at once, and are not felt among eight; of a hundred experts most would be such
     matrices = experts if index is None else torch.sym_min(experts, pairs)  # type: ignore[no-untyped-call]
     wrapped(_few_rows_kernel)[(-(-columns // block_n), matrices, parts)](
         x, weight if index is None else index, weight, weight if scale is None else scale, weight if zero is None else zero,

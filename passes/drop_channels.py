@@ -60,10 +60,10 @@ from surgeon.channels import (
     joined_norms,
     keep_channels,
     kept_parameters,
-    refuse_packed,
     rotatable,
     rotate,
     rotated_parameters,
+    selected_streams,
 )
 from surgeon.contract import LEFT, Decision, Observer, Pass, Plan, Seed, Statistics, refuse_all_left
 from surgeon.errors import PlanError
@@ -145,11 +145,8 @@ class DropChannels(Pass[DropChannelsPlan]):
         """Choose how many channels of every stream stay, and which."""
         if self.blocks is not None:
             raise PlanError(f"{self.name}: blocks: all blocks share the stream and its width; leave blocks out")
-        refuse_packed(self.name, graph, structure)
         decisions, notes = [], []
-        for label, channels in find_channels(structure):
-            if not structure.selection.admits(label, None):
-                continue
+        for label, channels in selected_streams(self.name, graph, structure):
             try:
                 if isinstance(channels, Unfit):
                     raise channels

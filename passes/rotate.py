@@ -44,7 +44,7 @@ from torch import Tensor, fx
 
 from surgeon.channel_axes import Channels, Unfit, find_channels
 from surgeon.channel_bases import rotation
-from surgeon.channels import refuse_packed, rotatable, rotate, rotated_parameters
+from surgeon.channels import rotatable, rotate, rotated_parameters, selected_streams
 from surgeon.contract import LEFT, Decision, Pass, Plan, Seed, Statistics, refuse_all_left
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
@@ -90,11 +90,8 @@ class Rotate(Pass[RotatePlan]):
         """Find what can be rotated, and what with."""
         if self.blocks is not None:
             raise PlanError(f"{self.name}: blocks: all blocks share the stream and its rotation; leave blocks out")
-        refuse_packed(self.name, graph, structure)
         decisions, notes = [], []
-        for label, channels in find_channels(structure):
-            if not structure.selection.admits(label, None):
-                continue
+        for label, channels in selected_streams(self.name, graph, structure):
             try:
                 if isinstance(channels, Unfit):
                     raise channels

@@ -182,13 +182,12 @@ class Smooth(Pass[SmoothPlan]):
     ) -> dict[float, float]:  # fmt: skip
         """Squared error of the outputs for each exponent, with weights in low bits."""
         magnitude, halves = graph.placed(_magnitude(statistics, source)), _in_halves(graph, sites)
-        levels = {"bits": self.bits or 4, "symmetric": self.symmetric is not False}
         found = dict.fromkeys(exponents, 0.0)
         for alpha in exponents:
             scale = _scale(alpha, magnitude, None, halves) if alpha else torch.ones_like(magnitude, dtype=x.dtype)
             for weight in weights:
-                group = fitting_group(self.group or 32, weight.shape[1])
-                codes = quantize_groupwise(weight * scale, group=group, **levels)  # type: ignore[arg-type]
+                bits, group = self.bits or 4, fitting_group(self.group or 32, weight.shape[1])
+                codes = quantize_groupwise(weight * scale, bits=bits, group=group, symmetric=self.symmetric is not False)
                 error = x @ (codes.dequantize() / scale - weight).T
                 found[alpha] += float(error.double().square().sum())
         return found

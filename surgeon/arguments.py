@@ -8,7 +8,7 @@ of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Arguments]:
     return tensors, Arguments(forms, fixed)
 
 
-def flat(inputs: Mapping[str, Any], names: frozenset[str], fixed: Mapping[str, Any]) -> Mapping[str, Any]:
+def flat(inputs: Mapping[str, Any], names: Iterable[str], fixed: Mapping[str, Any]) -> Mapping[str, Any]:
     """A call's arguments as a graph takes them: nested ones flattened, values left out that the graph was traced with.
 
     Args:
@@ -93,8 +93,9 @@ def flat(inputs: Mapping[str, Any], names: frozenset[str], fixed: Mapping[str, A
     Raises:
         TraceError: a value is another than the graph was traced with.
     """
-    if all(isinstance(value, Tensor) or name in names for name, value in inputs.items()):
+    if all(isinstance(value, Tensor) for value in inputs.values()):  # as every step of a generation has it
         return inputs
+    names = frozenset(names)
     found: dict[str, Any] = {}
     for argument, given in inputs.items():
         for name, value in [(argument, given)] if argument in names else _leaves(str(argument), given)[0]:

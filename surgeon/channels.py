@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from surgeon import channel_bases
 from surgeon.accounting import memory, stored_reads
-from surgeon.channel_axes import Channels, Unfit, is_stored, named
+from surgeon.channel_axes import Channels, Unfit, find_channels, is_stored, named
 from surgeon.channel_bases import Rotation, Shift, Use
 from surgeon.channel_norms import LAYER_NORM, RMS_NORM, Norm
 from surgeon.discovery import operators
@@ -96,11 +96,11 @@ def rotatable(graph: Graph, label: str, channels: Channels) -> list[str]:
     return [f"{label}: {name} both writes to the stream and reads it; it becomes two tensors" for name in names]
 
 
-def refuse_packed(step: str, graph: Graph, structure: Structure) -> None:
-    """Refuse a model with packed weights.
+def selected_streams(step: str, graph: Graph, structure: Structure) -> list[tuple[str, Channels | Unfit]]:
+    """The streams that a pass is to work on, by their labels.
 
     Raises:
-        PlanError: names the first one's site.
+        PlanError: a weight is packed; names the first one's site.
     """
     weights = [(site.name, site.part.weight) for site in structure.linears]
     weights += [(table.name, table.part.weight) for table in structure.embeddings]
@@ -109,6 +109,7 @@ def refuse_packed(step: str, graph: Graph, structure: Structure) -> None:
     for site, name in weights:
         if not graph.tensor(name).is_floating_point():
             raise PlanError(f"{site}: its weight {name} is quantized already; put {step} before quantize")
+    return [(label, found) for label, found in find_channels(structure) if structure.selection.admits(label, None)]
 
 
 def joined_norms(graph: Graph, channels: Channels, rotation: Rotation) -> list[frozenset[fx.Node]]:

@@ -179,7 +179,7 @@ class Graph:
         Raises:
             TraceError: a value is another than the model was traced with.
         """
-        return flat(inputs, frozenset(port.name for port in self.inputs), self.source.fixed)
+        return flat(inputs, (port.name for port in self.inputs), self.source.fixed)
 
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run the graph in torch.

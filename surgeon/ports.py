@@ -47,7 +47,7 @@ def check_inputs(where: object, ports: Sequence[Port], inputs: Mapping[str, Any]
         LowerError: an input is missing, unknown, or of another type or shape, or longer than the model's tables of positions;
             dynamic dimensions of one name must agree.
     """
-    inputs = flat(inputs, frozenset(port.name for port in ports), {})
+    inputs = flat(inputs, (port.name for port in ports), {})
     problem = misfit(ports, inputs)
     if problem:
         raise LowerError(problem)
